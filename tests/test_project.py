@@ -1,0 +1,65 @@
+"The files that describe or repeat the project agree with each other."
+import os, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+from nbdev.config import read_version, tomllib
+from nbdev.migrate import nbdev_migrate_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What settings.ini cannot say, and why
+ONLY_PYPROJECT = {
+    'project.optional-dependencies.benchmarks': 'nbdev 2 settings know no extra but dev',
+    'project.optional-dependencies.hdf5': 'nbdev 2 settings know no extra but dev',
+    'project.optional-dependencies.onnx': 'nbdev 2 settings know no extra but dev',
+    'project.optional-dependencies.distributed': 'nbdev 2 settings know no extra but dev',
+    'tool.pytest.ini_options.testpaths': "pytest's own table",
+    'tool.pytest.ini_options.filterwarnings': "pytest's own table",
+}
+
+def prune(x):
+    "Without empty strings: the migrator writes one for each thing that settings.ini leaves open"
+    if isinstance(x, dict): return {k: prune(v) for k,v in x.items() if v != ''}
+    return [prune(v) for v in x] if isinstance(x, list) else x
+
+def flatten(d, pre=''):
+    "Nested tables as one dict with dotted keys"
+    res = {}
+    for k,v in d.items(): res.update(flatten(v, f'{pre}{k}.') if isinstance(v, dict) else {f'{pre}{k}': v})
+    return res
+
+def fields(path): return flatten(prune(tomllib.loads(path.read_text(encoding='utf-8'))))
+
+def test_settings_ini_migrates_to_pyproject(tmp_path):
+    shutil.copy(ROOT/'settings.ini', tmp_path)
+    nbdev_migrate_config(path=str(tmp_path))
+    ours = fields(ROOT/'pyproject.toml')
+    assert ONLY_PYPROJECT.keys() <= ours.keys()
+    assert fields(tmp_path/'pyproject.toml') == {k:v for k,v in ours.items() if k not in ONLY_PYPROJECT}
+    assert read_version(tmp_path/'tbptt_fastai') == read_version(ROOT/'tbptt_fastai')
+
+def run(*cmd, cwd):
+    "Run a program, such as nbdev's, that this interpreter's environment installed"
+    bin = Path(sys.executable).parent
+    env = {**os.environ, 'PATH': f'{bin}{os.pathsep}{os.environ["PATH"]}', 'PYTHONWARNINGS': 'error::UserWarning'}
+    res = subprocess.run(cmd, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if res.returncode: pytest.fail(f'{cmd} failed\n{res.stdout}', pytrace=False)
+
+def contents(root):
+    "Every file that nbdev may write, as text"
+    skip = {'__pycache__', '.ipynb_checkpoints', '.last_checked', 'sidebar.yml', 'images'}
+    files = [root/'pyproject.toml', *(root/'nbs').rglob('*'), *(root/'tbptt_fastai').rglob('*')]
+    return {f.relative_to(root).as_posix(): f.read_text(encoding='utf-8') for f in files
+            if f.is_file() and not skip & set(f.relative_to(root).parts)}
+
+def test_clean_and_export_change_nothing(tmp_path):
+    shutil.copy(ROOT/'pyproject.toml', tmp_path)
+    for d in ('nbs', 'tbptt_fastai'): shutil.copytree(ROOT/d, tmp_path/d)
+    run('nbdev-clean', cwd=tmp_path)
+    run('nbdev-export', cwd=tmp_path)
+    run(sys.executable, '-c', 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()', cwd=tmp_path)
+    before,after = contents(ROOT),contents(tmp_path)
+    assert before.keys() == after.keys()
+    for name in before: assert before[name] == after[name], f'{name} is out of date: run nbdev-clean and nbdev-export'
+
+def test_readme_is_current(): run(sys.executable, 'tools/readme.py', '--check', cwd=ROOT)

@@ -1,0 +1,73 @@
+"Write README.md from nbs/index.ipynb, through nbdev's own processors but without Quarto; `--check` only compares."
+import argparse, base64, difflib, os, posixpath, re, sys
+from pathlib import Path
+from fastcore.nbio import read_nb
+from nbdev.processors import FilterDefaults, add_links
+
+ROOT = Path(__file__).resolve().parent.parent
+NB,IMAGES = 'nbs/index.ipynb','nbs/images'
+
+class ReadmeFilter(FilterDefaults):
+    "nbdev's processors, less the links that depend on which other nbdev libraries are installed"
+    def base_procs(self): return [p for p in super().base_procs() if p is not add_links]
+
+def _join(s): return s if isinstance(s, str) else ''.join(s)
+
+def _fence(s, lang=''):
+    ticks = max(3, *(len(t)+1 for t in re.findall('`{3,}', s)), 0)*'`'
+    return f'{ticks}{lang}\n{s.rstrip()}\n{ticks}'
+
+def _relink(s):
+    "Point links that are relative to `nbs/` at the same files from the project's root; fenced code is left alone"
+    def _link(m): return f"]({posixpath.normpath('nbs/' + m[1])}"
+    parts = re.split(r'(^```.*?^```)', s, flags=re.M|re.S)
+    return ''.join(p if i%2 else re.sub(r'\]\((?![a-z]+:|[#/])([^)\s#]+)', _link, p) for i,p in enumerate(parts))
+
+def _output(o, images):
+    "One output as Markdown; a PNG goes to `images`, a dict of file name to bytes"
+    if o.output_type=='error': raise ValueError(f'{NB} holds an error output: run it again with `nbdev-test --save`')
+    if o.output_type=='stream': return _fence(_join(o.text), 'text')
+    if png := o.data.get('image/png'):
+        name = f'{IMAGES}/index-{len(images)+1}.png'
+        images[name] = base64.b64decode(_join(png))
+        return f'![]({name})'
+    if md := o.data.get('text/markdown'): return _relink(_join(md))
+    return _fence(_join(o.data['text/plain']), 'text')
+
+def _cell(c, fm, images):
+    "The Markdown blocks of one processed cell"
+    if c.cell_type=='raw': return [f"# {fm['title']}"] + ([f"> {fm['description']}"] if 'description' in fm else [])
+    if c.cell_type=='markdown': return [_relink(c.source)]
+    opts = {k:v.strip().lower()=='false' for k,v in c.directives.items()}  # True where switched off
+    c.remove_directives()
+    res = [] if opts.get('echo') else [_fence(c.source, c.metadata.get('language', 'python'))]
+    if not opts.get('output'): res += [_output(o, images) for o in c.get('outputs', [])]
+    return [] if opts.get('include') else res
+
+def readme():
+    "Every generated file: name, relative to the project's root, to bytes"
+    nb,images = read_nb(NB),{}
+    ReadmeFilter()(nb)
+    blocks = [b.strip() for c in nb.cells for b in _cell(c, nb.frontmatter_, images)]
+    return {'README.md': ('\n\n'.join(filter(None, blocks)) + '\n').encode(), **images}
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__)
+    ap.add_argument('--check', action='store_true', help='exit with 1 and a diff where a file is stale; write nothing')
+    check = ap.parse_args().check
+    os.chdir(ROOT)
+    new = readme()
+    old = {str(p): p.read_bytes() for p in [Path('README.md'), *Path(IMAGES).glob('index-*.png')] if p.exists()}
+    stale = [f for f in {**old, **new} if old.get(f) != new.get(f)]
+    for f in stale:
+        if check and f.endswith('.md'):
+            a,b = (d.get(f, b'').decode().splitlines(True) for d in (old, new))
+            sys.stdout.writelines(difflib.unified_diff(a, b, f, f'{f} as {NB} has it'))
+        elif check: print(f'{f} is stale')
+        elif f not in new: Path(f).unlink()
+        else:
+            Path(f).parent.mkdir(parents=True, exist_ok=True)
+            Path(f).write_bytes(new[f])
+    if check and stale: sys.exit(f'{", ".join(stale)} out of date: run `python tools/readme.py`')
+
+if __name__ == '__main__': main()
