@@ -20,7 +20,7 @@ from .loader import first_item
 from .rnn import SequenceRNN, Standardize
 from .windows import SequenceWindows, channel_stats
 
-# %% ../nbs/07_learner.ipynb #ba5ad03f
+# %% ../nbs/07_learner.ipynb #acc366dc
 def _signals(dls):
     item = first_item(dls.train)
     ok = len(item)==2 and all(isinstance(o, Tensor) and o.ndim==2 and o.is_floating_point() for o in item)
@@ -36,7 +36,7 @@ def scaling_from_data(
     if isinstance(dl.dataset, SequenceWindows) and not dl.after_batch.fs: arrays = dl.dataset.arrays
     else:
         batch = dl.new(shuffle=False, num_workers=0).one_batch() if isinstance(dl, TfmdDL) else first(dl)
-        arrays = [[Tensor(o).flatten(0, 1).cpu()] for o in batch]
+        arrays = [[o.as_subclass(Tensor).flatten(0, 1).cpu()] for o in batch]
     return [Standardize(*(o.to(dtype) for o in channel_stats(seqs))) for seqs in arrays]
 
 # %% ../nbs/07_learner.ipynb #6648f806

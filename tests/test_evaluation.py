@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.hook import summary
+from fastai.callback.schedule import combined_cos
 from fastai.interpret import Interpretation
 from fastai.learner import load_learner
 from fastai.metrics import mae, rmse
@@ -112,7 +114,7 @@ def test_training_counts_sub_windows_and_schedules_end_at_one(data):
     pct,n_iter,_ = zip(*watch.seen)
     assert set(n_iter)=={4*n_batches} and len(pct)==2*4*n_batches
     np.testing.assert_allclose(pct, np.arange(len(pct))/len(pct), atol=1e-9)
-    assert learn.recorder.lrs[-1]<learn.recorder.lrs[0]*.01
+    np.testing.assert_allclose(learn.recorder.lrs, [combined_cos(.75, 1e-2, 1e-2, 1e-2/1e5)(p) for p in pct]) # fit_flat_cos, to its end
     assert len(learn.recorder.losses)==len(pct)
 
 

@@ -8,14 +8,9 @@ from nbdev.migrate import nbdev_migrate_config
 ROOT = Path(__file__).resolve().parent.parent
 
 # What settings.ini cannot say, and why
-ONLY_PYPROJECT = {
-    'project.optional-dependencies.benchmarks': 'nbdev 2 settings know no extra but dev',
-    'project.optional-dependencies.hdf5': 'nbdev 2 settings know no extra but dev',
-    'project.optional-dependencies.onnx': 'nbdev 2 settings know no extra but dev',
-    'project.optional-dependencies.distributed': 'nbdev 2 settings know no extra but dev',
-    'tool.pytest.ini_options.testpaths': "pytest's own table",
-    'tool.pytest.ini_options.filterwarnings': "pytest's own table",
-}
+ONLY_PYPROJECT = {f'project.optional-dependencies.{o}': 'nbdev 2 settings know no extra but dev'
+    for o in ('benchmarks', 'hdf5', 'onnx', 'distributed')}
+ONLY_PYPROJECT |= {f'tool.pytest.ini_options.{o}': "pytest's own table" for o in ('testpaths', 'filterwarnings')}
 
 def prune(x):
     "Without empty strings: the migrator writes one for each thing that settings.ini leaves open"
@@ -49,8 +44,8 @@ def contents(root):
     "Every file that nbdev may write, as text"
     skip = {'__pycache__', '.ipynb_checkpoints', '.last_checked', 'sidebar.yml', 'images'}
     files = [root/'pyproject.toml', *(root/'nbs').rglob('*'), *(root/'tbptt_fastai').rglob('*')]
-    return {f.relative_to(root).as_posix(): f.read_text(encoding='utf-8') for f in files
-            if f.is_file() and not skip & set(f.relative_to(root).parts)}
+    files = [f for f in files if f.is_file() and not skip & set(f.relative_to(root).parts)]
+    return {f.relative_to(root).as_posix(): f.read_text(encoding='utf-8') for f in files}
 
 def test_clean_and_export_change_nothing(tmp_path):
     shutil.copy(ROOT/'pyproject.toml', tmp_path)

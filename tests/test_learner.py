@@ -1,0 +1,118 @@
+"What the factory reads from the data, and what it refuses"
+import numpy as np
+import pytest
+import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.callback.training import GradientClip
+from fastai.losses import CrossEntropyLossFlat, MSELossFlat
+from fastai.optimizer import Adam
+from torch import nn
+from tbptt_fastai.callback import TbpttResetCB
+from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.learner import RNNLearner, TbpttLearner, scaling_from_data
+from tbptt_fastai.loader import TbpttDL
+from tbptt_fastai.rnn import SequenceRNN, Standardize, StatefulRNN
+
+
+@pytest.fixture
+def dls(signals): return SequenceDataLoaders.from_arrays(*signals, win_sz=100, sub_seq_len=40, bs=4, valid_pct=.25)
+
+def model(): return nn.Sequential(StatefulRNN(nn.LSTM(2, 4, batch_first=True)), nn.Linear(4, 1))
+
+
+def test_sizes_and_scaling_come_from_the_training_data(dls, signals):
+    learn = TbpttLearner(dls, rnn_type='gru', hidden_size=7, num_layers=2, dropout=.1)
+    gru,head = learn.model.rnn.rnn,learn.model.head
+    assert isinstance(gru, nn.GRU) and (gru.input_size,gru.hidden_size,gru.num_layers,gru.dropout,head.out_features)==(2,7,2,.1,1)
+    for scale,o in zip((learn.model.scale_x,learn.model.scale_y), signals):
+        torch.testing.assert_close(scale.mean, torch.from_numpy(o[:900].mean(0)))
+        torch.testing.assert_close(scale.std, torch.from_numpy(o[:900].std(0)))
+
+
+def test_a_constant_channel_is_only_shifted():
+    u = np.stack([np.full(900, 5.), np.random.default_rng(0).standard_normal(900)], 1)
+    learn = RNNLearner(SequenceDataLoaders.from_arrays(u, u[:,1], win_sz=50, bs=4), hidden_size=4)
+    assert learn.model.scale_x.std[0]==1
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert np.isfinite(learn.recorder.values[-1]).all()
+
+
+def test_scaling_sees_what_the_model_sees(signals):
+    "With batch transforms, or another kind of dataset, the statistics are those of a transformed batch"
+    dls = SequenceDataLoaders.from_arrays(*signals, win_sz=100, bs=9, valid_pct=.25, after_batch=[lambda o: 2*o])
+    torch.testing.assert_close(scaling_from_data(dls)[0].std, torch.from_numpy(2*signals[0][:900].std(0)))
+    plain = DataLoaders(*[torch.utils.data.DataLoader(list(dls.train_ds), 9)]*2)
+    torch.testing.assert_close(scaling_from_data(plain)[0].std, torch.from_numpy(signals[0][:900].std(0)))
+
+
+def test_defaults(dls):
+    learn = TbpttLearner(dls, model())
+    assert isinstance(learn, Learner) and type(learn) is Learner
+    assert isinstance(learn.loss_func, nn.L1Loss) and learn.opt_func is Adam and not learn._grab_cbs(GradientClip)
+    assert learn._grab_cbs(TbpttResetCB)[0].order==12
+    assert TbpttLearner(dls, model(), grad_clip=.5)._grab_cbs(GradientClip)[0].max_norm==.5
+    assert TbpttLearner(dls, model(), loss_func=MSELossFlat(), lr=.02, wd=.1).lr==.02
+
+
+def test_classes_per_step_with_a_loss_of_their_own(signals):
+    u,y = signals
+    dls = SequenceDataLoaders.from_arrays(u, (y[:,0]>0).astype(np.int64), win_sz=100, sub_seq_len=40, bs=4)
+    with pytest.raises(ValueError, match='No default loss for targets of type torch.int64'): TbpttLearner(dls, model())
+    with pytest.raises(ValueError, match='needs items'): RNNLearner(dls)
+    two = nn.Sequential(StatefulRNN(nn.LSTM(2, 4, batch_first=True)), nn.Linear(4, 2))
+    learn = TbpttLearner(dls, two, loss_func=CrossEntropyLossFlat())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        preds,targs,dec = learn.get_preds(with_decoded=True)
+    assert preds.shape==(2,100,2) and targs.shape==dec.shape==(2,100)
+
+
+@pytest.mark.parametrize('make,exc,message', [
+    (lambda dls: TbpttLearner(dls, model(), sub_seq_len=50), ValueError, '50 in the learner and 40 in its training loader'),
+    (lambda dls: TbpttLearner(dls, model(), sub_seq_len=0), ValueError, 'sub_seq_len is 0'),
+    (lambda dls: TbpttLearner(dls, model(), sub_seq_len=2.5), TypeError, 'sub_seq_len is 2.5'),
+    (lambda dls: TbpttLearner(dls, model(), sub_seq_len='forty'), TypeError, "sub_seq_len is 'forty'"),
+    (lambda dls: TbpttLearner(dls, model(), n_skip=100), ValueError, 'n_skip is 100, the window has 100 steps'),
+    (lambda dls: TbpttLearner(dls, model(), n_skip=-1), ValueError, 'n_skip is -1'),
+    (lambda dls: TbpttLearner(dls, nn.Linear(2, 1)), ValueError, 'Linear has no StatefulRNN'),
+    (lambda dls: RNNLearner(dls, rnn_type='transformer'), ValueError, r"rnn_type is 'transformer'; expected one of \['rnn', 'gru', 'lstm'\]"),
+    (lambda dls: TbpttLearner(dls, model(), rnn_type='gru'), TypeError, 'rnn_type'),
+    (lambda dls: RNNLearner(dls, hidden=3), TypeError, 'hidden'),
+])
+def test_what_is_refused_before_training(dls, make, exc, message):
+    with pytest.raises(exc, match=message): make(dls)
+
+
+def test_a_callback_added_later_is_checked_before_the_first_step(signals):
+    dls = SequenceDataLoaders.from_arrays(*signals, win_sz=100, bs=4)
+    net = model()
+    before = [p.clone() for p in net.parameters()]
+    learn = Learner(dls, net, loss_func=nn.L1Loss())
+    learn.add_cb(TbpttResetCB(sub_seq_len=101))
+    with pytest.raises(ValueError, match='sub_seq_len is 101, but a window has 100 steps'), learn.no_bar(): learn.fit(1)
+    assert all(torch.equal(a, b) for a,b in zip(before, net.parameters())) and learn.dls.train is dls.train
+
+
+def test_a_model_that_resets_itself():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn,self.out,self.h,self.resets = nn.GRU(2, 4, batch_first=True),nn.Linear(4, 1),None,0
+        def forward(self, x):
+            out,h = self.rnn(x, self.h)
+            self.h = h.detach()
+            return self.out(out)
+        def reset(self): self.h,self.resets = None,self.resets+1
+    rng = np.random.default_rng(0)
+    dls = SequenceDataLoaders.from_arrays(rng.standard_normal((600,2)), rng.standard_normal(600), win_sz=50, bs=4, sub_seq_len=20)
+    learn = TbpttLearner(dls, Own())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert learn.model.resets>=3+1+1 # three training batches, one for validation, and when it ends
+
+
+def test_standardize_inverts():
+    scale = Standardize(torch.tensor([1.,2.]), torch.tensor([3.,0.]))
+    x = torch.randn(2, 5, 2)
+    torch.testing.assert_close(scale.inverse(scale(x)), x)
+    assert SequenceRNN(2, 2, hidden_size=3, scale_x=scale).state_dict()['scale_x.mean'].tolist()==[1,2]

@@ -1,0 +1,102 @@
+"Sub-windows come in order, as views, from any loader; the loader itself stays what it was"
+import numpy as np
+import pytest
+import torch
+from fastai.data.block import DataBlock, TransformBlock
+from fastai.data.core import Datasets, TfmdDL
+from fastai.data.transforms import IndexSplitter, Normalize
+from fastai.torch_core import TensorBase
+from fastai.vision.augment import RandTransform
+from torch.utils.data import DataLoader
+from tbptt_fastai.loader import SubWindows, TbpttDL, cut_time, window_len
+from tbptt_fastai.windows import SequenceWindows
+
+
+def items(n=10, win_sz=25): return [(torch.arange(win_sz).float()[:,None]+100*i, torch.tensor([i,i]), torch.full((win_sz,1), -float(i))) for i in range(n)]
+
+def check_order(loader, n=10, win_sz=25, sub_seq_len=10, n_inp=2):
+    "Every window once, its sub-windows one after the other"
+    seen = []
+    view = loader if isinstance(loader, SubWindows) else loader.sub_windows()
+    for b in view:
+        x,i,start = b[0],b[1][:,0],view.sub_window.start
+        assert torch.equal(x[:,:,0], 100.*i[:,None]+torch.arange(start, view.sub_window.stop))
+        assert torch.equal(b[2], -i[:,None,None].float().expand_as(b[2])) and b[2].shape[:2]==x.shape[:2]
+        if start==0: window = i.tolist()
+        assert i.tolist()==window
+        seen += [(o,start) for o in window]
+    assert sorted(seen)==[(i,s) for i in range(n) for s in range(0, win_sz, sub_seq_len)]
+
+
+@pytest.mark.parametrize('num_workers', [0,2])
+@pytest.mark.parametrize('shuffle', [False,True])
+@pytest.mark.parametrize('kind', ['TbpttDL', 'TfmdDL', 'DataLoader'])
+def test_order_with_and_without_workers(kind, shuffle, num_workers):
+    if kind=='TbpttDL': dl = TbpttDL(items(), bs=4, sub_seq_len=10, shuffle=shuffle, num_workers=num_workers)
+    else: dl = SubWindows(dict(TfmdDL=TfmdDL, DataLoader=DataLoader)[kind](items(), 4, shuffle=shuffle, num_workers=num_workers), 10)
+    check_order(dl)
+    assert len(dl)==9 and sum(1 for _ in dl)==9
+    check_order(dl) # a second epoch
+
+
+def test_sub_windows_are_views_of_one_window():
+    ds = SequenceWindows(np.arange(100.), np.arange(100.), win_sz=25)
+    for a,b in zip(*[iter(x for x,y in TbpttDL(ds, bs=4, sub_seq_len=10, num_workers=0))]*2): assert a.untyped_storage().data_ptr()==b.untyped_storage().data_ptr(); break
+
+
+def test_each_window_is_transformed_once():
+    class Jitter(RandTransform):
+        split_idx,order = 0,0
+        def __init__(self): super().__init__(p=1.); self.calls = 0
+        def encodes(self, o:torch.Tensor):
+            self.calls += 1
+            return o+self.calls if o.is_floating_point() else o
+    dsets = Datasets(list(range(10)), [[lambda i: items()[i][0]], [lambda i: items()[i][2]]], splits=[list(range(8)),[8,9]])
+    jitter = Jitter()
+    dl = TbpttDL(dsets.train, bs=4, sub_seq_len=10, num_workers=0, after_batch=[jitter])
+    before,sub_windows = jitter.calls,[x for x,y in dl]
+    assert jitter.calls-before==4 # two batches of x and y, not six sub-windows
+    assert torch.equal(sub_windows[1][0,:,0]-sub_windows[0][0,:,0], torch.full((10,), 10.)) # one draw per window
+
+
+def test_one_batch_new_and_statistics_are_of_whole_windows():
+    dl = TbpttDL(SequenceWindows(np.arange(1000.), np.arange(1000.), win_sz=25), bs=40, sub_seq_len=10, num_workers=0, after_batch=[Normalize(axes=(0,1))])
+    whole = dl.new(shuffle=True)
+    assert whole.sub_seq_len==10 and dl.one_batch()[0].shape==(40,25,1)
+    assert len(dl)==3 and len(dl.new(sub_seq_len=None))==1 and len(dl.new(sub_seq_len=7))==4
+    assert type(dl.new(cls=TfmdDL)) is TfmdDL
+    rng = dl.rng.getstate()
+    len(dl), dl.win_sz
+    assert dl.rng.getstate()==rng # looking at the length draws nothing
+
+
+@pytest.mark.parametrize('n,bs,drop_last', [(10,4,True), (10,4,False), (3,4,False), (1,1,False)])
+def test_len_is_the_number_of_steps(n, bs, drop_last):
+    for sub_seq_len in (None,1,10,24,25):
+        dl = TbpttDL(items(n), bs=bs, sub_seq_len=sub_seq_len, num_workers=0, drop_last=drop_last)
+        assert len(dl)==sum(1 for _ in dl)==(n//bs if drop_last else -(-n//bs))*(1 if sub_seq_len is None else -(-25//sub_seq_len))
+
+
+def test_a_data_block_is_cut_in_training_only():
+    block = DataBlock((TransformBlock, TransformBlock), get_x=lambda i: items()[i][0], get_y=lambda i: items()[i][2], splitter=IndexSplitter([7,8,9]))
+    dls = block.dataloaders(list(range(10)), bs=3, dl_type=TbpttDL, sub_seq_len=10, num_workers=0)
+    assert [x.shape[1] for x,y in dls.train]==[10,10,5]*2 and [x.shape[1] for x,y in dls.valid]==[25]
+
+
+def test_batches_of_any_form():
+    x,static,typed = torch.zeros(2,6,3),torch.zeros(2,4),TensorBase(torch.zeros(2,6))
+    cut = cut_time(dict(x=(x,static), y=[typed,None,5]), slice(2,4), 6)
+    assert cut['x'][0].shape==(2,2,3) and cut['x'][1] is static and cut['y'][0].shape==(2,2) and type(cut['y'][0]) is TensorBase and cut['y'][1:]==[None,5]
+    with pytest.raises(ValueError, match=r'first tensor is of shape \(2,\)'): window_len((torch.zeros(2),))
+    with pytest.raises(ValueError, match='first tensor is missing'): window_len(('a',))
+
+
+def test_pinned_device_and_a_view_of_a_view():
+    dl = TbpttDL(items(), bs=4, sub_seq_len=10, num_workers=0, device=torch.device('meta'))
+    view = dl.sub_windows()
+    assert next(iter(view))[0].device.type=='meta' and view.device==dl.device and view.bs==4
+    assert SubWindows(view).dl is dl and len(SubWindows(view))==3
+
+
+def test_empty_loaders_say_so():
+    with pytest.raises(ValueError, match='no batches: 3 windows, bs=4, drop_last=True'): TbpttDL(items(3), bs=4, drop_last=True, num_workers=0).one_batch()

@@ -1,0 +1,124 @@
+"Windows are slices of the sequences, found without copying them, and wrong data is named"
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.windows import SequenceWindows, channel_stats, plot_windows
+
+
+def ramp(n, channels=None): return np.arange(n*(channels or 1), dtype=np.float32).reshape(n, *([channels] if channels else []))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.data())
+def test_every_window_is_a_slice_and_all_are_there(lengths, data):
+    win_sz,stp_sz = data.draw(st.integers(1, max(lengths))),data.draw(st.integers(1, 70))
+    lengths = [n for n in lengths if n>=win_sz] # shorter ones warn, which is tested below
+    xs = [ramp(n, 2)+1000*i for i,n in enumerate(lengths)]
+    ds = SequenceWindows(xs, [x[:,:1] for x in xs], win_sz=win_sz, stp_sz=stp_sz)
+    expected = [x[s:s+win_sz] for x in xs for s in range(0, len(x)-win_sz+1, stp_sz)]
+    assert len(ds)==len(expected)
+    idxs = data.draw(st.lists(st.integers(0, len(ds)-1), min_size=1, max_size=9))
+    x,y = ds.gather(idxs)
+    np.testing.assert_array_equal(x, np.stack([expected[i] for i in idxs]))
+    np.testing.assert_array_equal(y, x[...,:1])
+    np.testing.assert_array_equal(ds[idxs[0]][0], expected[idxs[0]])
+    for bad in (-1, len(ds)):
+        with pytest.raises(IndexError): ds.gather([bad])
+
+
+@pytest.mark.parametrize('to', [torch.from_numpy, lambda a: a, lambda a: a.astype(np.float64), lambda a: torch.from_numpy(a).double()])
+def test_arrays_of_every_kind(to):
+    x,y = SequenceWindows(to(ramp(50)), to(ramp(50, 3)), win_sz=10)[2]
+    assert x.dtype==y.dtype==torch.float32 and x.shape==(10,1) and y.shape==(10,3)
+    np.testing.assert_array_equal(y, ramp(50, 3)[20:30])
+
+
+def test_memory_is_shared_and_types_are_kept_where_asked():
+    a,tokens,frames = np.zeros(100),np.arange(100),np.zeros((100,4,5), np.float32)
+    ds = SequenceWindows([a], [tokens], win_sz=10, dtype=torch.float64)
+    a[3],tokens[3] = 7,77
+    x,y = ds[0]
+    assert x[3,0]==7 and x.dtype==torch.float64 and y[3]==77 and y.dtype==torch.int64 and y.shape==(10,)
+    assert SequenceWindows(frames, tokens, win_sz=10).gather([0,1])[0].shape==(2,10,4,5)
+
+
+def test_a_read_only_memory_map(tmp_path):
+    ramp(1000, 2).tofile(tmp_path/'x.bin')
+    x = np.memmap(tmp_path/'x.bin', dtype=np.float32, mode='r', shape=(1000,2))
+    np.testing.assert_array_equal(SequenceWindows(x, x, win_sz=100, stp_sz=1)[900][0], ramp(1000, 2)[900:])
+
+
+def test_a_batch_is_one_gather(monkeypatch):
+    "... of each array, not an item call per window"
+    calls = []
+    gather = SequenceWindows.gather
+    monkeypatch.setattr(SequenceWindows, 'gather', lambda self, idxs: calls.append(len(idxs)) or gather(self, idxs))
+    dls = SequenceDataLoaders.from_arrays(ramp(1000), ramp(1000), win_sz=10, bs=16, sub_seq_len=5, shuffle=False)
+    calls.clear()
+    assert len([b for b in dls.train])==10 and calls==[16]*5
+    calls.clear()
+    items = dls.train.new(after_item=lambda o: (o[0]+1, o[1])) # an item transform needs items
+    calls.clear()
+    batches = [b for b in items]
+    assert set(calls)=={1} and torch.equal(batches[0][0], batches[0][1]+1)
+
+
+def test_whole_sequences_are_windows_by_default():
+    ds = SequenceWindows([ramp(30), ramp(30)], [ramp(30), ramp(30)])
+    assert (len(ds),ds.win_sz)==(2,30)
+    with pytest.raises(ValueError, match='20 to 30 steps: windows of one length need win_sz'): SequenceWindows([ramp(30), ramp(20)], [ramp(30), ramp(20)])
+
+
+def test_short_sequences_are_named_not_dropped_in_silence():
+    with pytest.warns(UserWarning, match=r'1 of 3 sequences are shorter than win_sz=25 and give no window: numbers \[1\]'):
+        ds = SequenceWindows([ramp(30), ramp(20), ramp(60)], [ramp(30), ramp(20), ramp(60)], win_sz=25)
+    assert len(ds)==3 and ds.locate([0,1,2])[0].tolist()==[0,2,2]
+
+
+def bad(i, value, n=5000, channels=2):
+    a = ramp(n, channels)
+    a[i,1] = value
+    return a
+
+@pytest.mark.parametrize('make,exc,message', [
+    (lambda: SequenceWindows([], [], win_sz=3), ValueError, 'x is empty'),
+    (lambda: SequenceWindows(ramp(0), ramp(0), win_sz=3), ValueError, r'x\[0\] has shape \(0,\): it has no steps'),
+    (lambda: SequenceWindows([1.,2.,3.], [1.,2.,3.], win_sz=3), TypeError, r'x\[0\] is a float without a shape'),
+    (lambda: SequenceWindows(ramp(9), ramp(8), win_sz=3), ValueError, 'Sequence 0 has 9 steps of x and 8 of y'),
+    (lambda: SequenceWindows([ramp(9)], [ramp(9)]*2, win_sz=3), ValueError, 'x has 1 sequences, y has 2'),
+    (lambda: SequenceWindows(ramp(9), ramp(9), win_sz=10), ValueError, 'win_sz is 10, but the longest sequence has 9 steps'),
+    (lambda: SequenceWindows(ramp(9), ramp(9), win_sz=0), ValueError, 'win_sz is 0'),
+    (lambda: SequenceWindows(ramp(9), ramp(9), win_sz=3, stp_sz=0), ValueError, 'stp_sz is 0'),
+    (lambda: SequenceWindows(ramp(9), ramp(9), win_sz=2.5), TypeError, 'win_sz is 2.5'),
+    (lambda: SequenceWindows([ramp(9,1), ramp(9,2)], [ramp(9)]*2, win_sz=3), ValueError, 'sequences of x differ in channels'),
+    (lambda: SequenceWindows([ramp(50,2), bad(1234, np.nan)], [ramp(50), ramp(5000)], win_sz=3), ValueError, r'x of sequence 1 is \[2468.0, nan\] at step 1234'),
+    (lambda: SequenceWindows(ramp(5000), bad(7, -np.inf), win_sz=3), ValueError, r'y of sequence 0 is \[14.0, -inf\] at step 7'),
+    (lambda: SequenceDataLoaders.from_arrays(ramp(99), ramp(99), win_sz=3, valid_pct=1.), ValueError, 'valid_pct is 1.0'),
+    (lambda: SequenceDataLoaders.from_arrays(ramp(99), ramp(99), win_sz=30), ValueError, 'win_sz is 30, but the longest sequence has 19'), # validation's
+    (lambda: SequenceDataLoaders.from_arrays(ramp(999), ramp(999), win_sz=30, sub_seq_len=31), ValueError, 'sub_seq_len is 31, but a window has 30 steps'),
+    (lambda: SequenceDataLoaders.from_arrays(ramp(999), ramp(999), win_sz=30, sub_seq_len=0), ValueError, 'sub_seq_len is 0'),
+])
+def test_wrong_data_is_refused(make, exc, message):
+    with pytest.raises(exc, match=message): make()
+
+
+def test_stats_are_those_of_every_step_once():
+    rng = np.random.default_rng(0)
+    xs = [1e6+rng.standard_normal((n,2)) for n in (70,300)]
+    mean,std = channel_stats([torch.from_numpy(x) for x in xs], block=64)
+    np.testing.assert_allclose(mean, np.concatenate(xs).mean(0), rtol=1e-12)
+    np.testing.assert_allclose(std, np.concatenate(xs).std(0), rtol=1e-9)
+
+
+@pytest.mark.parametrize('dt,label', [(None,'step'), (.01,'time [s]')])
+def test_plots_show_what_they_are_given(dt, label):
+    x,y,pred = torch.randn(5, 30, 2),torch.randn(5, 30, 1),torch.randn(5, 30, 1)
+    axs = plot_windows(x, y, pred, max_n=3, x_names=['u [V]'], y_names=['y [V]'], dt=dt)
+    assert axs.shape==(2,3) and axs[1,0].get_xlabel()==label and axs[0,0].get_ylabel()=='y [V]' and axs[1,0].get_ylabel()=='u [V]'
+    target,prediction = axs[0,2].lines
+    np.testing.assert_array_equal(target.get_ydata(), y[2,:,0])
+    np.testing.assert_array_equal(prediction.get_ydata(), pred[2,:,0])
+    np.testing.assert_allclose(prediction.get_xdata(), np.arange(30)*(dt or 1))
+    assert len(axs[1,2].lines)==2
