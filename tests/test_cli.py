@@ -1,0 +1,35 @@
+"The demo, as it is called from a shell"
+import subprocess, sys
+from pathlib import Path
+import pytest
+
+tbptt_demo = [sys.executable, '-W', 'ignore::FutureWarning', '-c', 'from tbptt_fastai.cli import tbptt_demo; tbptt_demo()']
+
+def demo(*args): return subprocess.run([*tbptt_demo, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def test_table_and_figure(tmp_path):
+    res = demo('--n_epoch', '1', '--stp_sz', '400', '--hidden_size', '4', '--rnn_type', 'gru', '--sub_seq_len', '150', '--seed', '3', '--out', 'figure.png')
+    assert res.returncode==0, res.stderr
+    assert (tmp_path/'figure.png').read_bytes().startswith(b'\x89PNG') and str(tmp_path/'figure.png') in res.stdout
+    header,full,tbptt = [line for line in res.stdout.splitlines() if line][-4:-1]
+    assert [o in header for o in ('valid loss [mV]', 'RMSE [mV]', 'seconds', 'steps/s', 'peak memory of a step [MiB]')]==[True]*5
+    assert full.startswith('full backpropagation') and tbptt.startswith('TBPTT, 150 steps')
+    memory_full,memory = (float(line.split()[-1]) for line in (full,tbptt))
+    assert memory_full/memory==pytest.approx(500/150, rel=.05)
+
+
+@pytest.mark.parametrize('args,message', [
+    (['--sub_seq_len', '501'], 'tbptt-demo: sub_seq_len is 501, but a window has 500 steps'),
+    (['--win_sz', '0'], 'tbptt-demo: win_sz is 0'),
+    (['--rnn_type', 'cnn'], 'invalid choice'),
+])
+def test_what_cannot_be_is_said_in_one_line(args, message):
+    res = demo(*args)
+    assert res.returncode and message in res.stderr and 'Traceback' not in res.stderr
+
+
+def test_the_recording(data_dir):
+    pytest.importorskip('nonlinear_benchmarks')
+    res = demo('--data', 'silverbox', '--path', str(data_dir/'nlb_cache'), '--n_epoch', '1', '--stp_sz', '1000', '--hidden_size', '4')
+    assert res.returncode==0, res.stderr
