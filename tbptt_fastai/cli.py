@@ -1,6 +1,8 @@
 "`tbptt-demo`: the same LSTM trained by full backpropagation and by TBPTT, side by side"
-import time
+import time, warnings
 from pathlib import Path
+
+warnings.filterwarnings('ignore', '.torch.jit.script. is deprecated', FutureWarning) # said to fastai, on import
 
 import matplotlib.pyplot as plt
 import pandas as pd

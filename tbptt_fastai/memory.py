@@ -10,16 +10,18 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-# %% ../nbs/08_memory.ipynb #de4c5236
+# %% ../nbs/08_memory.ipynb #826ad74a
 def activation_memory(
     model:nn.Module, # A model in any mode; its carried state is forgotten
     *xb, # Inputs of one training step: a sub-window, or a whole window
-)->int: # Bytes; of tensors that share memory, each part is counted once
+)->int: # Bytes; tensors that start at one address are counted once, as the largest of them
     "Bytes that autograd keeps from the forward pass of one training step until its backward pass, parameters not counted"
     params = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved,keep = {},[] # tensors are kept, so that no address is used twice
     def pack(t):
-        if t.untyped_storage().data_ptr() not in params: saved[t.data_ptr(),t.shape,t.stride()] = t.nbytes; keep.append(t)
+        if t.untyped_storage().data_ptr() not in params:
+            saved[t.data_ptr()] = max(t.nbytes, saved.get(t.data_ptr(), 0))
+            keep.append(t)
         return t
     training = model.training
     try:

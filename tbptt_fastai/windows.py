@@ -137,7 +137,7 @@ class SequenceWindows:
 
     def __repr__(self): return f'{type(self).__name__}: {len(self)} windows of {self.win_sz} steps, every {self.stp_sz}, over {len(self.arrays[0])} sequences'
 
-# %% ../nbs/03a_windows.ipynb #47e180b7
+# %% ../nbs/03a_windows.ipynb #c3a24a2f
 def _label(ax, names, i): ax.set_ylabel(names[i] if names and i<len(names) else '')
 
 def plot_windows(
@@ -156,8 +156,8 @@ def plot_windows(
     fig,axs = plt.subplots(rows, n, sharex='col', sharey='row', squeeze=False, figsize=figsize or (min(4*n, 14), 1.7*rows+.8), layout='constrained')
     time = np.arange(x.shape[1])*(dt or 1)
     for j in range(n):
-        if y is not None: axs[0,j].plot(time, y[j].float(), lw=1, color='C0')
-        if pred is not None: axs[0,j].plot(time, pred[j].float(), lw=1, color='C1', ls='--')
+        if y is not None: axs[0,j].plot(time, y[j].float(), lw=2.5 if pred is not None else 1, color='0.7' if pred is not None else 'C0')
+        if pred is not None: axs[0,j].plot(time, pred[j].float(), lw=1, color='C0')
         axs[-1,j].plot(time, x[j].float(), lw=.8, color='0.4')
         axs[-1,j].set_xlabel('time [s]' if dt else 'step')
     _label(axs[-1,0], x_names or ['input'], 0)
