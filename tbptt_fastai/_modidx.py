@@ -26,6 +26,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'tbptt_fastai/callback.py'),
                                        'tbptt_fastai.callback.TbpttResetCB.reset': ( 'callback.html#tbpttresetcb.reset',
                                                                                      'tbptt_fastai/callback.py'),
+                                       'tbptt_fastai.callback.TbpttResetCB.sub_window': ( 'callback.html#tbpttresetcb.sub_window',
+                                                                                          'tbptt_fastai/callback.py'),
                                        'tbptt_fastai.callback.resolve_sub_seq_len': ( 'callback.html#resolve_sub_seq_len',
                                                                                       'tbptt_fastai/callback.py')},
             'tbptt_fastai.data': { 'tbptt_fastai.data.SequenceDataLoaders': ('data.html#sequencedataloaders', 'tbptt_fastai/data.py'),

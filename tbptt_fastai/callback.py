@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['resolve_sub_seq_len', 'TbpttResetCB']
 
-# %% ../nbs/06_callback.ipynb #164029bd
+# %% ../nbs/06_callback.ipynb #7b600d7b
 import torch
 from fastai.callback.core import Callback
 from .loader import SubWindows, TbpttDL, check_sub_seq_len, cut_time, window_len
 from .rnn import StatefulRNN
-from .truncation import check_steps, fixed_truncation
+from .truncation import SubWindow, check_steps, fixed_truncation
 
-# %% ../nbs/06_callback.ipynb #da9f04e0
+# %% ../nbs/06_callback.ipynb #9e6d268c
 def resolve_sub_seq_len(
     sub_seq_len, # The learner's setting: a number of steps, `None` for the whole window, or 'dls'
     dl, # Training loader
 )->int|None:
     "The one length that loader and learner agree on; a `ValueError` if they do not"
+    while not isinstance(dl, TbpttDL) and 'dl' in getattr(dl, '__dict__', ()): dl = dl.dl # inside a view, or fastai's DistributedDL
     of_dl = dl.sub_seq_len if isinstance(dl, TbpttDL) else None
     if sub_seq_len=='dls': return of_dl
     if sub_seq_len is None: return None
@@ -26,7 +27,7 @@ def resolve_sub_seq_len(
         raise ValueError(f"sub_seq_len is {sub_seq_len} in the learner and {of_dl} in its training loader: give it once, or the same value twice.")
     return sub_seq_len
 
-# %% ../nbs/06_callback.ipynb #ab693c4f
+# %% ../nbs/06_callback.ipynb #32919df1
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -38,6 +39,7 @@ class TbpttResetCB(Callback):
 
     def check(self):
         "Refuse settings that contradict each other, the data or the model"
+        if len(self.learn._grab_cbs(TbpttResetCB))>1: raise ValueError("The learner has two TbpttResetCB: TbpttLearner adds one by itself. Remove yours, and give it sub_seq_len and n_skip.")
         dl = self.dls.train
         steps = resolve_sub_seq_len(self.sub_seq_len, dl)
         if getattr(dl, 'n', None)==0: return # an exported learner has no data
@@ -53,6 +55,11 @@ class TbpttResetCB(Callback):
     def before_validate(self): self.learn.dl = SubWindows(self.dl, None, self.n_skip)
 
     @property
+    def sub_window(self):
+        "What the batch is of its window; every batch of a loader that is not ours is a new window"
+        return self.dl.sub_window if isinstance(self.dl, SubWindows) else SubWindow(0, None, self.n_skip)
+
+    @property
     def _stateful(self):
         model = [self.model] if hasattr(self.model, 'reset') else []
         return model + [m for m in self.model.modules() if isinstance(m, StatefulRNN)]
@@ -63,25 +70,26 @@ class TbpttResetCB(Callback):
     after_train = after_fit = reset
 
     def before_batch(self):
-        if self.dl.sub_window.start==0: self.reset()
+        if self.sub_window.start==0: self.reset()
 
     def after_pred(self): self._skip_washout()
 
     def after_loss(self):
         if not self.training: return self._restore_washout()
-        if self.dl.sub_window.weight not in (0,1): self.learn.loss_grad = self.loss_grad*self.dl.sub_window.weight
+        if self.sub_window.weight not in (0,1): self.learn.loss_grad = self.loss_grad*self.sub_window.weight
         if self.loss.dtype==torch.float64: self.learn.loss = self.loss.float() # what Recorder smooths has to be float32
 
     def after_batch(self):
         if not self.training: self._skip_washout()
 
     def _skip_washout(self):
-        n_skip = self.dl.sub_window.loss_start-self.dl.sub_window.start
+        n_skip = self.sub_window.loss_start-self.sub_window.start
         if n_skip==0: return
-        self._whole,steps = (self.pred,self.yb),window_len(self.xb)
-        if n_skip<steps: self.learn.pred,self.learn.yb = cut_time(self._whole, slice(n_skip,None), steps)
+        whole,steps = (self.pred,self.yb),window_len(self.xb)
+        if not self.training: self._whole = whole
+        if n_skip<steps: self.learn.pred,self.learn.yb = cut_time(whole, slice(n_skip,None), steps)
         elif self.training: self.learn.yb = () # no target: fastai computes no loss and makes no step
         else: raise ValueError(f"n_skip is {n_skip}, a window to evaluate has {steps} steps: no step would count.")
 
     def _restore_washout(self):
-        if self.dl.sub_window.loss_start: self.learn.pred,self.learn.yb = self._whole
+        if self.sub_window.loss_start: self.learn.pred,self.learn.yb = self.__dict__.pop('_whole')

@@ -8,7 +8,7 @@ from fastai.callback.training import GradientClip
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import Adam
 from torch import nn
-from tbptt_fastai.callback import TbpttResetCB
+from tbptt_fastai.callback import TbpttResetCB, resolve_sub_seq_len
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, scaling_from_data
 from tbptt_fastai.loader import TbpttDL
@@ -116,3 +116,25 @@ def test_standardize_inverts():
     x = torch.randn(2, 5, 2)
     torch.testing.assert_close(scale.inverse(scale(x)), x)
     assert SequenceRNN(2, 2, hidden_size=3, scale_x=scale).state_dict()['scale_x.mean'].tolist()==[1,2]
+
+
+def test_two_callbacks_would_weigh_twice(dls):
+    with pytest.raises(ValueError, match='two TbpttResetCB'): TbpttLearner(dls, model(), cbs=TbpttResetCB())
+
+
+def test_a_wrapped_loader_is_still_cut(dls):
+    "fastai's DistributedDL, which is not a TbpttDL, keeps the one that it wraps as `dl`"
+    class Wrapper:
+        def __init__(self, dl): self.dl = dl
+    assert resolve_sub_seq_len('dls', Wrapper(Wrapper(dls.train)))==40
+    assert resolve_sub_seq_len('dls', [dls.one_batch()]) is None
+
+
+def test_a_single_batch_outside_of_a_loader_is_a_new_window(dls):
+    learn = TbpttLearner(dls, model())
+    learn.create_opt()
+    learn.dl,learn.training,learn.n_iter = dls.valid,False,1
+    x,y = dls.one_batch()
+    learn.model.train()(x[:,:40])
+    with learn.removed_cbs([o for o in learn.cbs if not isinstance(o, TbpttResetCB)]): learn.one_batch(0, (x,y))
+    torch.testing.assert_close(learn.pred, learn.model.eval()(x))
