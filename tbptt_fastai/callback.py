@@ -27,7 +27,7 @@ def resolve_sub_seq_len(
         raise ValueError(f"sub_seq_len is {sub_seq_len} in the learner and {of_dl} in its training loader: give it once, or the same value twice.")
     return sub_seq_len
 
-# %% ../nbs/06_callback.ipynb #32919df1
+# %% ../nbs/06_callback.ipynb #608eba28
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -67,7 +67,7 @@ class TbpttResetCB(Callback):
     def reset(self):
         "Forget every carried state"
         for m in self._stateful: m.reset()
-    after_train = after_fit = reset
+    after_fit = reset
 
     def before_batch(self):
         if self.sub_window.start==0: self.reset()

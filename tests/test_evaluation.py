@@ -3,7 +3,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.hook import summary
 from fastai.callback.schedule import combined_cos
 from fastai.interpret import Interpretation
@@ -150,6 +150,12 @@ def test_an_interrupted_fit_leaves_nothing_behind(data, exc):
     quiet_fit(fresh, 2)
     quiet_fit(stopped, 2)
     for a,b in zip(fresh.model.parameters(), stopped.model.parameters()): assert torch.equal(a, b)
+
+
+def test_a_cancelled_fit_keeps_no_state(data):
+    learn = learner(data)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop(7, CancelFitException()))
+    assert learn.model.rnn.state is None
 
 
 def test_evaluation_between_epochs_changes_nothing(data):
