@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['resolve_sub_seq_len', 'TbpttResetCB']
 
-# %% ../nbs/06_callback.ipynb #7b600d7b
+# %% ../nbs/06_callback.ipynb #3b0fe199
 import torch
 from fastai.callback.core import Callback
+from .carry import carry_state, recurrent_layers
 from .loader import SubWindows, TbpttDL, check_sub_seq_len, cut_time, window_len
-from .rnn import StatefulRNN
+from .rnn import StatefulRNN, refuse_bidirectional
 from .truncation import SubWindow, check_steps, fixed_truncation
 
 # %% ../nbs/06_callback.ipynb #9e6d268c
@@ -27,7 +28,7 @@ def resolve_sub_seq_len(
         raise ValueError(f"sub_seq_len is {sub_seq_len} in the learner and {of_dl} in its training loader: give it once, or the same value twice.")
     return sub_seq_len
 
-# %% ../nbs/06_callback.ipynb #608eba28
+# %% ../nbs/06_callback.ipynb #f78cdb5e
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -35,7 +36,7 @@ class TbpttResetCB(Callback):
         sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: the whole window; 'dls': as the training loader says
         n_skip:int=0, # Washout: first steps of each window that count neither in loss nor in metrics
     ):
-        self.sub_seq_len,self.n_skip = sub_seq_len,check_steps('n_skip', n_skip, least=0)
+        self.sub_seq_len,self.n_skip,self._carried = sub_seq_len,check_steps('n_skip', n_skip, least=0),None
 
     def check(self):
         "Refuse settings that contradict each other, the data or the model"
@@ -46,10 +47,24 @@ class TbpttResetCB(Callback):
         if self.n_skip: fixed_truncation(SubWindows(dl).win_sz, steps, self.n_skip)
         if steps is None: return
         check_sub_seq_len(dl, steps)
-        if not self._stateful: raise ValueError(
-            f"{type(self.model).__name__} has no StatefulRNN, so no state would be carried from one sub-window to the next. Wrap its recurrent "
-            "layers in StatefulRNN, give the model a `reset()` if it carries a state by itself, or use sub_seq_len=None.")
+        layers = recurrent_layers(self.model)
+        for layer,name in layers.items(): refuse_bidirectional(layer, name)
+        if not (layers or self._stateful): raise ValueError(
+            f"{type(self.model).__name__} has no recurrent layer and no StatefulRNN, so no state would be carried from one sub-window to the next. Wrap its module "
+            "with a state in StatefulRNN, give the model a `reset()` if it carries a state by itself, or use sub_seq_len=None.")
     after_create = before_fit = check
+
+    def before_epoch(self):
+        "The next run over the batches, which is this epoch's training, happens within `carry_state`"
+        if resolve_sub_seq_len(self.sub_seq_len, self.dls.train) is None: return
+        learn = self.learn
+        def carrying():
+            del learn.all_batches # back to the method
+            if self.learn is not learn: return learn.all_batches() # this callback was removed
+            try:
+                with carry_state(learn.model) as self._carried: learn.all_batches()
+            finally: self._carried = None
+        learn.all_batches = carrying
 
     def before_train(self): self.learn.dl = SubWindows(self.dl, resolve_sub_seq_len(self.sub_seq_len, self.dl), self.n_skip)
     def before_validate(self): self.learn.dl = SubWindows(self.dl, None, self.n_skip)
@@ -67,12 +82,16 @@ class TbpttResetCB(Callback):
     def reset(self):
         "Forget every carried state"
         for m in self._stateful: m.reset()
-    after_fit = reset
+        if self._carried is not None: self._carried.reset()
 
     def before_batch(self):
         if self.sub_window.start==0: self.reset()
 
-    def after_pred(self): self._skip_washout()
+    def after_pred(self):
+        if self.training and self._carried is not None and not (self._stateful or self._carried.carrying): raise ValueError(
+            f"{type(self.model).__name__} gives its recurrent layers ({', '.join(self._carried.layers.values())}) a state of its own in every call, so none is carried from one sub-window to "
+            "the next. Call them without a state, or give the model a `reset()` if it carries one by itself.")
+        self._skip_washout()
 
     def after_loss(self):
         if not self.training: return self._restore_washout()

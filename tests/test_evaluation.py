@@ -140,6 +140,7 @@ def test_an_interrupted_fit_leaves_nothing_behind(data, exc):
     stopped.add_cb(Stop(7, exc)) # the second sub-window of the second batch
     with pytest.raises(type(exc)), stopped.no_bar(), stopped.no_logging(): stopped.fit(1, 0.)
     stopped.remove_cb(Stop)
+    assert stopped.model.rnn.state is None and not stopped.model._forward_pre_hooks and 'all_batches' not in vars(stopped)
     for learn in (fresh, stopped): learn.model.load_state_dict(weights)
     with fresh.no_bar(), stopped.no_bar(): assert list(stopped.validate())==list(fresh.validate())
     copy.deepcopy(stopped.model)

@@ -75,7 +75,7 @@ def test_classes_per_step_with_a_loss_of_their_own(signals):
     (lambda dls: TbpttLearner(dls, model(), sub_seq_len='forty'), TypeError, "sub_seq_len is 'forty'"),
     (lambda dls: TbpttLearner(dls, model(), n_skip=100), ValueError, 'n_skip is 100, the window has 100 steps'),
     (lambda dls: TbpttLearner(dls, model(), n_skip=-1), ValueError, 'n_skip is -1'),
-    (lambda dls: TbpttLearner(dls, nn.Linear(2, 1)), ValueError, 'Linear has no StatefulRNN'),
+    (lambda dls: TbpttLearner(dls, nn.Linear(2, 1)), ValueError, 'Linear has no recurrent layer and no StatefulRNN'),
     (lambda dls: RNNLearner(dls, rnn_type='transformer'), ValueError, r"rnn_type is 'transformer'; expected one of \['rnn', 'gru', 'lstm'\]"),
     (lambda dls: TbpttLearner(dls, model(), rnn_type='gru'), TypeError, 'rnn_type'),
     (lambda dls: RNNLearner(dls, hidden=3), TypeError, 'hidden'),
