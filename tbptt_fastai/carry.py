@@ -18,7 +18,7 @@ def recurrent_layers(
     wrapped = {inner for m in model.modules() if isinstance(m, StatefulRNN) for inner in m.modules()}
     return {m:name for name,m in model.named_modules() if isinstance(m, nn.RNNBase) and m not in wrapped}
 
-# %% ../nbs/01b_carry.ipynb #b18012b7
+# %% ../nbs/01b_carry.ipynb #f69186bb
 class carry_state:
     "Context within which recurrent layers that are called without a state start from the one they ended in, detached"
     def __init__(self,
@@ -54,7 +54,7 @@ class carry_state:
     def _start_pass(self, *args): self.carrying,self._own = set(),set() # layers called in this forward pass without a state, and with one of the model's own
 
     def _before(self, layer, args, kwargs):
-        if self.model.training==self.evaluation: return
+        if self.model.training==self.evaluation or layer not in self.layers: return
         x = args[0] if args else kwargs['input']
         own = args[1] if len(args)>1 else kwargs.get('hx')
         if layer in self.carrying or layer in self._own and own is None:

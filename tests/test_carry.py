@@ -1,0 +1,205 @@
+"Plain layers inside a model of the user's carry their state while training, and the model stays what it was"
+import copy, io
+from functools import partial
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback # with it comes Learner.no_bar
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import set_seed
+from torch import nn
+from reference import shuffled_epochs, train_tbptt, windows_by_hand
+from tbptt_fastai.callback import TbpttResetCB
+from tbptt_fastai.carry import carry_state
+from tbptt_fastai.rnn import StatefulRNN
+
+SEED,N_EPOCH,LR,WIN,SUB,BS = 3,2,1e-2,120,50,5
+adam = partial(OptimWrapper, opt=torch.optim.Adam)
+
+
+class Plain(nn.Module):
+    "A model as people write it"
+    def __init__(self, rnn=None, head=None):
+        super().__init__()
+        self.rnn,self.head = rnn or nn.LSTM(2, 6, batch_first=True),head or nn.Linear(6, 1)
+    def forward(self, x):
+        out,_ = self.rnn(x)
+        return self.head(out)
+
+class HidesKeyword(Plain):
+    def forward(self, x): return self.head(self.rnn(input=x, hx=None)[0])
+
+class OwnZeros(Plain):
+    def forward(self, x): return self.head(self.rnn(x, (x.new_zeros(1, len(x), 6), x.new_zeros(1, len(x), 6)))[0])
+
+class TwoRoles(nn.Module):
+    "An encoder that carries, and a decoder that gets its state from the encoder"
+    def __init__(self):
+        super().__init__()
+        self.enc,self.dec,self.out = nn.GRU(2, 4, batch_first=True),nn.GRU(2, 4, batch_first=True),nn.Linear(4, 1)
+    def forward(self, x):
+        out,h = self.enc(x)
+        return self.out(out+self.dec(x, h)[0])
+
+class StepByStep(Plain):
+    "Only the first call has no state: which of its states to keep cannot be known"
+    def forward(self, x):
+        h,out = None,[]
+        for x_t in x.split(1, dim=1):
+            o,h = self.rnn(x_t, h)
+            out.append(o)
+        return self.head(torch.cat(out, 1))
+
+class Packed(Plain):
+    def forward(self, x):
+        packed = nn.utils.rnn.pack_padded_sequence(x, [x.shape[1]]*len(x), batch_first=True)
+        return self.head(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
+@pytest.fixture
+def xy(signals): return windows_by_hand(*map(torch.from_numpy, signals), WIN, 60)
+
+def learner(xy, model, **kwargs):
+    set_seed(SEED)
+    dls = DataLoaders(*(TfmdDL(list(zip(*xy)), bs=BS, shuffle=shuffle, num_workers=0) for shuffle in (True,False)))
+    return Learner(dls, model, loss_func=nn.functional.l1_loss, opt_func=adam, cbs=TbpttResetCB(SUB), **kwargs)
+
+def fit(learn, n=N_EPOCH, lr=LR):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, lr)
+
+def assert_clean(model, keys):
+    "No hook, no state, no attribute is left"
+    for m in model.modules():
+        assert not (m._forward_hooks or m._forward_pre_hooks or m._forward_pre_hooks_with_kwargs or m._forward_hooks_with_kwargs)
+        assert not isinstance(vars(m).get('_state'), (torch.Tensor,tuple)) and 'forward' not in vars(m) and 'carry_in_evaluation' not in vars(m)
+    assert list(model.state_dict())==keys
+
+
+@pytest.mark.parametrize('kind', [Plain, HidesKeyword])
+@pytest.mark.parametrize('rnn', [partial(nn.LSTM, num_layers=2), nn.GRU, nn.RNN])
+def test_one_line_on_a_learner_equals_the_loop_by_hand(xy, rnn, kind):
+    torch.manual_seed(0)
+    model = kind(rnn(2, 6, batch_first=True))
+    by_hand,keys = copy.deepcopy(model),list(model.state_dict())
+    fit(learner(xy, model))
+    train_tbptt(by_hand.rnn, by_hand.head, *xy, shuffled_epochs(len(xy[0]), BS, N_EPOCH, SEED), SUB, LR, nn.functional.l1_loss)
+    for a,b in zip(model.parameters(), by_hand.parameters()): assert torch.equal(a, b)
+    assert_clean(model, keys)
+
+
+def test_a_layer_with_a_state_of_its_own_is_left_alone(xy):
+    torch.manual_seed(0)
+    model = TwoRoles()
+    x,seen = torch.randn(4, 100, 2),[]
+    model.dec.register_forward_pre_hook(lambda m,args: seen.append(args[1].clone()))
+    enc = copy.deepcopy(model.enc)
+    with carry_state(model):
+        for part in x.split(50, dim=1): model(part)
+    h1 = enc(x[:,:50])[1]
+    torch.testing.assert_close(seen, [h1, enc(x[:,50:], h1)[1]])
+
+
+@pytest.mark.parametrize('model,exc,message', [
+    (OwnZeros, ValueError, r'OwnZeros gives its recurrent layers \(rnn\) a state of its own'),
+    (StepByStep, ValueError, 'LSTM rnn is called twice in one forward pass'),
+    (Packed, TypeError, 'not over a PackedSequence'),
+    (partial(Plain, nn.GRU(2, 3, bidirectional=True, batch_first=True)), ValueError, r'GRU \(rnn\) is bidirectional'),
+])
+def test_what_cannot_be_carried_is_refused_before_anything_is_learned(xy, model, exc, message):
+    model = model()
+    keys,before = list(model.state_dict()),copy.deepcopy(model.state_dict())
+    with pytest.raises(exc, match=message):
+        learn = learner(xy, model)
+        fit(learn)
+    assert_clean(model, keys)
+    for k,v in model.state_dict().items(): assert torch.equal(v, before[k])
+
+
+@pytest.mark.parametrize('model', [StepByStep, Packed, OwnZeros])
+def test_full_backpropagation_takes_any_model(xy, model):
+    learn = learner(xy, model())
+    learn.tbptt_reset_cb.sub_seq_len = None
+    fit(learn, 1)
+    assert len(learn.recorder.losses)==len(learn.dls.train)
+
+
+class Breaks(Plain):
+    "Fails in the middle of its forward pass, with the hooks in place"
+    fail_at,calls = None,0
+    def forward(self, x):
+        out,_ = self.rnn(x)
+        self.calls += self.training
+        if self.calls==self.fail_at: raise self.exc
+        return self.head(out)
+
+@pytest.mark.parametrize('exc', [KeyboardInterrupt('stop'), RuntimeError('in the model')])
+def test_a_failing_model_is_left_as_it_was(xy, exc):
+    model = Breaks()
+    keys,start = list(model.state_dict()),copy.deepcopy(model.state_dict())
+    learn = learner(xy, model)
+    model.fail_at,model.exc = 5,exc
+    with pytest.raises(type(exc)): fit(learn, 1, 0.)
+    assert_clean(model, keys)
+    assert 'all_batches' not in vars(learn)
+    model.fail_at = None
+    model.load_state_dict(start)
+    fresh = learner(xy, copy.deepcopy(model))
+    with fresh.no_bar(), learn.no_bar(): assert list(learn.validate())==list(fresh.validate())
+    fit(fresh)
+    learn.dls,learn.opt = learner(xy, model).dls,None
+    fit(learn)
+    for a,b in zip(model.parameters(), fresh.model.parameters()): assert torch.equal(a, b)
+
+
+def test_a_copy_made_in_mid_fit_carries_nothing(xy):
+    class Copy(Callback):
+        order = 99
+        def after_batch(self):
+            if self.training: self.learn.copied = copy.deepcopy(self.model)
+    learn = learner(xy, Plain())
+    learn.add_cb(Copy())
+    fit(learn, 1)
+    x = torch.randn(4, 20, 2)
+    first = learn.copied.train()(x)
+    assert torch.equal(learn.copied(x), first)
+
+
+def test_saved_files_are_those_of_the_plain_model(xy, tmp_path):
+    "... in size, in content, and they load where this package is not installed"
+    def saved(model):
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        return buffer.getvalue()
+    model = Plain()
+    size = len(saved(model))
+    fit(learner(xy, model), 1)
+    data = saved(model)
+    assert len(data)==size and b'tbptt_fastai' not in data
+
+
+def test_a_removed_callback_is_gone(xy):
+    learn = learner(xy, Plain())
+    class Fail(Callback):
+        order = 13
+        def before_train(self): raise RuntimeError('before the first batch')
+    learn.add_cb(Fail())
+    with pytest.raises(RuntimeError): fit(learn, 1)
+    learn.remove_cbs([Fail, TbpttResetCB])
+    calls = []
+    learn.model.rnn.register_forward_pre_hook(lambda m,args: calls.append(len(args)))
+    fit(learn, 1)
+    assert set(calls)=={1} and len(learn.recorder.losses)==len(learn.dls.train)
+
+
+def test_evaluation_in_pieces_leaves_the_training_state_alone():
+    model,x = nn.Sequential(StatefulRNN(nn.GRU(2, 3, batch_first=True)), Plain(nn.LSTM(3, 6, batch_first=True))),torch.randn(2, 30, 2)
+    whole = model.eval()(x)
+    model.train()(x)
+    state = model[0].state.clone()
+    model.eval()
+    with carry_state(model, evaluation=True): parts = torch.cat([model(o) for o in x.split(7, dim=1)], 1)
+    torch.testing.assert_close(parts, whole)
+    assert torch.equal(model[0].state, state)
+    torch.testing.assert_close(model(x), whole)
