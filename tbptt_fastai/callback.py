@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['resolve_sub_seq_len', 'TbpttResetCB']
 
-# %% ../nbs/06_callback.ipynb #3b0fe199
+# %% ../nbs/06_callback.ipynb #e16f8763
 import torch
 from fastai.callback.core import Callback
 from .carry import carry_state, recurrent_layers
 from .loader import SubWindows, TbpttDL, check_sub_seq_len, cut_time, window_len
 from .rnn import StatefulRNN, refuse_bidirectional
-from .truncation import SubWindow, check_steps, fixed_truncation
+from .truncation import SubWindow, check_steps
 
 # %% ../nbs/06_callback.ipynb #9e6d268c
 def resolve_sub_seq_len(
@@ -28,7 +28,7 @@ def resolve_sub_seq_len(
         raise ValueError(f"sub_seq_len is {sub_seq_len} in the learner and {of_dl} in its training loader: give it once, or the same value twice.")
     return sub_seq_len
 
-# %% ../nbs/06_callback.ipynb #f78cdb5e
+# %% ../nbs/06_callback.ipynb #28968316
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -44,9 +44,8 @@ class TbpttResetCB(Callback):
         dl = self.dls.train
         steps = resolve_sub_seq_len(self.sub_seq_len, dl)
         if getattr(dl, 'n', None)==0: return # an exported learner has no data
-        if self.n_skip: fixed_truncation(SubWindows(dl).win_sz, steps, self.n_skip)
+        check_sub_seq_len(dl, steps, self.n_skip)
         if steps is None: return
-        check_sub_seq_len(dl, steps)
         layers = recurrent_layers(self.model)
         for layer,name in layers.items(): refuse_bidirectional(layer, name)
         if not (layers or self._stateful): raise ValueError(
@@ -99,7 +98,10 @@ class TbpttResetCB(Callback):
         if self.loss.dtype==torch.float64: self.learn.loss = self.loss.float() # what Recorder smooths has to be float32
 
     def after_batch(self):
-        if not self.training: self._skip_washout()
+        if not self.training: return self._skip_washout()
+        if not isinstance(self.dl, SubWindows): return
+        n,n_first = len(self.dl.plan),self.n_iter//self.dl.n_windows
+        if n!=n_first: self.learn.pct_train += (n_first/n-1)/(self.n_iter*self.n_epoch) # fastai counts on windows as long as the first
 
     def _skip_washout(self):
         n_skip = self.sub_window.loss_start-self.sub_window.start

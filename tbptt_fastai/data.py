@@ -23,7 +23,7 @@ def split_by_time(
     cuts = [(s, len(s)-int(len(s)*valid_pct)) for s in seqs]
     return [s[:n] for s,n in cuts],[s[n:] for s,n in cuts]
 
-# %% ../nbs/03c_data.ipynb #fc35de57
+# %% ../nbs/03c_data.ipynb #f6f886be
 class SequenceDataLoaders(DataLoaders):
     "`DataLoaders` of windows over long sequences"
     @classmethod
@@ -57,6 +57,6 @@ class SequenceDataLoaders(DataLoaders):
         train_ds = SequenceWindows(x, y, win_sz, stp_sz, **names)
         valid_ds = SequenceWindows(*valid, win_sz, valid_stp_sz, **names)
         train = TbpttDL(train_ds, bs=bs, sub_seq_len=sub_seq_len, shuffle=shuffle, num_workers=num_workers, **kwargs)
-        check_sub_seq_len(train)
+        check_sub_seq_len(train, train.sub_seq_len)
         return cls(train, train.new(valid_ds, bs=val_bs or bs, sub_seq_len=None, shuffle=False, drop_last=False),
                    path=path, device=default_device() if device is None else device)

@@ -87,8 +87,8 @@ def test_batches_of_any_form():
     x,static,typed = torch.zeros(2,6,3),torch.zeros(2,4),TensorBase(torch.zeros(2,6))
     cut = cut_time(dict(x=(x,static), y=[typed,None,5]), slice(2,4), 6)
     assert cut['x'][0].shape==(2,2,3) and cut['x'][1] is static and cut['y'][0].shape==(2,2) and type(cut['y'][0]) is TensorBase and cut['y'][1:]==[None,5]
-    with pytest.raises(ValueError, match=r'first tensor is of shape \(2,\)'): window_len((torch.zeros(2),))
-    with pytest.raises(ValueError, match='first tensor is missing'): window_len(('a',))
+    with pytest.raises(ValueError, match=r'first array is of shape \(2,\)'): window_len((torch.zeros(2),))
+    with pytest.raises(ValueError, match='first array is missing'): window_len(('a',))
 
 
 def test_pinned_device_and_a_view_of_a_view():
