@@ -5,12 +5,16 @@
 # %% auto #0
 __all__ = ['resolve_sub_seq_len', 'TbpttResetCB']
 
-# %% ../nbs/06_callback.ipynb #e16f8763
+# %% ../nbs/06_callback.ipynb #d7ebb580
 import torch
 from fastai.callback.core import Callback
+from fastai.torch_core import TensorBase, cast, find_bs, find_device, to_device
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .carry import carry_state, recurrent_layers
-from .loader import SubWindows, TbpttDL, check_sub_seq_len, cut_time, window_len
+from .loader import SubWindows, TbpttDL, check_sub_seq_len
 from .rnn import StatefulRNN, refuse_bidirectional
+from .state import state_batch_size
 from .truncation import SubWindow, check_steps
 
 # %% ../nbs/06_callback.ipynb #9e6d268c
@@ -28,27 +32,29 @@ def resolve_sub_seq_len(
         raise ValueError(f"sub_seq_len is {sub_seq_len} in the learner and {of_dl} in its training loader: give it once, or the same value twice.")
     return sub_seq_len
 
-# %% ../nbs/06_callback.ipynb #28968316
+# %% ../nbs/06_callback.ipynb #cd719f39
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
     def __init__(self,
         sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: the whole window; 'dls': as the training loader says
         n_skip:int=0, # Washout: first steps of each window that count neither in loss nor in metrics
+        timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those that are as long as the first
     ):
-        self.sub_seq_len,self.n_skip,self._carried = sub_seq_len,check_steps('n_skip', n_skip, least=0),None
+        self.sub_seq_len,self.n_skip,self.timed = sub_seq_len,check_steps('n_skip', n_skip, least=0),timed
+        self._carried = None
 
     def check(self):
         "Refuse settings that contradict each other, the data or the model"
         if len(self.learn._grab_cbs(TbpttResetCB))>1: raise ValueError("The learner has two TbpttResetCB: TbpttLearner adds one by itself. Remove yours, and give it sub_seq_len and n_skip.")
-        dl = self.dls.train
-        steps = resolve_sub_seq_len(self.sub_seq_len, dl)
-        if getattr(dl, 'n', None)==0: return # an exported learner has no data
-        check_sub_seq_len(dl, steps, self.n_skip)
+        train,*others = self.dls.loaders
+        steps = resolve_sub_seq_len(self.sub_seq_len, train)
+        check_sub_seq_len(train, steps, self.n_skip, self.timed)
+        for dl in others: check_sub_seq_len(dl, None, self.n_skip, self.timed)
         if steps is None: return
         layers = recurrent_layers(self.model)
         for layer,name in layers.items(): refuse_bidirectional(layer, name)
-        if not (layers or self._stateful): raise ValueError(
+        if not (layers or self._rnns or hasattr(self.model, 'reset')): raise ValueError(
             f"{type(self.model).__name__} has no recurrent layer and no StatefulRNN, so no state would be carried from one sub-window to the next. Wrap its module "
             "with a state in StatefulRNN, give the model a `reset()` if it carries a state by itself, or use sub_seq_len=None.")
     after_create = before_fit = check
@@ -65,36 +71,56 @@ class TbpttResetCB(Callback):
             finally: self._carried = None
         learn.all_batches = carrying
 
-    def before_train(self): self.learn.dl = SubWindows(self.dl, resolve_sub_seq_len(self.sub_seq_len, self.dl), self.n_skip)
-    def before_validate(self): self.learn.dl = SubWindows(self.dl, None, self.n_skip)
+    def before_train(self):
+        self.learn.dl = SubWindows(self.dl, resolve_sub_seq_len(self.sub_seq_len, self.dl), self.n_skip, self.timed)
+        if self.dl.n_windows==0: raise ValueError(f"The training loader has no batches: {getattr(self.dl, 'n', 0)} windows, bs={getattr(self.dl, 'bs', None)}, drop_last={getattr(self.dl, 'drop_last', None)}.")
+
+    def before_validate(self): self.learn.dl = SubWindows(self.dl, None, self.n_skip, self.timed)
 
     @property
     def sub_window(self):
         "What the batch is of its window; every batch of a loader that is not ours is a new window"
-        return self.dl.sub_window if isinstance(self.dl, SubWindows) else SubWindow(0, None, self.n_skip)
+        return self.dl.sub_window if isinstance(self.dl, SubWindows) else SubWindow(0, None, 0)
 
     @property
-    def _stateful(self):
-        model = [self.model] if hasattr(self.model, 'reset') else []
-        return model + [m for m in self.model.modules() if isinstance(m, StatefulRNN)]
+    def _rnns(self): return [m for m in self.model.modules() if isinstance(m, StatefulRNN)]
 
     def reset(self):
         "Forget every carried state"
-        for m in self._stateful: m.reset()
+        if hasattr(self.model, 'reset'): self.model.reset()
+        for m in self._rnns: m.reset()
         if self._carried is not None: self._carried.reset()
+    after_fit = reset
 
     def before_batch(self):
-        if self.sub_window.start==0: self.reset()
+        if isinstance(self.dl, SubWindows) and not self.dl.is_first: return
+        if self.training or not self._rnns: self.reset() # a StatefulRNN starts evaluation from the initial state by itself, and keeps that of the training
+        if self.training and isinstance(self.dl, SubWindows): self._warm_up()
+
+    def _warm_up(self):
+        "Bring the state to the first sub-window that has a loss; the steps before it get no gradient"
+        with torch.no_grad():
+            for xb in self.dl.warm_up: self.model(*to_device(tree_map(lambda o: cast(o, Tensor) if isinstance(o, TensorBase) else o, xb), find_device(self.xb)))
 
     def after_pred(self):
-        if self.training and self._carried is not None and not (self._stateful or self._carried.carrying): raise ValueError(
+        if self._carried is not None and self.training and self.dl.is_first: self._check_carried()
+        self._skip_washout()
+
+    def _check_carried(self):
+        "Refuse a model whose state cannot be that of its windows, before it learns anything"
+        states = {**{m.rnn:m.state for m in self._rnns}, **self._carried.states}
+        if not (states or hasattr(self.model, 'reset')): raise ValueError(
             f"{type(self.model).__name__} gives its recurrent layers ({', '.join(self._carried.layers.values())}) a state of its own in every call, so none is carried from one sub-window to "
             "the next. Call them without a state, or give the model a `reset()` if it carries one by itself.")
-        self._skip_washout()
+        bs,steps = find_bs(self.xb),self.sub_window.stop-self.sub_window.start
+        for layer,state in states.items():
+            if isinstance(layer, nn.RNNBase) and not layer.batch_first and bs!=steps==state_batch_size(state, 1):
+                raise ValueError(f"{layer} took the {steps} steps for a batch, and the {bs} windows for steps: it has batch_first=False, the data is (batch, time, ...). Use batch_first=True.")
 
     def after_loss(self):
         if not self.training: return self._restore_washout()
-        if self.sub_window.weight not in (0,1): self.learn.loss_grad = self.loss_grad*self.sub_window.weight
+        if not len(self.yb): return # no targets, no loss
+        if self.sub_window.weight!=1 and getattr(self.loss_func, 'reduction', 'mean')!='sum': self.learn.loss_grad = self.loss_grad*self.sub_window.weight
         if self.loss.dtype==torch.float64: self.learn.loss = self.loss.float() # what Recorder smooths has to be float32
 
     def after_batch(self):
@@ -105,12 +131,13 @@ class TbpttResetCB(Callback):
 
     def _skip_washout(self):
         n_skip = self.sub_window.loss_start-self.sub_window.start
-        if n_skip==0: return
-        whole,steps = (self.pred,self.yb),window_len(self.xb)
-        if not self.training: self._whole = whole
-        if n_skip<steps: self.learn.pred,self.learn.yb = cut_time(whole, slice(n_skip,None), steps)
-        elif self.training: self.learn.yb = () # no target: fastai computes no loss and makes no step
-        else: raise ValueError(f"n_skip is {n_skip}, a window to evaluate has {steps} steps: no step would count.")
+        if n_skip==0 or not any(self.dl.window.targets_timed): return
+        steps = self.sub_window.stop-self.sub_window.start
+        if n_skip==steps: raise ValueError(f"n_skip is {self.n_skip}, a window to evaluate has {steps} steps: no step would count.")
+        if not self.training: self._whole = self.pred,self.yb
+        targets,form = tree_flatten(self.yb)
+        self.learn.pred = tree_map(lambda o: o[:,n_skip:] if isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==steps else o, self.pred)
+        self.learn.yb = tree_unflatten([o[:,n_skip:] if timed else o for o,timed in zip(targets, self.dl.window.targets_timed)], form)
 
     def _restore_washout(self):
-        if self.sub_window.loss_start: self.learn.pred,self.learn.yb = self.__dict__.pop('_whole')
+        if '_whole' in vars(self): self.learn.pred,self.learn.yb = vars(self).pop('_whole')

@@ -18,7 +18,7 @@ def recurrent_layers(
     wrapped = {inner for m in model.modules() if isinstance(m, StatefulRNN) for inner in m.modules()}
     return {m:name for name,m in model.named_modules() if isinstance(m, nn.RNNBase) and m not in wrapped}
 
-# %% ../nbs/01b_carry.ipynb #f69186bb
+# %% ../nbs/01b_carry.ipynb #af3be0ea
 class carry_state:
     "Context within which recurrent layers that are called without a state start from the one they ended in, detached"
     def __init__(self,
@@ -27,14 +27,15 @@ class carry_state:
     ):
         self.model,self.evaluation,self.layers = model,evaluation,recurrent_layers(model)
         for layer,name in self.layers.items(): refuse_bidirectional(layer, name)
-        self._stateful = [m for m in model.modules() if isinstance(m, StatefulRNN)]
-        self._states,self._hooks,self._kept = {},[],{}
+        self._stateful = {m:name for name,m in model.named_modules() if isinstance(m, StatefulRNN)}
+        self.states,self._hooks,self._kept = {},[],{} # states: of the plain layers, as carried so far
         self._start_pass()
 
     def __enter__(self):
         self._hooks.append(self.model.register_forward_pre_hook(self._start_pass))
         for layer in self.layers:
             self._hooks += [layer.register_forward_pre_hook(self._before, with_kwargs=True), layer.register_forward_hook(self._after)]
+        for m in self._stateful: self._hooks.append(m.register_forward_pre_hook(self._before_stateful))
         if self.evaluation:
             for m in self._stateful: self._kept[m],m._state,m.carry_in_evaluation = m._state,None,True
         return self
@@ -48,7 +49,7 @@ class carry_state:
 
     def reset(self):
         "Forget every state: a new window starts"
-        self._states.clear()
+        self.states.clear()
         for m in self._stateful: m.reset()
 
     def _start_pass(self, *args): self.carrying,self._own = set(),set() # layers called in this forward pass without a state, and with one of the model's own
@@ -57,16 +58,23 @@ class carry_state:
         if self.model.training==self.evaluation or layer not in self.layers: return
         x = args[0] if args else kwargs['input']
         own = args[1] if len(args)>1 else kwargs.get('hx')
-        if layer in self.carrying or layer in self._own and own is None:
-            raise ValueError(f"{type(layer).__name__} {self.layers[layer]} is called twice in one forward pass: which of its states belongs to the next sub-window is not "
-                             "defined. Give it its state in every call, or use a StatefulRNN for each of its roles.")
+        if layer in self.carrying or layer in self._own and own is None: self._refuse_second_call(layer, self.layers[layer])
         (self.carrying if own is None else self._own).add(layer)
         if own is not None: return
-        state = self._states.get(layer)
+        state = self.states.get(layer)
         check_carried(layer, x, state)
         return (x,state),{}
 
+    def _before_stateful(self, rnn, args):
+        if self.model.training==self.evaluation or rnn not in self._stateful: return
+        if rnn in self.carrying: self._refuse_second_call(rnn, self._stateful[rnn])
+        self.carrying.add(rnn)
+
+    def _refuse_second_call(self, layer, name):
+        raise ValueError(f"{type(layer).__name__} {name} is called twice in one forward pass: which of its states belongs to the next sub-window is not "
+                         "defined. Use one layer for each of its roles, or give it a state of your own in every call.")
+
     def _after(self, layer, args, output):
-        if self.model.training!=self.evaluation and layer in self.carrying: self._states[layer] = detach_state(output[1])
+        if self.model.training!=self.evaluation and layer in self.carrying: self.states[layer] = detach_state(output[1])
 
     def __deepcopy__(self, memo): return type(self)(nn.Module(), self.evaluation) # hooks copied with a model find no layer of theirs

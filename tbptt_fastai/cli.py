@@ -17,6 +17,7 @@ from tbptt_fastai.learner import RNNLearner
 from tbptt_fastai.memory import activation_memory
 from tbptt_fastai.metrics import fun_rmse
 from tbptt_fastai.rnn import rnn_types
+from tbptt_fastai.truncation import check_steps
 
 Data = str_enum('Data', 'duffing', 'silverbox')
 RNN = str_enum('RNN', *rnn_types)
@@ -59,14 +60,19 @@ def plot(learners, path):
 
 
 def compare(data, path, n_epoch, lr, seed, out, rnn, **windows):
-    "Train both ways, draw the figure, print the table"
+    "Train both ways, print the table, draw the figure"
+    check_steps('n_epoch', n_epoch)
+    if not lr>0: raise ValueError(f"lr is {lr}; expected a learning rate above 0.")
+    if not Path(out).resolve().parent.is_dir(): raise ValueError(f"out is {out}, in a folder that does not exist.")
+    if Path(out).suffix[1:] not in plt.gcf().canvas.get_supported_filetypes(): raise ValueError(f"out is {out}; expected a name that ends in .png, .svg or .pdf.")
     dls = create_dls_duffing(seed=seed, **windows) if data=='duffing' else create_dls_silverbox(path=path, **windows)
     learners,rows = {},{}
     for name,steps in (('full backpropagation',None), (f'TBPTT, {dls.train.sub_seq_len} steps',dls.train.sub_seq_len)):
         print(f'\n{name}: {len(dls.train_ds)} windows of {dls.train_ds.win_sz} steps, {n_epoch} epochs')
         learners[name],rows[name] = train(dls, steps, n_epoch, lr, seed, **rnn)
+    print(f"\n{pd.DataFrame(rows).T.to_string(float_format='{:.3g}'.format)}\n\nMemory: what a step keeps for its backward pass.")
     plot(learners, out)
-    print(f"\n{pd.DataFrame(rows).T.to_string(float_format='{:.3g}'.format)}\n\nMemory: what a step keeps for its backward pass. Figure: {Path(out).resolve()}")
+    print(f'Figure: {Path(out).resolve()}')
 
 
 @call_parse

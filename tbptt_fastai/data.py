@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['split_by_time', 'SequenceDataLoaders']
 
-# %% ../nbs/03c_data.ipynb #5b3b9ed6
+# %% ../nbs/03c_data.ipynb #de6dd47f
+from inspect import signature
 import torch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from fastcore.meta import delegates
-from .loader import SubWindows, TbpttDL, check_sub_seq_len
+from .loader import TbpttDL
+from .truncation import check_steps
 from .windows import SequenceWindows, as_sequences
 
-# %% ../nbs/03c_data.ipynb #f3594716
+# %% ../nbs/03c_data.ipynb #03631ecd
 def split_by_time(
     seqs, # One array `(time, ...)` or a list of such
     valid_pct:float=.2, # Share of each sequence, at its end, that is held back
@@ -21,9 +23,11 @@ def split_by_time(
     "Hold back the last part of every sequence for validation"
     if not 0<valid_pct<1: raise ValueError(f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
     cuts = [(s, len(s)-int(len(s)*valid_pct)) for s in seqs]
+    for i,(s,n) in enumerate(cuts):
+        if n==len(s): raise ValueError(f"valid_pct is {valid_pct}: of the {len(s)} steps of sequence {i} none would be left for validation.")
     return [s[:n] for s,n in cuts],[s[n:] for s,n in cuts]
 
-# %% ../nbs/03c_data.ipynb #f6f886be
+# %% ../nbs/03c_data.ipynb #80655559
 class SequenceDataLoaders(DataLoaders):
     "`DataLoaders` of windows over long sequences"
     @classmethod
@@ -50,13 +54,31 @@ class SequenceDataLoaders(DataLoaders):
         **kwargs
     ):
         "Windows over long sequences of inputs and targets"
+        unknown = kwargs.keys()-signature(TbpttDL).parameters.keys()-set(TbpttDL._methods)
+        if unknown: raise TypeError(f"from_arrays() got unexpected arguments {sorted(unknown)}.")
+        if valid is not None and not (isinstance(valid, (tuple,list)) and len(valid)==2): raise ValueError(f"valid is {_kind(valid)}; expected a pair (x, y).")
+        kw = dict(dtype=dtype, x_names=x_names, y_names=y_names, dt=dt)
         if valid is None:
+            SequenceWindows(x, y, win_sz=1, **kw) # what is wrong is named as it was given, before it is split
             (x,x_valid),(y,y_valid) = (split_by_time(as_sequences(name, o), valid_pct) for name,o in (('x',x),('y',y)))
-            valid = x_valid,y_valid
-        names = dict(dtype=dtype, x_names=x_names, y_names=y_names, dt=dt)
-        train_ds = SequenceWindows(x, y, win_sz, stp_sz, **names)
-        valid_ds = SequenceWindows(*valid, win_sz, valid_stp_sz, **names)
-        train = TbpttDL(train_ds, bs=bs, sub_seq_len=sub_seq_len, shuffle=shuffle, num_workers=num_workers, **kwargs)
-        check_sub_seq_len(train, train.sub_seq_len)
-        return cls(train, train.new(valid_ds, bs=val_bs or bs, sub_seq_len=None, shuffle=False, drop_last=False),
+            valid,kw['check'] = (x_valid,y_valid),False
+        train_ds,valid_ds = (SequenceWindows(*xy, win_sz, stp, **kw) for xy,stp in (((x,y),stp_sz), (valid,valid_stp_sz)))
+        for name,a,b in zip('xy', train_ds.arrays, valid_ds.arrays):
+            if _kind(a[0])!=_kind(b[0]): raise ValueError(f"{name} is {_kind(a[0])} in training and {_kind(b[0])} in validation: expected the same channels and type.")
+        train = TbpttDL(train_ds, bs=check_steps('bs', bs), sub_seq_len=sub_seq_len, shuffle=shuffle, num_workers=num_workers, **kwargs)
+        return cls(train, train.new(valid_ds, bs=check_steps('val_bs', val_bs or bs), sub_seq_len=None, shuffle=False, drop_last=False),
                    path=path, device=default_device() if device is None else device)
+
+    def test_dl(self,
+        test_items, # One sequence of inputs, a list of such (of one length), a list of `(x, y)` windows, or `SequenceWindows`
+        rm_type_tfms=None, # Not used
+        with_labels:bool=False, # Are there targets with the inputs?
+        **kwargs
+    ):
+        "A loader for new data, in whole windows, as `predict` and `Interpretation` ask for it"
+        if isinstance(test_items, SequenceWindows): return self.valid.new(test_items, **kwargs)
+        items = test_items if isinstance(test_items, (list,tuple)) else [test_items]
+        x,*y = zip(*(o if isinstance(o, tuple) else (o,) for o in items))
+        return self.valid.new(SequenceWindows(list(x), list(y[0]) if y and with_labels else None, dtype=self.valid_ds.dtype), **{k:v for k,v in kwargs.items() if k!='process'})
+
+def _kind(o): return f"{'channels '+str(tuple(o.shape[1:])) if hasattr(o, 'shape') else type(o).__name__} {getattr(o, 'dtype', '')}"

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['SubWindowEvalCB']
 
-# %% ../nbs/06b_evaluation.ipynb #10327753
+# %% ../nbs/06b_evaluation.ipynb #0fdaacf3
 import torch
 from fastai.callback.core import Callback
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from .carry import carry_state
-from .loader import cut_time, has_time, window_len
-from .truncation import check_steps
+from .loader import SubWindows, Window
+from .truncation import check_steps, fixed_truncation
 
-# %% ../nbs/06b_evaluation.ipynb #897a1963
+# %% ../nbs/06b_evaluation.ipynb #b552d8e9
 class SubWindowEvalCB(Callback):
     "Evaluate each window in sub-windows, with the state carried from one to the next"
     order,run_train = 11,False # after MixedPrecision (10), before TbpttResetCB (12), which takes the washout from predictions of whole windows
@@ -23,14 +24,15 @@ class SubWindowEvalCB(Callback):
 
     def before_batch(self):
         "What fastai itself predicts, for the first sub-window, is dropped; so nothing has to be undone if the model fails"
-        self._window,self._win_sz = self.xb,window_len(self.xb)
-        self.learn.xb = cut_time(self.xb, slice(self.sub_seq_len), self._win_sz)
+        timed = self.dl.timed if isinstance(self.dl, SubWindows) else None
+        self._window = Window(self.xb, len(self.xb), timed and timed[:len(tree_leaves(self.xb))])
+        self.learn.xb = self._window.cut(0, min(self.sub_seq_len, self._window.steps))
 
     def after_pred(self):
         "Predictions of the whole window in the place of those of its first sub-window"
         if not isinstance(self.pred, Tensor): raise TypeError(f"{type(self.model).__name__} gives a {type(self.pred).__name__}; only one tensor of predictions can be joined.")
-        starts = range(0, self._win_sz, self.sub_seq_len)
-        with carry_state(self.model, evaluation=True): preds = [self.model(*cut_time(self._window, slice(i, i+self.sub_seq_len), self._win_sz)) for i in starts]
-        timed = has_time(preds[0], min(self.sub_seq_len, self._win_sz))
-        self.learn.pred = (torch.cat(preds, dim=1) if timed else preds[-1]).to(self.pred.dtype)
-        self.learn.xb = self._window
+        plan = fixed_truncation(self._window.steps, self.sub_seq_len)
+        with carry_state(self.model, evaluation=True): preds = [self.model(*self._window.cut(*sub_window[:2])) for sub_window in plan]
+        per_step = all(p.ndim>1 and p.shape[1]==sub_window.stop-sub_window.start for p,sub_window in zip(preds, plan))
+        self.learn.pred = (torch.cat(preds, dim=1) if per_step else preds[-1]).to(self.pred.dtype)
+        self.learn.xb = self._window.batch

@@ -39,8 +39,10 @@ def scaling_from_data(
         arrays = [[o.as_subclass(Tensor).flatten(0, 1).cpu()] for o in batch]
     return [Standardize(*(o.to(dtype) for o in channel_stats(seqs))) for seqs in arrays]
 
-# %% ../nbs/07_learner.ipynb #6648f806
-def default_loss(dls):
+# %% ../nbs/07_learner.ipynb #fd89b817
+def default_loss(
+    dls, # `DataLoaders`
+):
     "The loss that the dataset names, or the mean absolute error for real targets"
     loss_func = getattr(dls.train.dataset, 'loss_func', None)
     if loss_func is not None: return loss_func
@@ -48,7 +50,7 @@ def default_loss(dls):
     if isinstance(y, Tensor) and y.is_floating_point(): return nn.L1Loss()
     raise ValueError(f"No default loss for targets of type {y.dtype if isinstance(y, Tensor) else type(y).__name__}: pass loss_func, such as CrossEntropyLossFlat().")
 
-# %% ../nbs/07_learner.ipynb #13f8755d
+# %% ../nbs/07_learner.ipynb #0e9cf160
 @delegates(Learner.__init__)
 def TbpttLearner(
     dls, # `DataLoaders` of windows `(batch, time, ...)`
@@ -64,7 +66,9 @@ def TbpttLearner(
     own = dict(sub_seq_len=sub_seq_len, n_skip=n_skip, grad_clip=grad_clip, loss_func=loss_func, cbs=cbs)
     if model is None: return RNNLearner(dls, **own, **kwargs)
     cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip)
-    if grad_clip is not None: cbs += GradientClip(grad_clip)
+    if grad_clip is not None:
+        if not grad_clip>0: raise ValueError(f"grad_clip is {grad_clip}; expected the largest norm of the gradient, above 0, or None.")
+        cbs += GradientClip(grad_clip)
     return Learner(dls, model, loss_func=loss_func or default_loss(dls), cbs=cbs, **kwargs)
 
 @delegates(TbpttLearner, but=['model'])

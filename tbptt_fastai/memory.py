@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-# %% ../nbs/08_memory.ipynb #826ad74a
+# %% ../nbs/08_memory.ipynb #df63aa2f
 def activation_memory(
     model:nn.Module, # A model in any mode; its carried state is forgotten
     *xb, # Inputs of one training step: a sub-window, or a whole window
@@ -23,11 +23,14 @@ def activation_memory(
             saved[t.data_ptr()] = max(t.nbytes, saved.get(t.data_ptr(), 0))
             keep.append(t)
         return t
+    def reset():
+        for m in model.modules():
+            if hasattr(m, 'reset'): m.reset()
     training = model.training
+    reset()
     try:
         with saved_tensors_hooks(pack, lambda t: t): out = model.train()(*xb)
     finally:
         model.train(training)
-        for m in model.modules():
-            if hasattr(m, 'reset'): m.reset()
+        reset()
     return sum(saved.values())

@@ -37,7 +37,7 @@ def check_carried(
         dtypes = {t.dtype for t in tree_leaves(state)}
         if dtypes != {x.dtype}: raise ValueError(f"The carried hidden state is {dtypes.pop()}, the input {x.dtype}. Call `reset()` before changing the type of a model or its data.")
 
-# %% ../nbs/01_rnn.ipynb #c27d92ce
+# %% ../nbs/01_rnn.ipynb #5ba5790e
 class StatefulRNN(nn.Module):
     "Wrap a recurrent module so that, in training, each call starts from the state the last one ended in, detached"
     carry_in_evaluation = False # set by `carry_state` while a window is evaluated in pieces
@@ -57,9 +57,11 @@ class StatefulRNN(nn.Module):
         carry = self.training or self.carry_in_evaluation
         state = self._state if carry else None
         check_carried(self.rnn, x, state, self.batch_dim)
-        out,state = self.rnn(x, state)
-        if carry: self._state = detach_state(state)
-        return out
+        res = self.rnn(x, state)
+        if not (isinstance(res, tuple) and len(res)==2 and res[1] is not None):
+            raise TypeError(f"{type(self.rnn).__name__} returned {'no state' if isinstance(res, tuple) and len(res)==2 else f'a {type(res).__name__}'}; expected (out, state).")
+        if carry: self._state = detach_state(res[1])
+        return res[0]
 
     def reset(self):
         "Forget the state: the next call starts a new window"
@@ -72,17 +74,17 @@ class StatefulRNN(nn.Module):
 
     def __getstate__(self): return {**self.__dict__, '_state': None}
 
-# %% ../nbs/01_rnn.ipynb #bc5f44ab
+# %% ../nbs/01_rnn.ipynb #e6e8ba30
 class Standardize(nn.Module):
     "Scale channels to zero mean and unit deviation with statistics that are saved with the model"
     def __init__(self,
         mean=0., # Mean per channel, `(channels,)`, or one for all
-        std=1., # Standard deviation per channel; a channel that never changes (0) is only shifted
+        std=1., # Standard deviation per channel; a channel that never changes, but for rounding, is only shifted
     ):
         super().__init__()
         mean,std = torch.as_tensor(mean),torch.as_tensor(std)
         self.register_buffer('mean', mean)
-        self.register_buffer('std', torch.where(std==0, torch.ones_like(std), std))
+        self.register_buffer('std', torch.where(std<=4*torch.finfo(std.dtype).eps*mean.abs(), torch.ones_like(std), std))
 
     def forward(self, x): return (x-self.mean)/self.std
     def inverse(self, x):

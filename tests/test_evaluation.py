@@ -153,8 +153,9 @@ def test_an_interrupted_fit_leaves_nothing_behind(data, exc):
     for a,b in zip(fresh.model.parameters(), stopped.model.parameters()): assert torch.equal(a, b)
 
 
-def test_a_cancelled_fit_keeps_no_state(data):
-    learn = learner(data)
+@pytest.mark.parametrize('sub_seq_len', [100,None])
+def test_a_cancelled_fit_keeps_no_state(data, sub_seq_len):
+    learn = learner(data, sub_seq_len)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop(7, CancelFitException()))
     assert learn.model.rnn.state is None
 

@@ -1,9 +1,12 @@
 "What the factory reads from the data, and what it refuses"
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.callback.core import Callback
+from fastai.interpret import Interpretation
+from fastai.learner import Learner, load_learner
 from fastai.callback.training import GradientClip
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import Adam
@@ -11,7 +14,7 @@ from torch import nn
 from tbptt_fastai.callback import TbpttResetCB, resolve_sub_seq_len
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, scaling_from_data
-from tbptt_fastai.loader import TbpttDL
+from tbptt_fastai.windows import channel_stats
 from tbptt_fastai.rnn import SequenceRNN, Standardize, StatefulRNN
 
 
@@ -34,6 +37,8 @@ def test_a_constant_channel_is_only_shifted():
     u = np.stack([np.full(900, 5.), np.random.default_rng(0).standard_normal(900)], 1)
     learn = RNNLearner(SequenceDataLoaders.from_arrays(u, u[:,1], win_sz=50, bs=4), hidden_size=4)
     assert learn.model.scale_x.std[0]==1
+    almost = Standardize(*channel_stats([torch.full((999,1), .1, dtype=torch.float64)])) # rounding leaves a deviation of 1e-17
+    assert almost.std==1
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert np.isfinite(learn.recorder.values[-1]).all()
 
@@ -79,6 +84,8 @@ def test_classes_per_step_with_a_loss_of_their_own(signals):
     (lambda dls: RNNLearner(dls, rnn_type='transformer'), ValueError, r"rnn_type is 'transformer'; expected one of \['rnn', 'gru', 'lstm'\]"),
     (lambda dls: TbpttLearner(dls, model(), rnn_type='gru'), TypeError, 'rnn_type'),
     (lambda dls: RNNLearner(dls, hidden=3), TypeError, 'hidden'),
+    (lambda dls: TbpttLearner(dls, model(), grad_clip=0), ValueError, 'grad_clip is 0'),
+    (lambda dls: TbpttLearner(dls, model(), grad_clip=-1.), ValueError, 'grad_clip is -1.0'),
 ])
 def test_what_is_refused_before_training(dls, make, exc, message):
     with pytest.raises(exc, match=message): make(dls)
@@ -133,8 +140,90 @@ def test_a_wrapped_loader_is_still_cut(dls):
 def test_a_single_batch_outside_of_a_loader_is_a_new_window(dls):
     learn = TbpttLearner(dls, model())
     learn.create_opt()
-    learn.dl,learn.training,learn.n_iter = dls.valid,False,1
+    learn.opt.set_hypers(lr=0., wd=0.)
+    learn.dl,learn.training,learn.n_iter = dls.train,True,1
     x,y = dls.one_batch()
     learn.model.train()(x[:,:40])
     with learn.removed_cbs([o for o in learn.cbs if not isinstance(o, TbpttResetCB)]): learn.one_batch(0, (x,y))
     torch.testing.assert_close(learn.pred, learn.model.eval()(x))
+
+
+@pytest.mark.parametrize('n_skip', [0,40,75])
+def test_a_training_loader_without_targets_makes_no_step(dls, n_skip):
+    "... as in fastai: whoever computes a loss of their own does so in a callback"
+    learn = TbpttLearner(SequenceDataLoaders.from_arrays(torch.randn(600, 2), torch.randn(600), win_sz=100, sub_seq_len=40, bs=4), model(), n_skip=n_skip)
+    learn.dls.train.dataset.arrays.pop()
+    before = [p.clone() for p in learn.model.parameters()]
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert all(torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))
+
+
+def test_a_sum_over_steps_needs_no_weight(signals):
+    "A short sub-window already has a smaller sum"
+    seen = []
+    class Weights(Callback):
+        order = 13
+        def after_loss(self):
+            if self.training: seen.append((self.loss_grad/self.loss).item())
+    dls = SequenceDataLoaders.from_arrays(*signals, win_sz=100, sub_seq_len=40, bs=4, valid_pct=.25)
+    for reduction,expected in (('mean',[1,1,.5]), ('sum',[1,1,1])):
+        seen.clear()
+        learn = TbpttLearner(dls, model(), loss_func=nn.L1Loss(reduction=reduction), cbs=Weights())
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+        assert seen[:3]==expected
+
+
+@pytest.mark.parametrize('wrapped', [True,False])
+def test_a_layer_that_takes_time_for_the_batch_is_refused(dls, wrapped):
+    "batch_first=False is torch's default, and trains on anything"
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn,self.out = nn.LSTM(2, 4),nn.Linear(4, 1)
+        def forward(self, x): return self.out(self.rnn(x)[0])
+    net = nn.Sequential(StatefulRNN(nn.LSTM(2, 4)), nn.Linear(4, 1)) if wrapped else Plain()
+    before = [p.clone() for p in net.parameters()]
+    with pytest.raises(ValueError, match='took the 40 steps for a batch, and the 4 windows for steps'):
+        learn = TbpttLearner(dls, net)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert all(torch.equal(a, b) for a,b in zip(before, net.parameters()))
+
+
+def test_predict_and_new_sequences(dls, signals, tmp_path):
+    learn = TbpttLearner(dls, model())
+    x = torch.from_numpy(signals[0])
+    def check(learn):
+        with torch.no_grad(): expected = learn.model.eval()(x[None])[0]
+        with learn.no_bar():
+            for item in (signals[0], x, (x,)): torch.testing.assert_close(learn.predict(item)[0], expected)
+            for items,n in ((signals[0],1), ([x,x,x],3)): torch.testing.assert_close(learn.get_preds(dl=learn.dls.test_dl(items))[0], expected.expand(n, *expected.shape))
+            preds,targs = learn.get_preds(dl=learn.dls.test_dl([(x, torch.from_numpy(signals[1]))], with_labels=True))
+        torch.testing.assert_close(targs[0], torch.from_numpy(signals[1]))
+    check(learn)
+    learn.export(tmp_path/'learn.pkl')
+    with learn.no_bar(): check(load_learner(tmp_path/'learn.pkl'))
+
+
+def test_interpretation_shows_windows(dls):
+    learn = TbpttLearner(dls, model())
+    with learn.no_bar():
+        interp = Interpretation.from_learner(learn)
+        interp.show_results([1,0])
+    assert len(plt.gcf().axes)==4
+    np.testing.assert_array_equal(plt.gcf().axes[0].lines[0].get_ydata(), dls.valid_ds[1][1][:,0])
+
+
+def test_a_float64_learner_is_built_and_trained_in_float64(signals):
+    learn = RNNLearner(SequenceDataLoaders.from_arrays(*signals, win_sz=100, sub_seq_len=40, bs=4, dtype=torch.float64), hidden_size=3)
+    assert {p.dtype for p in learn.model.state_dict().values()}=={torch.float64}
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+
+
+def test_the_loss_that_the_dataset_names(dls):
+    dls.train_ds.loss_func = MSELossFlat()
+    assert TbpttLearner(dls, model()).loss_func is dls.train_ds.loss_func
+
+
+def test_an_empty_training_loader_is_refused_not_skipped(signals):
+    learn = TbpttLearner(SequenceDataLoaders.from_arrays(*signals, win_sz=100, bs=64, drop_last=True), model())
+    with pytest.raises(ValueError, match='no batches: 9 windows, bs=64, drop_last=True'), learn.no_bar(), learn.no_logging(): learn.fit(1)

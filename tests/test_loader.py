@@ -8,7 +8,7 @@ from fastai.data.transforms import IndexSplitter, Normalize
 from fastai.torch_core import TensorBase
 from fastai.vision.augment import RandTransform
 from torch.utils.data import DataLoader
-from tbptt_fastai.loader import SubWindows, TbpttDL, cut_time, window_len
+from tbptt_fastai.loader import SubWindows, TbpttDL, Window
 from tbptt_fastai.windows import SequenceWindows
 
 
@@ -22,6 +22,7 @@ def check_order(loader, n=10, win_sz=25, sub_seq_len=10, n_inp=2):
         x,i,start = b[0],b[1][:,0],view.sub_window.start
         assert torch.equal(x[:,:,0], 100.*i[:,None]+torch.arange(start, view.sub_window.stop))
         assert torch.equal(b[2], -i[:,None,None].float().expand_as(b[2])) and b[2].shape[:2]==x.shape[:2]
+        assert view.is_first==(start==0)
         if start==0: window = i.tolist()
         assert i.tolist()==window
         seen += [(o,start) for o in window]
@@ -85,10 +86,34 @@ def test_a_data_block_is_cut_in_training_only():
 
 def test_batches_of_any_form():
     x,static,typed = torch.zeros(2,6,3),torch.zeros(2,4),TensorBase(torch.zeros(2,6))
-    cut = cut_time(dict(x=(x,static), y=[typed,None,5]), slice(2,4), 6)
-    assert cut['x'][0].shape==(2,2,3) and cut['x'][1] is static and cut['y'][0].shape==(2,2) and type(cut['y'][0]) is TensorBase and cut['y'][1:]==[None,5]
-    with pytest.raises(ValueError, match=r'first array is of shape \(2,\)'): window_len((torch.zeros(2),))
-    with pytest.raises(ValueError, match='first array is missing'): window_len(('a',))
+    window = Window((dict(x=(x,static)), [typed,None,5]), n_inp=1)
+    inputs,targets = window.cut(2, 4)
+    assert inputs['x'][0].shape==(2,2,3) and inputs['x'][1] is static and targets[0].shape==(2,2) and type(targets[0]) is TensorBase and targets[1:]==[None,5]
+    assert window.steps==6 and window.targets_timed==[True,False,False] and window.cut(0, 6) is window.batch
+    for batch,message in (((torch.zeros(2),), r'first array has shape \(2,\)'), (('a',), 'first array is missing')):
+        with pytest.raises(ValueError, match=message): Window(batch)
+
+
+def test_elements_that_are_as_long_by_coincidence():
+    "A static input of 6 features beside windows of 6 steps, or in front of windows of another length, is told apart by `timed`"
+    x,static,y = torch.zeros(2,6,3),torch.zeros(2,6),torch.zeros(2,6)
+    assert [o.shape[1] for o in Window((x, static, y), n_inp=2).cut(0, 2)]==[2,2,2]
+    assert [o.shape[1] for o in Window((x, static, y), n_inp=2, timed=(True,False,True)).cut(0, 2)]==[2,6,2]
+    window = Window((torch.zeros(2,60), x, y), n_inp=2, timed=(False,True,True))
+    assert window.steps==6 and [o.shape[1] for o in window.cut(0, 2)]==[60,2,2]
+    view = SubWindows([(x, static, y)], sub_seq_len=4, timed=(True,False,True))
+    assert [[o.shape[1] for o in b] for b in view]==[[4,6,4],[2,6,2]] and len(view)==2
+
+
+def test_what_has_no_loss_is_not_a_step():
+    "The washout's sub-windows, and those before a label for the window, only warm the state up"
+    x,y = torch.arange(50.).view(2,25,1),torch.zeros(2,25,1)
+    view = SubWindows([(x, y)], sub_seq_len=10, n_skip=12)
+    parts = [(b[0].shape[1], view.is_first, [w[0].shape[1] for w in view.warm_up]) for b in view]
+    assert parts==[(10,True,[10]), (5,False,[10])] and len(view)==2
+    view = SubWindows([(x, torch.tensor([1,2]))], sub_seq_len=10)
+    (b,), = [[b for b in view]]
+    assert torch.equal(b[0], x[:,20:]) and torch.equal(b[1], torch.tensor([1,2])) and torch.equal(torch.cat([w for w, in view.warm_up], 1), x[:,:20]) and len(view)==1
 
 
 def test_pinned_device_and_a_view_of_a_view():

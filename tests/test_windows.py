@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.windows import SequenceWindows, channel_stats, plot_windows
+from tbptt_fastai.loader import TbpttDL
+from tbptt_fastai.windows import SequenceWindows, blocks, channel_stats, plot_windows
 
 
 def ramp(n, channels=None): return np.arange(n*(channels or 1), dtype=np.float32).reshape(n, *([channels] if channels else []))
@@ -85,7 +86,7 @@ def bad(i, value, n=5000, channels=2):
 @pytest.mark.parametrize('make,exc,message', [
     (lambda: SequenceWindows([], [], win_sz=3), ValueError, 'x is empty'),
     (lambda: SequenceWindows(ramp(0), ramp(0), win_sz=3), ValueError, r'x\[0\] has shape \(0,\): it has no steps'),
-    (lambda: SequenceWindows([1.,2.,3.], [1.,2.,3.], win_sz=3), TypeError, r'x\[0\] is a float without a shape'),
+    (lambda: SequenceWindows([1.,2.,3.], [1.,2.,3.], win_sz=3), TypeError, r'x\[0\] is a float without a time axis'),
     (lambda: SequenceWindows(ramp(9), ramp(8), win_sz=3), ValueError, 'Sequence 0 has 9 steps of x and 8 of y'),
     (lambda: SequenceWindows([ramp(9)], [ramp(9)]*2, win_sz=3), ValueError, 'x has 1 sequences, y has 2'),
     (lambda: SequenceWindows(ramp(9), ramp(9), win_sz=10), ValueError, 'win_sz is 10, but the longest sequence has 9 steps'),
@@ -95,6 +96,25 @@ def bad(i, value, n=5000, channels=2):
     (lambda: SequenceWindows([ramp(9,1), ramp(9,2)], [ramp(9)]*2, win_sz=3), ValueError, 'sequences of x differ in channels'),
     (lambda: SequenceWindows([ramp(50,2), bad(1234, np.nan)], [ramp(50), ramp(5000)], win_sz=3), ValueError, r'x of sequence 1 is \[2468.0, nan\] at step 1234'),
     (lambda: SequenceWindows(ramp(5000), bad(7, -np.inf), win_sz=3), ValueError, r'y of sequence 0 is \[14.0, -inf\] at step 7'),
+    (lambda: SequenceWindows(ramp(50).astype(float)*1e300, ramp(50), win_sz=3), ValueError, 'x of sequence 0 is .* at step 1: values must be finite as torch.float32'),
+    (lambda: SequenceWindows(ramp(9)[::-1], ramp(9), win_sz=3), TypeError, r'x\[0\] is an array of float32 that torch cannot share'),
+    (lambda: SequenceWindows(ramp(9).astype('>f4'), ramp(9), win_sz=3), TypeError, r'x\[0\] is an array of >f4'),
+    (lambda: SequenceWindows(ramp(9).astype(np.uint16), ramp(9), win_sz=3), TypeError, r'x\[0\] is of type torch.uint16'),
+    (lambda: SequenceWindows(ramp(9)*1j, ramp(9), win_sz=3), TypeError, r'x\[0\] is of type torch.complex'),
+    (lambda: SequenceWindows(ramp(9).astype(object), ramp(9), win_sz=3), TypeError, r'x\[0\] is an array of object'),
+    (lambda: SequenceWindows(np.ma.masked_equal(ramp(9), 3), ramp(9), win_sz=3), TypeError, r'x\[0\] is a masked array'),
+    (lambda: SequenceWindows(np.float32(3), np.float32(3), win_sz=1), TypeError, r'x\[0\] is a float32 without a time axis'),
+    (lambda: SequenceWindows(ramp(9), ramp(9), win_sz=3, dtype=np.float32), TypeError, 'dtype is .*; expected a real torch.dtype'),
+    (lambda: SequenceWindows(ramp(9), ramp(9), win_sz=3)[1.5], TypeError, 'float'),
+    (lambda: plot_windows(torch.zeros(2,3,4,5)), ValueError, r'x has shape \(2, 3, 4, 5\)'),
+    (lambda: SequenceDataLoaders.from_arrays([ramp(300,2), bad(299, np.nan, 300)], [ramp(300)]*2, win_sz=3), ValueError, r'x of sequence 1 is \[598.0, nan\] at step 299'), # of the whole sequence
+    (lambda: SequenceDataLoaders.from_arrays(ramp(99), ramp(99), win_sz=3, valid_pct=.001), ValueError, 'of the 99 steps of sequence 0 none would be left for validation'),
+    (lambda: SequenceDataLoaders.from_arrays(ramp(99), ramp(99), valid=ramp(99), win_sz=3), ValueError, r'expected a pair \(x, y\)'),
+    (lambda: SequenceDataLoaders.from_arrays(ramp(99), ramp(99), valid=(ramp(99), ramp(99,2)), win_sz=3), ValueError, r'y is channels \(1,\) torch.float32 in training and channels \(2,\)'),
+    (lambda: SequenceDataLoaders.from_arrays(ramp(99), ramp(99), valid=(ramp(99), ramp(99).astype(int)), win_sz=3), ValueError, 'y is .* torch.float32 in training and .* torch.int64'),
+    (lambda: SequenceDataLoaders.from_arrays(ramp(999), ramp(999), win_sz=30, sub_seq_length=10, stride=3), TypeError, r"unexpected arguments \['stride', 'sub_seq_length'\]"),
+    (lambda: SequenceDataLoaders.from_arrays(ramp(999), ramp(999), win_sz=30, bs=0), ValueError, 'bs is 0'),
+    (lambda: TbpttDL(SequenceWindows(ramp(99), win_sz=30), sub_seq_len=31), ValueError, 'sub_seq_len is 31, but a window has 30 steps'),
     (lambda: SequenceDataLoaders.from_arrays(ramp(99), ramp(99), win_sz=3, valid_pct=1.), ValueError, 'valid_pct is 1.0'),
     (lambda: SequenceDataLoaders.from_arrays(ramp(99), ramp(99), win_sz=30), ValueError, 'win_sz is 30, but the longest sequence has 19'), # validation's
     (lambda: SequenceDataLoaders.from_arrays(ramp(999), ramp(999), win_sz=30, sub_seq_len=31), ValueError, 'sub_seq_len is 31, but a window has 30 steps'),
@@ -104,12 +124,16 @@ def test_wrong_data_is_refused(make, exc, message):
     with pytest.raises(exc, match=message): make()
 
 
-def test_stats_are_those_of_every_step_once():
+def test_stats_are_those_of_every_step_once(monkeypatch):
+    monkeypatch.setattr('tbptt_fastai.windows.blocks', lambda seq: blocks(seq, size=64))
     rng = np.random.default_rng(0)
     xs = [1e6+rng.standard_normal((n,2)) for n in (70,300)]
-    mean,std = channel_stats([torch.from_numpy(x) for x in xs], block=64)
+    assert [len(o) for o in blocks(torch.zeros(70, 2), size=64)]==[32,32,6] and [len(o) for o in blocks(torch.zeros(3, 200), size=64)]==[1,1,1]
+    mean,std = channel_stats([torch.from_numpy(x) for x in xs])
     np.testing.assert_allclose(mean, np.concatenate(xs).mean(0), rtol=1e-12)
     np.testing.assert_allclose(std, np.concatenate(xs).std(0), rtol=1e-9)
+    xs[1][250,1] = np.nan
+    with pytest.raises(ValueError, match='x of sequence 1 .* at step 250'): SequenceWindows(xs, win_sz=5)
 
 
 @pytest.mark.parametrize('dt,label', [(None,'step'), (.01,'time [s]')])
@@ -122,3 +146,21 @@ def test_plots_show_what_they_are_given(dt, label):
     np.testing.assert_array_equal(prediction.get_ydata(), pred[2,:,0])
     np.testing.assert_allclose(prediction.get_xdata(), np.arange(30)*(dt or 1))
     assert len(axs[1,2].lines)==2
+
+
+def test_validation_windows_do_not_overlap_and_none_is_dropped():
+    dls = SequenceDataLoaders.from_arrays(ramp(1000), ramp(1000), win_sz=30, stp_sz=5, sub_seq_len=10, bs=4, val_bs=5, drop_last=True)
+    assert dls.valid_ds.stp_sz==30 and len(dls.valid_ds)==6 and dls.valid.bs==5 and not dls.valid.shuffle
+    assert [x.shape[:2] for x,y in dls.valid]==[(5,30),(1,30)]
+    assert dls.train.drop_last
+
+
+def test_a_tensor_with_a_graph_is_data_all_the_same():
+    x = torch.randn(100, requires_grad=True)*2
+    assert not SequenceWindows(x, win_sz=10)[0][0].requires_grad
+
+
+def test_a_list_of_windows():
+    ds = SequenceWindows(ramp(100), ramp(100), win_sz=10)
+    for got,i in zip(ds.items.iloc[[3,1]], (3,1)): np.testing.assert_array_equal(got[0], ds[i][0])
+    assert SequenceWindows(ramp(100), win_sz=10, stp_sz=10**30).stp_sz==100
