@@ -34,6 +34,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'tbptt_fastai/callback.py'),
                                        'tbptt_fastai.callback.TbpttResetCB.sub_window': ( 'callback.html#tbpttresetcb.sub_window',
                                                                                           'tbptt_fastai/callback.py'),
+                                       'tbptt_fastai.callback.once_per_window': ( 'callback.html#once_per_window',
+                                                                                  'tbptt_fastai/callback.py'),
                                        'tbptt_fastai.callback.resolve_sub_seq_len': ( 'callback.html#resolve_sub_seq_len',
                                                                                       'tbptt_fastai/callback.py')},
             'tbptt_fastai.carry': { 'tbptt_fastai.carry.carry_state': ('carry.html#carry_state', 'tbptt_fastai/carry.py'),

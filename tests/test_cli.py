@@ -2,6 +2,7 @@
 import subprocess, sys
 from pathlib import Path
 import pytest
+from tbptt_fastai.cli import tbptt_demo
 
 def demo(*args): return subprocess.run([Path(sys.executable).with_name('tbptt-demo'), *args], capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
@@ -17,18 +18,18 @@ def test_table_and_figure(tmp_path):
     assert memory_full/memory==pytest.approx(500/150, rel=.05)
 
 
-@pytest.mark.parametrize('args,message', [
-    (['--sub-seq-len', '501'], 'tbptt-demo: sub_seq_len is 501, but a window has 500 steps'),
-    (['--win-sz', '0'], 'tbptt-demo: win_sz is 0'),
-    (['--n-epoch', '0'], 'tbptt-demo: n_epoch is 0'),
-    (['--lr', 'nan'], 'tbptt-demo: lr is nan'),
-    (['--out', 'nowhere/figure.png'], 'tbptt-demo: out is nowhere/figure.png, in a folder that does not exist'),
-    (['--out', 'figure.xyz'], 'tbptt-demo: out is figure.xyz; expected a name that ends in'),
-    (['--rnn-type', 'cnn'], "'cnn'"),
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(sub_seq_len=501), 'sub_seq_len is 501, but a window has 500 steps'), (dict(win_sz=0), 'win_sz is 0'), (dict(n_epoch=0), 'n_epoch is 0'),
+    (dict(lr=float('nan')), 'lr is nan'), (dict(out='nowhere/figure.png'), 'out is nowhere/figure.png, in a folder that does not exist'),
+    (dict(out='figure.xyz'), 'out is figure.xyz; expected a name that ends in'), (dict(data='silverbox', path=__file__), 'expected a folder, found a file'),
 ])
-def test_what_cannot_be_is_said_in_one_line(args, message):
-    res = demo(*args)
-    assert res.returncode and message in res.stderr and 'Traceback' not in res.stderr
+def test_what_cannot_be_is_said_in_one_line_before_anything_is_trained(kwargs, message):
+    with pytest.raises(SystemExit, match=f'^tbptt-demo: .*{message}'): tbptt_demo(**kwargs)
+
+
+def test_a_wrong_choice_is_refused():
+    res = demo('--rnn-type', 'cnn')
+    assert res.returncode and "'cnn'" in res.stderr and 'Traceback' not in res.stderr
 
 
 def test_the_recording(data_dir):
