@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 from .truncation import SubWindow, check_steps, fixed_truncation
 from .windows import SequenceWindows, plot_windows
 
-# %% ../nbs/03b_loader.ipynb #9c47a87b
+# %% ../nbs/03b_loader.ipynb #de80562c
 class Window:
     "A batch of windows `(*inputs, *targets)` that knows which of its elements have a time axis, and can be cut there"
     def __init__(self,
@@ -27,6 +27,7 @@ class Window:
         timed:tuple[bool,...]=None, # Which elements, counted through the nesting, have a time axis; default: those that are as long as the first
     ):
         self.batch,(self._elements,self._form) = batch,tree_flatten(batch)
+        if timed is not None and len(timed)!=len(self._elements): raise ValueError(f"timed has {len(timed)} entries, a batch {len(self._elements)} elements: expected one for each.")
         arrays = [o for o in self._elements if _is_array(o)]
         first = arrays[0] if timed is None and arrays else next((o for o,t in zip(self._elements, timed or ()) if t), None)
         if first is None or first.ndim<2:

@@ -101,6 +101,7 @@ def test_elements_that_are_as_long_by_coincidence():
     assert [o.shape[1] for o in Window((x, static, y), n_inp=2, timed=(True,False,True)).cut(0, 2)]==[2,6,2]
     window = Window((torch.zeros(2,60), x, y), n_inp=2, timed=(False,True,True))
     assert window.steps==6 and [o.shape[1] for o in window.cut(0, 2)]==[60,2,2]
+    with pytest.raises(ValueError, match='timed has 2 entries, a batch 3 elements'): Window((x, static, y), timed=(True,True))
     view = SubWindows([(x, static, y)], sub_seq_len=4, timed=(True,False,True))
     assert [[o.shape[1] for o in b] for b in view]==[[4,6,4],[2,6,2]] and len(view)==2
 
