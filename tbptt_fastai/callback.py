@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ['resolve_sub_seq_len', 'TbpttResetCB', 'once_per_window']
 
-# %% ../nbs/06_callback.ipynb #d7ebb580
+# %% ../nbs/06_callback.ipynb #4526f04b
 import torch
 from fastai.callback.core import Callback
-from fastai.torch_core import TensorBase, cast, find_bs, find_device, to_device
+from fastai.torch_core import TensorBase, cast, find_bs, find_device, get_model, to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .carry import carry_state, recurrent_layers
-from .loader import SubWindows, TbpttDL, check_sub_seq_len
+from .loader import SubWindows, TbpttDL, check_sub_seq_len, inner_loader
 from .rnn import StatefulRNN, refuse_bidirectional
 from .state import state_batch_size
 from .truncation import SubWindow, check_steps
 
-# %% ../nbs/06_callback.ipynb #9e6d268c
+# %% ../nbs/06_callback.ipynb #5f9cba53
 def resolve_sub_seq_len(
     sub_seq_len, # The learner's setting: a number of steps, `None` for the whole window, or 'dls'
     dl, # Training loader
 )->int|None:
     "The one length that loader and learner agree on; a `ValueError` if they do not"
-    while not isinstance(dl, TbpttDL) and 'dl' in getattr(dl, '__dict__', ()): dl = dl.dl # inside a view, or fastai's DistributedDL
+    dl = inner_loader(dl)
     of_dl = dl.sub_seq_len if isinstance(dl, TbpttDL) else None
     if sub_seq_len=='dls': return of_dl
     if sub_seq_len is None: return None
@@ -32,7 +32,7 @@ def resolve_sub_seq_len(
         raise ValueError(f"sub_seq_len is {sub_seq_len} in the learner and {of_dl} in its training loader: give it once, or the same value twice.")
     return sub_seq_len
 
-# %% ../nbs/06_callback.ipynb #cd719f39
+# %% ../nbs/06_callback.ipynb #fded8c34
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -54,7 +54,7 @@ class TbpttResetCB(Callback):
         if steps is None: return
         layers = recurrent_layers(self.model)
         for layer,name in layers.items(): refuse_bidirectional(layer, name)
-        if not (layers or self._rnns or hasattr(self.model, 'reset')): raise ValueError(
+        if not (layers or self._rnns or self._resets): raise ValueError(
             f"{type(self.model).__name__} has no recurrent layer and no StatefulRNN, so no state would be carried from one sub-window to the next. Wrap its module "
             "with a state in StatefulRNN, give the model a `reset()` if it carries a state by itself, or use sub_seq_len=None.")
     after_create = before_fit = check
@@ -85,9 +85,12 @@ class TbpttResetCB(Callback):
     @property
     def _rnns(self): return [m for m in self.model.modules() if isinstance(m, StatefulRNN)]
 
+    @property
+    def _resets(self): return hasattr(get_model(self.model), 'reset') # fastai gives a reset to every DistributedDataParallel
+
     def reset(self):
         "Forget every carried state"
-        if hasattr(self.model, 'reset'): self.model.reset()
+        if self._resets: get_model(self.model).reset()
         for m in self._rnns: m.reset()
         if self._carried is not None: self._carried.reset()
     after_fit = reset
@@ -109,8 +112,8 @@ class TbpttResetCB(Callback):
     def _check_carried(self):
         "Refuse a model whose state cannot be that of its windows, before it learns anything"
         states = {**{m.rnn:m.state for m in self._rnns}, **self._carried.states}
-        if not (states or hasattr(self.model, 'reset')): raise ValueError(
-            f"{type(self.model).__name__} gives its recurrent layers ({', '.join(self._carried.layers.values())}) a state of its own in every call, so none is carried from one sub-window to "
+        if not (states or self._resets): raise ValueError(
+            f"{type(get_model(self.model)).__name__} gives its recurrent layers ({', '.join(self._carried.layers.values())}) a state of its own in every call, so none is carried from one sub-window to "
             "the next. Call them without a state, or give the model a `reset()` if it carries one by itself.")
         bs,steps = find_bs(self.xb),self.sub_window.stop-self.sub_window.start
         for layer,state in states.items():
