@@ -32,7 +32,7 @@ def resolve_sub_seq_len(
         raise ValueError(f"sub_seq_len is {sub_seq_len} in the learner and {of_dl} in its training loader: give it once, or the same value twice.")
     return sub_seq_len
 
-# %% ../nbs/06_callback.ipynb #fded8c34
+# %% ../nbs/06_callback.ipynb #8e6566ea
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -71,6 +71,12 @@ class TbpttResetCB(Callback):
             finally: self._carried = None
         learn.all_batches = carrying
 
+    def after_epoch(self): vars(self.learn).pop('all_batches', None) # of a training that was skipped
+
+    def after_fit(self):
+        self.after_epoch()
+        self.reset()
+
     def before_train(self):
         self.learn.dl = SubWindows(self.dl, resolve_sub_seq_len(self.sub_seq_len, self.dl), self.n_skip, self.timed)
         if self.dl.n_windows==0: raise ValueError(f"The training loader has no batches: {getattr(self.dl, 'n', 0)} windows, bs={getattr(self.dl, 'bs', None)}, drop_last={getattr(self.dl, 'drop_last', None)}.")
@@ -93,7 +99,6 @@ class TbpttResetCB(Callback):
         if self._resets: get_model(self.model).reset()
         for m in self._rnns: m.reset()
         if self._carried is not None: self._carried.reset()
-    after_fit = reset
 
     def before_batch(self):
         if isinstance(self.dl, SubWindows) and not self.dl.is_first: return

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Window', 'SubWindows', 'inner_loader', 'first_item', 'check_sub_seq_len', 'TbpttDL']
 
-# %% ../nbs/03b_loader.ipynb #73979c97
+# %% ../nbs/03b_loader.ipynb #a91a640d
 from itertools import chain
 from types import SimpleNamespace
 import numpy as np
 import torch
-from fastai.data.core import TfmdDL
+from fastai.data.core import TfmdDL, explode_types
 from fastai.data.load import DataLoader
 from fastai.torch_core import maybe_gather, to_detach
 from fastcore.basics import GetAttr, first
@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 from .truncation import SubWindow, check_steps, fixed_truncation
 from .windows import SequenceWindows, plot_windows
 
-# %% ../nbs/03b_loader.ipynb #de80562c
+# %% ../nbs/03b_loader.ipynb #fb41ba25
 class Window:
     "A batch of windows `(*inputs, *targets)` that knows which of its elements have a time axis, and can be cut there"
     def __init__(self,
@@ -36,6 +36,10 @@ class Window:
         if first is None or first.ndim<2:
             raise ValueError(f"Cannot cut a batch whose first array {'is missing' if first is None else f'has shape {tuple(first.shape)}'}; expected (batch, time, ...).")
         self.steps = first.shape[1]
+        others = [o.shape for o in arrays if o.ndim>2 and o.shape[1]!=self.steps]
+        if timed is None and first.ndim==2 and others: # features of the window may come first
+            raise ValueError(f"Which elements have a time axis? The first array has shape {tuple(first.shape)}, another {tuple(others[0])}. "
+                             f"Say so by timed=, a bool for each of the {len(self._elements)} elements of a batch.")
         self.timed = [_is_array(o) and o.ndim>1 and o.shape[1]==self.steps for o in self._elements] if timed is None else list(timed)
         inputs = batch[:n_inp] if isinstance(batch, (tuple,list)) else batch
         self.targets_timed = self.timed[len(tree_leaves(inputs)):]
@@ -59,7 +63,7 @@ class Window:
 
 def _is_array(o): return isinstance(o, (Tensor,np.ndarray))
 
-# %% ../nbs/03b_loader.ipynb #fbd32a07
+# %% ../nbs/03b_loader.ipynb #b9ef6ff8
 class SubWindows(GetAttr):
     "A view of any loader of windows that yields their sub-windows in order; `sub_window` says which one was yielded last"
     _default = 'dl'
@@ -143,7 +147,12 @@ class SubWindows(GetAttr):
         "As `fastai.torch_core.to_detach`; gathers only from processes that share the windows, not from those that have them all as well"
         return self.dl.to_detach(b, cpu, gather) if self.world_size>1 else to_detach(b, cpu, gather=False)
 
-    def _batches(self): return TfmdDL.__iter__(self.dl) if isinstance(self.dl, TbpttDL) else iter(self.dl)
+    def _batches(self):
+        for batch in TfmdDL.__iter__(self.dl) if isinstance(self.dl, TbpttDL) else self.dl:
+            if isinstance(self.dl, TfmdDL) and not (self.dl.indexed or '_n_inp' in vars(self.dl)): # else `n_inp` would take an item from this very iterator
+                self.dl._n_inp,self.dl._types = max(len(batch)-1, 1),explode_types(batch)
+            yield batch
+
     def _n_inp(self, batch): return getattr(inner_loader(self.dl), 'n_inp', max(len(batch)-1, 1))
 
 # %% ../nbs/03b_loader.ipynb #0db3bb71

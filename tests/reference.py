@@ -50,3 +50,33 @@ def train_full(rnn, head, x, y, epochs, lr, loss_func):
             loss_func(head(rnn(x[idxs])[0]), y[idxs]).backward()
             opt.step()
             opt.zero_grad()
+
+
+def train_any(forward, params, epochs, sub_seq_len, lr, loss_func, timed, n_inp=1, hypers=None, clip=None, n_acc=None, **adam):
+    """Truncated backpropagation through time over `epochs`: lists of batches of windows, tuples of tensors `(*inputs, *targets)`.
+    `timed` says which of them have a time axis (if no target has, the loss counts in a window's last sub-window only),
+    `forward(inputs, state) -> (pred, state)` is the model, `hypers(fraction)` sets the optimizer's at that fraction of training,
+    gradients of `n_acc` rows are added up before a step, and `adam` are more settings of the optimizer"""
+    params = list(params)
+    opt,rows = torch.optim.Adam(params, lr=lr, **adam),0
+    for e,epoch in enumerate(epochs):
+        for w,batch in enumerate(epoch):
+            bs,win_sz = next(o.shape for o,t in zip(batch, timed) if t)[:2]
+            state,starts = None,range(0, win_sz, sub_seq_len)
+            for k,start in enumerate(starts):
+                stop = min(start+sub_seq_len, win_sz)
+                part = [o[:,start:stop] if t else o for o,t in zip(batch, timed)]
+                if hypers: opt.param_groups[0].update(hypers((e+(w+k/len(starts))/len(epoch))/len(epochs)))
+                pred,state = forward(part[:n_inp], state)
+                state = tree_map(torch.detach, state)
+                if not any(timed[n_inp:]) and stop<win_sz: continue
+                loss = loss_func(pred, *part[n_inp:])
+                if n_acc: loss,rows = loss/(n_acc/bs),rows+bs
+                most = min(sub_seq_len, win_sz)
+                if any(timed[n_inp:]) and stop-start<most: loss = loss*((stop-start)/most)
+                loss.backward()
+                if n_acc and rows<n_acc: continue
+                rows = 0
+                if clip is not None: torch.nn.utils.clip_grad_norm_(params, clip)
+                opt.step()
+                opt.zero_grad()
