@@ -63,7 +63,7 @@ class Window:
 
 def _is_array(o): return isinstance(o, (Tensor,np.ndarray))
 
-# %% ../nbs/03b_loader.ipynb #b9ef6ff8
+# %% ../nbs/03b_loader.ipynb #223a99cd
 class SubWindows(GetAttr):
     "A view of any loader of windows that yields their sub-windows in order; `sub_window` says which one was yielded last"
     _default = 'dl'
@@ -148,9 +148,10 @@ class SubWindows(GetAttr):
         return self.dl.to_detach(b, cpu, gather) if self.world_size>1 else to_detach(b, cpu, gather=False)
 
     def _batches(self):
+        dl = inner_loader(self.dl)
         for batch in TfmdDL.__iter__(self.dl) if isinstance(self.dl, TbpttDL) else self.dl:
-            if isinstance(self.dl, TfmdDL) and not (self.dl.indexed or '_n_inp' in vars(self.dl)): # else `n_inp` would take an item from this very iterator
-                self.dl._n_inp,self.dl._types = max(len(batch)-1, 1),explode_types(batch)
+            if isinstance(dl, TfmdDL) and not (dl.indexed or '_n_inp' in vars(dl)): # else `n_inp` would take an item from this very iterator
+                dl._n_inp,dl._types = max(len(batch)-1, 1),explode_types(batch)
             yield batch
 
     def _n_inp(self, batch): return getattr(inner_loader(self.dl), 'n_inp', max(len(batch)-1, 1))
