@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['activation_memory']
 
-# %% ../nbs/08_memory.ipynb #88fb7ed5
-import torch
+# %% ../nbs/08_memory.ipynb #30c7d1ca
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-# %% ../nbs/08_memory.ipynb #df63aa2f
+# %% ../nbs/08_memory.ipynb #9ffd5127
 def activation_memory(
     model:nn.Module, # A model in any mode; its carried state is forgotten
     *xb, # Inputs of one training step: a sub-window, or a whole window
@@ -29,7 +28,7 @@ def activation_memory(
     training = model.training
     reset()
     try:
-        with saved_tensors_hooks(pack, lambda t: t): out = model.train()(*xb)
+        with saved_tensors_hooks(pack, lambda t: t): model.train()(*xb)
     finally:
         model.train(training)
         reset()

@@ -3,7 +3,6 @@ import copy, io
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.learner import Learner
 from torch import nn
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner

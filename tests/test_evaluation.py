@@ -4,17 +4,15 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.hook import summary
+from fastai.callback.hook import summary # with it comes Learner.summary
 from fastai.callback.schedule import combined_cos
 from fastai.interpret import Interpretation
 from fastai.learner import load_learner
 from fastai.metrics import mae, rmse
 from fastai.torch_core import set_seed
-from torch import nn
 from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.learner import RNNLearner, TbpttLearner
+from tbptt_fastai.learner import RNNLearner
 from tbptt_fastai.metrics import fun_rmse
-from tbptt_fastai.rnn import StatefulRNN
 from tbptt_fastai.windows import SequenceWindows
 
 WIN = 500

@@ -7,7 +7,6 @@ import torch
 from fastai.callback.all import ActivationStats, CollectDataCallback, CSVLogger, FetchPredsCallback, GradientAccumulation, GradientClip, RNNCallback, RNNRegularizer, TerminateOnNaNCallback
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.callback.hook import summary # of a Learner
-from fastai.callback.training import GradientAccumulation
 from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import IndexSplitter

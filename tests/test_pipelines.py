@@ -208,7 +208,7 @@ def test_11_windows_of_different_length_flat_cos(xy, first):
     class Watch(Callback):
         order = 13
         def after_batch(self): pct.append(self.pct_train) if self.training else None
-    learn = check(dls, Net(), [batches]*N_EPOCH, dict(hypers=lambda p: dict(lr=lr(p))), Watch(), lambda o: o.fit_flat_cos(N_EPOCH, LR), tol=1e-6)
+    check(dls, Net(), [batches]*N_EPOCH, dict(hypers=lambda p: dict(lr=lr(p))), Watch(), lambda o: o.fit_flat_cos(N_EPOCH, LR), tol=1e-6)
     ends = np.cumsum([-(-n//SUB) for n in lengths*N_EPOCH])-1
     np.testing.assert_allclose(np.array(pct)[ends], np.arange(1, 9)/8) # every window is one eighth of training
 
