@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['resolve_sub_seq_len', 'TbpttResetCB', 'once_per_window']
 
-# %% ../nbs/06_callback.ipynb #4526f04b
+# %% ../nbs/06_callback.ipynb #0a94b3c7
+from types import MethodType
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import TensorBase, cast, find_bs, find_device, get_model, to_device
@@ -17,7 +18,7 @@ from .rnn import StatefulRNN, refuse_bidirectional
 from .state import state_batch_size
 from .truncation import SubWindow, check_steps
 
-# %% ../nbs/06_callback.ipynb #5f9cba53
+# %% ../nbs/06_callback.ipynb #e4175054
 def resolve_sub_seq_len(
     sub_seq_len, # The learner's setting: a number of steps, `None` for the whole window, or 'dls'
     dl, # Training loader
@@ -25,14 +26,30 @@ def resolve_sub_seq_len(
     "The one length that loader and learner agree on; a `ValueError` if they do not"
     dl = inner_loader(dl)
     of_dl = dl.sub_seq_len if isinstance(dl, TbpttDL) else None
-    if sub_seq_len=='dls': return of_dl
+    if sub_seq_len=='dls':
+        if not isinstance(dl, TbpttDL): raise ValueError(f"sub_seq_len is given neither to the learner nor to its {type(dl).__name__}: give it to one of them, or None for full backpropagation.")
+        return of_dl
     if sub_seq_len is None: return None
     sub_seq_len = check_steps('sub_seq_len', sub_seq_len)
     if of_dl not in (None, sub_seq_len):
         raise ValueError(f"sub_seq_len is {sub_seq_len} in the learner and {of_dl} in its training loader: give it once, or the same value twice.")
     return sub_seq_len
 
-# %% ../nbs/06_callback.ipynb #8e6566ea
+# %% ../nbs/06_callback.ipynb #9cdce7cf
+class _CarryingRun:
+    "What `Learner.all_batches` is for one run: the same, within `carry_state` if it is a training"
+    def __init__(self, cb): self.cb,self.learn = cb,cb.learn
+
+    def __call__(self):
+        cb,learn = self.cb,self.learn
+        vars(learn).pop('all_batches', None) # back to the method
+        if not learn.training or cb.learn is not learn: return learn.all_batches() # an evaluation, or the callback was removed
+        outer = cb._carried
+        try:
+            with carry_state(learn.model) as cb._carried: learn.all_batches()
+        finally: cb._carried = outer
+
+# %% ../nbs/06_callback.ipynb #421fc625
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -42,7 +59,7 @@ class TbpttResetCB(Callback):
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those that are as long as the first
     ):
         self.sub_seq_len,self.n_skip,self.timed = sub_seq_len,check_steps('n_skip', n_skip, least=0),timed
-        self._carried = None
+        self._carried,self._window = None,None
 
     def check(self):
         "Refuse settings that contradict each other, the data or the model"
@@ -62,26 +79,24 @@ class TbpttResetCB(Callback):
     def before_epoch(self):
         "The next run over the batches, which is this epoch's training, happens within `carry_state`"
         if resolve_sub_seq_len(self.sub_seq_len, self.dls.train) is None: return
-        learn = self.learn
-        def carrying():
-            del learn.all_batches # back to the method
-            if self.learn is not learn: return learn.all_batches() # this callback was removed
-            try:
-                with carry_state(learn.model) as self._carried: learn.all_batches()
-            finally: self._carried = None
-        learn.all_batches = carrying
+        self.learn.all_batches = _CarryingRun(self)
 
     def after_epoch(self): vars(self.learn).pop('all_batches', None) # of a training that was skipped
 
     def after_fit(self):
         self.after_epoch()
+        vars(self).pop('_whole', None)
+        if self._carried is not None: return # an evaluation in the middle of a training
         self.reset()
+        self._window = None
+
+    def _view(self, sub_seq_len): return SubWindows(self.dl, sub_seq_len, self.n_skip, self.timed, vars(self.dls).get('n_inp'))
 
     def before_train(self):
-        self.learn.dl = SubWindows(self.dl, resolve_sub_seq_len(self.sub_seq_len, self.dl), self.n_skip, self.timed)
+        self.learn.dl = self._view(resolve_sub_seq_len(self.sub_seq_len, self.dl))
         if self.dl.n_windows==0: raise ValueError(f"The training loader has no batches: {getattr(self.dl, 'n', 0)} windows, bs={getattr(self.dl, 'bs', None)}, drop_last={getattr(self.dl, 'drop_last', None)}.")
 
-    def before_validate(self): self.learn.dl = SubWindows(self.dl, None, self.n_skip, self.timed)
+    def before_validate(self): self.learn.dl = self._view(None)
 
     @property
     def sub_window(self):
@@ -101,9 +116,16 @@ class TbpttResetCB(Callback):
         if self._carried is not None: self._carried.reset()
 
     def before_batch(self):
-        if isinstance(self.dl, SubWindows) and not self.dl.is_first: return
-        if self.training or not self._rnns: self.reset() # a StatefulRNN starts evaluation from the initial state by itself, and keeps that of the training
-        if self.training and isinstance(self.dl, SubWindows): self._warm_up()
+        if not self.training: # all but a model's own state starts evaluation from the initial one by itself, and keeps that of the training
+            if self._resets and not self._rnns: get_model(self.model).reset()
+            return
+        window = self.dl.window if isinstance(self.dl, SubWindows) else None
+        if window is not None and window is self._window: return
+        if window is not None and self.dl.sub_seq_len is not None and self._carried is None: raise RuntimeError(
+            "No state would be carried: another callback evaluated in `before_epoch`, after this one. Give it an order below 12, or let it evaluate in another event.")
+        self._window = window
+        self.reset()
+        if window is not None: self._warm_up()
 
     def _warm_up(self):
         "Bring the state to the first sub-window that has a loss; the steps before it get no gradient"
@@ -111,7 +133,9 @@ class TbpttResetCB(Callback):
             for xb in self.dl.warm_up: self.model(*to_device(tree_map(lambda o: cast(o, Tensor) if isinstance(o, TensorBase) else o, xb), find_device(self.xb)))
 
     def after_pred(self):
-        if self._carried is not None and self.training and self.dl.is_first: self._check_carried()
+        if self.training:
+            if self._carried is not None and self.dl.is_first: self._check_carried()
+        else: self._whole = self.pred,self.yb
         self._skip_washout()
 
     def _check_carried(self):
@@ -122,11 +146,17 @@ class TbpttResetCB(Callback):
             "the next. Call them without a state, or give the model a `reset()` if it carries one by itself.")
         bs,steps = find_bs(self.xb),self.sub_window.stop-self.sub_window.start
         for layer,state in states.items():
-            if isinstance(layer, nn.RNNBase) and not layer.batch_first and bs!=steps==state_batch_size(state, 1):
+            if not isinstance(layer, nn.RNNBase): continue
+            n = state_batch_size(state, 1)
+            if n!=bs and n%(bs*steps)==0: raise ValueError(
+                f"{layer} runs over another axis than time: its batch of {n} has the {steps} steps of {bs} windows in it, so its state is none to carry. Give it a state of its own in every call.")
+            if not layer.batch_first and bs!=steps==n:
                 raise ValueError(f"{layer} took the {steps} steps for a batch, and the {bs} windows for steps: it has batch_first=False, the data is (batch, time, ...). Use batch_first=True.")
 
     def after_loss(self):
-        if not self.training: return self._restore_washout()
+        if not self.training:
+            self.learn.pred,self.learn.yb = vars(self).pop('_whole')
+            return
         if not len(self.yb): return # no targets, no loss
         if self.sub_window.weight!=1 and getattr(self.loss_func, 'reduction', 'mean')!='sum': self.learn.loss_grad = self.loss_grad*self.sub_window.weight
         if self.loss.dtype==torch.float64: self.learn.loss = self.loss.float() # what Recorder smooths has to be float32
@@ -142,26 +172,24 @@ class TbpttResetCB(Callback):
         if n_skip==0 or not any(self.dl.window.targets_timed): return
         steps = self.sub_window.stop-self.sub_window.start
         if n_skip==steps: raise ValueError(f"n_skip is {self.n_skip}, a window to evaluate has {steps} steps: no step would count.")
-        if not self.training: self._whole = self.pred,self.yb
         targets,form = tree_flatten(self.yb)
         self.learn.pred = tree_map(lambda o: o[:,n_skip:] if isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==steps else o, self.pred)
         self.learn.yb = tree_unflatten([o[:,n_skip:] if timed else o for o,timed in zip(targets, self.dl.window.targets_timed)], form)
 
-    def _restore_washout(self):
-        if '_whole' in vars(self): self.learn.pred,self.learn.yb = vars(self).pop('_whole')
-
-# %% ../nbs/06_callback.ipynb #c72756ea
+# %% ../nbs/06_callback.ipynb #c55b8da6
 def once_per_window(
     cb:Callback, # A callback that draws random numbers in `before_batch`, from torch's generator
 )->Callback: # The same callback
     "Have a callback draw once per window: in later sub-windows it meets the random numbers of the first one"
-    before_batch = cb.before_batch
-    def rewound():
-        if not isinstance(cb.learn.dl, SubWindows) or cb.learn.dl.is_first:
-            cb._rng_state = torch.get_rng_state()
-            return before_batch()
-        with torch.random.fork_rng():
-            torch.set_rng_state(cb._rng_state)
-            before_batch()
-    cb.before_batch = rewound
+    cb._drawing,cb._window = cb.before_batch,None
+    cb.before_batch = MethodType(_draw_once, cb)
     return cb
+
+def _draw_once(cb):
+    window = cb.learn.dl.window if isinstance(cb.learn.dl, SubWindows) else None
+    if window is None or window is not cb._window:
+        cb._window,cb._rng_state = window,torch.get_rng_state()
+        return cb._drawing()
+    with torch.random.fork_rng():
+        torch.set_rng_state(cb._rng_state)
+        cb._drawing()

@@ -18,7 +18,7 @@ def recurrent_layers(
     wrapped = {inner for m in model.modules() if isinstance(m, StatefulRNN) for inner in m.modules()}
     return {m:name for name,m in model.named_modules() if isinstance(m, nn.RNNBase) and m not in wrapped}
 
-# %% ../nbs/01b_carry.ipynb #af3be0ea
+# %% ../nbs/01b_carry.ipynb #d7df1282
 class carry_state:
     "Context within which recurrent layers that are called without a state start from the one they ended in, detached"
     def __init__(self,
@@ -37,25 +37,27 @@ class carry_state:
             self._hooks += [layer.register_forward_pre_hook(self._before, with_kwargs=True), layer.register_forward_hook(self._after)]
         for m in self._stateful: self._hooks.append(m.register_forward_pre_hook(self._before_stateful))
         if self.evaluation:
-            for m in self._stateful: self._kept[m],m._state,m.carry_in_evaluation = m._state,None,True
+            for m in self._stateful: self._kept[m],m._state = m._state,None
         return self
 
     def __exit__(self, *exc):
         for hook in self._hooks: hook.remove()
         self.reset()
-        for m,state in self._kept.items():
-            m._state = state
-            del m.carry_in_evaluation
+        for m,state in self._kept.items(): m._state = state
+        for m in self._stateful: vars(m).pop('carry_in_evaluation', None)
 
     def reset(self):
         "Forget every state: a new window starts"
         self.states.clear()
         for m in self._stateful: m.reset()
 
+    @property
+    def _active(self): return self.model.training!=self.evaluation
+
     def _start_pass(self, *args): self.carrying,self._own = set(),set() # layers called in this forward pass without a state, and with one of the model's own
 
     def _before(self, layer, args, kwargs):
-        if self.model.training==self.evaluation or layer not in self.layers: return
+        if not self._active or layer not in self.layers: return
         x = args[0] if args else kwargs['input']
         own = args[1] if len(args)>1 else kwargs.get('hx')
         if layer in self.carrying or layer in self._own and own is None: self._refuse_second_call(layer, self.layers[layer])
@@ -66,7 +68,9 @@ class carry_state:
         return (x,state),{}
 
     def _before_stateful(self, rnn, args):
-        if self.model.training==self.evaluation or rnn not in self._stateful: return
+        if rnn not in self._stateful: return
+        rnn.carry_in_evaluation = self._active # even if it is in evaluation mode by itself, such as a frozen encoder
+        if not self._active: return
         if rnn in self.carrying: self._refuse_second_call(rnn, self._stateful[rnn])
         self.carrying.add(rnn)
 
@@ -75,6 +79,6 @@ class carry_state:
                          "defined. Use one layer for each of its roles, or give it a state of your own in every call.")
 
     def _after(self, layer, args, output):
-        if self.model.training!=self.evaluation and layer in self.carrying: self.states[layer] = detach_state(output[1])
+        if self._active and layer in self.carrying: self.states[layer] = detach_state(output[1])
 
-    def __deepcopy__(self, memo): return type(self)(nn.Module(), self.evaluation) # hooks copied with a model find no layer of theirs
+    def __reduce__(self): return type(self),(nn.Module(),self.evaluation) # hooks copied or pickled with a model find no layer of theirs

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SubWindowEvalCB']
 
-# %% ../nbs/06b_evaluation.ipynb #0fdaacf3
+# %% ../nbs/06b_evaluation.ipynb #863281c9
 import torch
 from fastai.callback.core import Callback
+from fastai.torch_core import get_model
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from .carry import carry_state
 from .loader import SubWindows, Window
+from .rnn import StatefulRNN
 from .truncation import check_steps, fixed_truncation
 
-# %% ../nbs/06b_evaluation.ipynb #b552d8e9
+# %% ../nbs/06b_evaluation.ipynb #923d0433
 class SubWindowEvalCB(Callback):
     "Evaluate each window in sub-windows, with the state carried from one to the next"
     order,run_train = 11,False # after MixedPrecision (10), before TbpttResetCB (12), which takes the washout from predictions of whole windows
@@ -25,14 +26,18 @@ class SubWindowEvalCB(Callback):
     def before_batch(self):
         "What fastai itself predicts, for the first sub-window, is dropped; so nothing has to be undone if the model fails"
         timed = self.dl.timed if isinstance(self.dl, SubWindows) else None
-        self._window = Window(self.xb, len(self.xb), timed and timed[:len(tree_leaves(self.xb))])
-        self.learn.xb = self._window.cut(0, min(self.sub_seq_len, self._window.steps))
+        self._window = Window((*self.xb,*self.yb), len(self.xb), timed)
+        self.learn.xb = self._inputs(0, min(self.sub_seq_len, self._window.steps))
+
+    def _inputs(self, start, stop): return self._window.cut(start, stop)[:len(self.xb)]
 
     def after_pred(self):
         "Predictions of the whole window in the place of those of its first sub-window"
-        if not isinstance(self.pred, Tensor): raise TypeError(f"{type(self.model).__name__} gives a {type(self.pred).__name__}; only one tensor of predictions can be joined.")
-        plan = fixed_truncation(self._window.steps, self.sub_seq_len)
-        with carry_state(self.model, evaluation=True): preds = [self.model(*self._window.cut(*sub_window[:2])) for sub_window in plan]
-        per_step = all(p.ndim>1 and p.shape[1]==sub_window.stop-sub_window.start for p,sub_window in zip(preds, plan))
+        model,plan = self.model,fixed_truncation(self._window.steps, self.sub_seq_len)
+        if hasattr(get_model(model), 'reset') and not any(isinstance(m, StatefulRNN) for m in model.modules()): get_model(model).reset() # one that carries by itself
+        with carry_state(model, evaluation=True): preds = [model(*self._inputs(*sub_window[:2])) for sub_window in plan]
+        if not all(isinstance(o, Tensor) for o in (self.pred, *preds)): raise TypeError(f"{type(model).__name__} gives a {type(preds[0]).__name__}; only one tensor of predictions can be joined.")
+        per_step = all(p.ndim>1 and p.shape[1]==o.stop-o.start for p,o in zip(preds, plan))
+        if self._window.targets_timed and not any(self._window.targets_timed): per_step = False
         self.learn.pred = (torch.cat(preds, dim=1) if per_step else preds[-1]).to(self.pred.dtype)
-        self.learn.xb = self._window.batch
+        self.learn.xb = self._window.batch[:len(self.xb)]

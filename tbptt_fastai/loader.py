@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Window', 'SubWindows', 'inner_loader', 'first_item', 'check_sub_seq_len', 'TbpttDL']
 
-# %% ../nbs/03b_loader.ipynb #a91a640d
+# %% ../nbs/03b_loader.ipynb #e1145cec
 from itertools import chain
 from types import SimpleNamespace
 import numpy as np
 import torch
 from fastai.data.core import TfmdDL, explode_types
 from fastai.data.load import DataLoader
-from fastai.torch_core import maybe_gather, to_detach
+from fastai.torch_core import maybe_gather, no_random, to_detach
 from fastcore.basics import GetAttr, first
 from fastcore.meta import delegates
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 from .truncation import SubWindow, check_steps, fixed_truncation
 from .windows import SequenceWindows, plot_windows
 
-# %% ../nbs/03b_loader.ipynb #fb41ba25
+# %% ../nbs/03b_loader.ipynb #01ad2073
 class Window:
     "A batch of windows `(*inputs, *targets)` that knows which of its elements have a time axis, and can be cut there"
     def __init__(self,
@@ -30,7 +30,7 @@ class Window:
         timed:tuple[bool,...]=None, # Which elements, counted through the nesting, have a time axis; default: those that are as long as the first
     ):
         self.batch,(self._elements,self._form) = batch,tree_flatten(batch)
-        if timed is not None and len(timed)!=len(self._elements): raise ValueError(f"timed has {len(timed)} entries, a batch {len(self._elements)} elements: expected one for each.")
+        if timed is not None and len(timed)<len(self._elements): raise ValueError(f"timed has {len(timed)} entries, a batch {len(self._elements)} elements: expected one for each (those of the targets may be left over).")
         arrays = [o for o in self._elements if _is_array(o)]
         first = arrays[0] if timed is None and arrays else next((o for o,t in zip(self._elements, timed or ()) if t), None)
         if first is None or first.ndim<2:
@@ -40,7 +40,7 @@ class Window:
         if timed is None and first.ndim==2 and others: # features of the window may come first
             raise ValueError(f"Which elements have a time axis? The first array has shape {tuple(first.shape)}, another {tuple(others[0])}. "
                              f"Say so by timed=, a bool for each of the {len(self._elements)} elements of a batch.")
-        self.timed = [_is_array(o) and o.ndim>1 and o.shape[1]==self.steps for o in self._elements] if timed is None else list(timed)
+        self.timed = [_is_array(o) and o.ndim>1 and o.shape[1]==self.steps for o in self._elements] if timed is None else list(timed)[:len(self._elements)]
         inputs = batch[:n_inp] if isinstance(batch, (tuple,list)) else batch
         self.targets_timed = self.timed[len(tree_leaves(inputs)):]
 
@@ -63,7 +63,7 @@ class Window:
 
 def _is_array(o): return isinstance(o, (Tensor,np.ndarray))
 
-# %% ../nbs/03b_loader.ipynb #223a99cd
+# %% ../nbs/03b_loader.ipynb #c50b5b6e
 class SubWindows(GetAttr):
     "A view of any loader of windows that yields their sub-windows in order; `sub_window` says which one was yielded last"
     _default = 'dl'
@@ -72,7 +72,9 @@ class SubWindows(GetAttr):
         sub_seq_len:int=None, # Steps of a sub-window; default: the whole window
         n_skip:int=0, # Washout: first steps of each window whose loss does not count
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those that are as long as the first
+        n_inp:int=None, # How many elements of a batch are inputs; default: as the loader says, or all but the last
     ):
+        self._given_n_inp = n_inp
         self.dl,self.sub_seq_len,self.n_skip,self.timed = dl.dl if isinstance(dl, SubWindows) else dl,sub_seq_len,n_skip,timed
         self.window,self.plan,self.warm_up,self.sub_window,self._begun = None,[],[],None,None
 
@@ -141,7 +143,7 @@ class SubWindows(GetAttr):
             item = next(self._begun)
             self._begun = chain([item], self._begun)
         elif not (isinstance(self.dl, DataLoader) and self.dl.prebatched): item = tree_map(lambda o: o[None] if _is_array(o) else o, item)
-        return Window(item, self._n_inp(item), self.timed)
+        with no_random(): return Window(item, self._n_inp(item), self.timed) # a TfmdDL may look at an item to know its n_inp
 
     def to_detach(self, b, cpu=True, gather=True):
         "As `fastai.torch_core.to_detach`; gathers only from processes that share the windows, not from those that have them all as well"
@@ -154,9 +156,11 @@ class SubWindows(GetAttr):
                 dl._n_inp,dl._types = max(len(batch)-1, 1),explode_types(batch)
             yield batch
 
-    def _n_inp(self, batch): return getattr(inner_loader(self.dl), 'n_inp', max(len(batch)-1, 1))
+    def _n_inp(self, batch):
+        if self._given_n_inp is not None: return self._given_n_inp
+        return getattr(inner_loader(self.dl), 'n_inp', max(len(batch)-1, 1))
 
-# %% ../nbs/03b_loader.ipynb #0db3bb71
+# %% ../nbs/03b_loader.ipynb #a98cf2a8
 def inner_loader(
     dl, # A loader, or a view of one
 ):
@@ -167,11 +171,12 @@ def inner_loader(
 def first_item(
     dl, # A fastai or PyTorch `DataLoader`, or a view of one
 ): # `None` if the dataset cannot be indexed
-    "The first item of a loader's dataset, after its item transforms; nothing is shuffled for it"
+    "The first item of a loader's dataset, after its item transforms; nothing is shuffled for it, and random generators stay as they are"
     dl = inner_loader(dl)
-    if isinstance(dl, DataLoader): return dl.do_item(0) if dl.indexed else None
     dataset = getattr(dl, 'dataset', None)
-    return dataset[0] if hasattr(dataset, '__getitem__') and not isinstance(dataset, IterableDataset) else None
+    indexed = dl.indexed if isinstance(dl, DataLoader) else hasattr(dataset, '__getitem__') and not isinstance(dataset, IterableDataset)
+    if not indexed: return None
+    with no_random(): return dl.do_item(0) if isinstance(dl, DataLoader) else dataset[0]
 
 def check_sub_seq_len(
     dl, # A loader of windows, or a `SubWindows` view of one

@@ -287,7 +287,7 @@ def test_train_metrics_of_a_ragged_tail(make):
 
 # --- one draw per window
 
-def test_mixup_mixes_whole_windows_if_told(make):
+def test_E2_mixup_mixes_whole_windows_if_told(make):
     "The sub-windows of a window, put together, are one mixture of two windows"
     learn = make([once_per_window(MixUp())], shuffle=False)
     lams = []

@@ -3,12 +3,12 @@ import copy, io
 from functools import partial
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.progress import ProgressCallback # with it comes Learner.no_bar
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import set_seed
+from fastai.torch_core import TensorBase, set_seed
 from torch import nn
 from reference import shuffled_epochs, train_tbptt, windows_by_hand
 from tbptt_fastai.callback import TbpttResetCB
@@ -203,3 +203,161 @@ def test_evaluation_in_pieces_leaves_the_training_state_alone():
     torch.testing.assert_close(parts, whole)
     assert torch.equal(model[0].state, state)
     torch.testing.assert_close(model(x), whole)
+
+
+def test_a_model_pickled_in_mid_fit_carries_nothing(xy):
+    class Pickle(Callback):
+        order = 99
+        def after_batch(self):
+            buffer = io.BytesIO()
+            torch.save(self.model, buffer)
+            self.learn.pickled = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    learn = learner(xy, Plain())
+    learn.add_cb(Pickle())
+    fit(learn, 1)
+    x = torch.randn(4, 20, 2)
+    first = learn.pickled.train()(x)
+    assert torch.equal(learn.pickled(x), first)
+
+
+@pytest.mark.parametrize('stateful', [True,False])
+def test_a_cancelled_sub_window_does_not_leak_a_state(xy, stateful):
+    "The first sub-window of a window is skipped by another callback: what follows starts from zeros, not from the window before"
+    class Skip(Callback):
+        order = 0
+        def before_batch(self):
+            if self.training and self.train_iter==3: raise CancelBatchException
+    class See(Callback):
+        order = 40
+        def __init__(self): self.preds = []
+        def after_pred(self):
+            if self.training: self.preds.append((self.x.clone(), self.pred.detach()))
+    torch.manual_seed(0)
+    model = nn.Sequential(StatefulRNN(nn.LSTM(2, 6, batch_first=True)), nn.Linear(6, 1)) if stateful else Plain()
+    see = See()
+    learn = learner(xy, model)
+    learn.add_cbs([Skip(), see])
+    fit(learn, 1, 0.)
+    x,pred = see.preds[3] # the second sub-window of the second window
+    torch.testing.assert_close(pred, model.eval()(x))
+
+
+@pytest.mark.parametrize('where', ['before_train','after_batch','after_epoch'])
+@pytest.mark.parametrize('stateful', [True,False])
+def test_an_evaluation_in_the_middle_changes_nothing(xy, where, stateful):
+    "... whether it comes before the training of an epoch or within a window, if learner and loader are put back"
+    class Evaluate(Callback):
+        order = 20
+        def evaluate(self):
+            learn = self.learn
+            kept = {k:getattr(learn, k) for k in ('dl','iter','n_iter','training','train_iter','pct_train','epoch','n_epoch','xb','yb','pred','loss') if k in vars(learn)}
+            with learn.no_logging(), learn.no_bar():
+                recorder = learn.recorder
+                learn.remove_cb(recorder)
+                with learn.removed_cbs([self]): learn.get_preds()
+                learn.add_cb(recorder)
+            for k,v in kept.items(): setattr(learn, k, v)
+            learn.model.train(learn.training)
+        def __getattr__(self, k):
+            if k==where: return self.evaluate if where!='after_batch' or (self.learn.training and self.learn.train_iter in (2,4)) else lambda: None
+            return super().__getattr__(k)
+    def trained(cbs):
+        torch.manual_seed(0)
+        model = nn.Sequential(StatefulRNN(nn.LSTM(2, 6, batch_first=True)), nn.Linear(6, 1)) if stateful else Plain()
+        learn = learner(xy, model)
+        learn.add_cbs(cbs)
+        fit(learn, 1)
+        return model
+    for a,b in zip(trained([Evaluate()]).parameters(), trained([]).parameters()): assert torch.equal(a, b)
+
+
+def test_an_evaluation_that_takes_the_prepared_run_is_no_silent_loss(xy):
+    class Evaluate(Callback):
+        def before_epoch(self):
+            learn = self.learn
+            with learn.removed_cbs([self]), learn.no_logging(): learn.get_preds()
+    for order,ok in ((11,True), (20,False)):
+        learn,cb = learner(xy, Plain()),Evaluate()
+        cb.order = order
+        if ok: fit_with(learn, cb)
+        else:
+            with pytest.raises(RuntimeError, match='another callback evaluated in `before_epoch`'): fit_with(learn, cb)
+
+
+def test_a_learner_copied_after_a_failure_is_on_its_own(xy):
+    class Fail(Callback):
+        order = 13
+        def before_train(self): raise RuntimeError('before the first batch')
+    learn = learner(xy, Plain())
+    with pytest.raises(RuntimeError): fit_with(learn, Fail())
+    other = copy.deepcopy(learn)
+    before = copy.deepcopy(learn.model.state_dict())
+    other.remove_cb(TbpttResetCB)
+    fit(other, 1)
+    for k,v in learn.model.state_dict().items(): assert torch.equal(v, before[k])
+
+def fit_with(learn, cb):
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=cb)
+
+
+def test_a_frozen_layer_in_evaluation_mode_carries_as_well(xy):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc,self.dec,self.out = StatefulRNN(nn.GRU(2, 4, batch_first=True)),nn.GRU(4, 4, batch_first=True),nn.Linear(4, 1)
+        def train(self, mode=True):
+            super().train(mode)
+            self.enc.eval()
+            return self
+        def forward(self, x): return self.out(self.dec(self.enc(x))[0])
+    torch.manual_seed(0)
+    model,x = Frozen(),torch.randn(3, 40, 2)
+    whole = model.eval()(x)
+    model.train()
+    with carry_state(model): parts = torch.cat([model(o) for o in x.split(15, dim=1)], 1)
+    torch.testing.assert_close(parts, whole)
+
+
+def test_a_layer_over_another_axis_is_refused(xy):
+    class PerFrame(nn.Module):
+        "Reads the two values of each step as a sequence, then the steps"
+        def __init__(self):
+            super().__init__()
+            self.frame,self.time,self.out = nn.GRU(1, 3, batch_first=True),nn.GRU(3, 4, batch_first=True),nn.Linear(4, 1)
+        def forward(self, x):
+            frames = self.frame(x.reshape(-1, 2, 1), *self.own(x))[1][0]
+            return self.out(self.time(frames.view(*x.shape[:2], 3))[0])
+        def own(self, x): return ()
+    class OwnState(PerFrame):
+        def own(self, x): return (x.new_zeros(1, x.shape[0]*x.shape[1], 3),)
+    with pytest.raises(ValueError, match='runs over another axis than time'): fit(learner(xy, PerFrame()), 1)
+    model = OwnState()
+    fit(learner(xy, model), 1) # left alone
+    whole = model.eval()(xy[0][:3])
+    model.train()
+    with carry_state(model): parts = torch.cat([model(o) for o in xy[0][:3].split(50, dim=1)], 1)
+    torch.testing.assert_close(parts, whole)
+
+
+def test_the_warm_up_of_a_washout_needs_no_graph(xy):
+    seen = []
+    class Look(Plain):
+        def forward(self, x):
+            seen.append((x.shape[1], torch.is_grad_enabled(), type(x) is torch.Tensor))
+            return super().forward(x)
+    set_seed(SEED)
+    typed = [(TensorBase(x), TensorBase(y)) for x,y in zip(*xy)]
+    dls = DataLoaders(*[TfmdDL(typed, bs=BS, num_workers=0)]*2)
+    learn = Learner(dls, Look(), loss_func=nn.functional.l1_loss, opt_func=adam, cbs=TbpttResetCB(SUB, n_skip=50))
+    fit(learn, 1)
+    assert seen[:3]==[(50,False,True), (50,True,True), (20,True,True)]
+
+
+def test_inputs_are_told_by_the_loaders(xy):
+    "`dls.n_inp`, as fastai's own split has it"
+    x,y = xy
+    dls = DataLoaders(*[torch.utils.data.DataLoader(list(zip(x, y, torch.arange(len(x)))), BS)]*2)
+    dls.n_inp = 1
+    learn = Learner(dls, Plain(), loss_func=lambda p,y,label: nn.functional.l1_loss(p, y), opt_func=adam, cbs=TbpttResetCB(SUB, n_skip=60))
+    fit(learn, 1)
+    assert len(learn.recorder.losses)==2*len(dls.train)

@@ -175,6 +175,7 @@ def test_evaluation_between_epochs_changes_nothing(data):
 
 def test_lr_find_show_results_summary_and_export(fitted, tmp_path):
     learn = copy.deepcopy(fitted)
+    learn.tbptt_reset_cb.n_skip = 20
     before = copy.deepcopy(learn.model.state_dict())
     with learn.no_bar():
         learn.lr_find(num_it=20, show_plot=False)
@@ -187,7 +188,7 @@ def test_lr_find_show_results_summary_and_export(fitted, tmp_path):
         expected,_ = learn.get_preds()
     assert torch.equal(preds, expected)
     assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
-    assert (tmp_path/'model.pkl').stat().st_size < 100_000
+    assert (tmp_path/'model.pkl').stat().st_size < 100_000 and '_whole' not in vars(learn.tbptt_reset_cb)
 
 
 def test_a_partial_batch_and_a_second_fit(data):

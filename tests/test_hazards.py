@@ -3,6 +3,7 @@ import copy, inspect, io, os, random
 import numpy as np
 import pytest
 import torch
+from fasttransform import Transform
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException, CancelTrainException
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.callback.hook import summary # of a Learner
@@ -69,7 +70,7 @@ def test_A5_as_many_events_as_steps_and_the_share_done_ends_at_one():
 def test_A6_transforms_may_iterate_the_loader_while_it_is_made():
     "Setting up the transforms happens within `TfmdDL.__init__`"
     seen = []
-    class Looks(RandTransform):
+    class Looks(Transform):
         def setups(self, dl): seen.extend(x.shape for x,y in dl)
     TbpttDL(items(), bs=BS, sub_seq_len=SUB, num_workers=0, after_batch=[Looks()])
     assert [s[1] for s in seen]==[12,12,6]*3
@@ -194,7 +195,8 @@ def test_B3_a_loader_is_known_by_its_type():
     its = Named(noise())
     dls = loaders(its)
     assert dls.train.sub_seq_len==3 # it does answer
-    learn = fit(learner(dls, sub='dls', cbs=[Watch()]))
+    with pytest.raises(ValueError, match='neither to the learner nor to its TfmdDL'): learner(dls, sub='dls')
+    learn = fit(learner(dls, sub=None, cbs=[Watch()]))
     assert learn.watch.lens==[WIN]*3
 
 class Cancel(Callback):

@@ -134,7 +134,7 @@ def test_a_wrapped_loader_is_still_cut(dls):
     class Wrapper:
         def __init__(self, dl): self.dl = dl
     assert resolve_sub_seq_len('dls', Wrapper(Wrapper(dls.train)))==40
-    assert resolve_sub_seq_len('dls', [dls.one_batch()]) is None
+    with pytest.raises(ValueError, match='neither to the learner nor to its list'): resolve_sub_seq_len('dls', [dls.one_batch()])
 
 
 def test_a_single_batch_outside_of_a_loader_is_a_new_window(dls):

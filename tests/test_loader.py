@@ -124,5 +124,14 @@ def test_pinned_device_and_a_view_of_a_view():
     assert SubWindows(view).dl is dl and len(SubWindows(view))==3
 
 
+def test_looking_at_the_first_item_draws_nothing():
+    class Noisy:
+        def __len__(self): return 6
+        def __getitem__(self, i): return torch.randn(25, 1),torch.zeros(25, 1)
+    dl = TbpttDL(Noisy(), bs=3, sub_seq_len=10, num_workers=0)
+    state = torch.get_rng_state()
+    assert len(dl)==6 and torch.equal(torch.get_rng_state(), state)
+
+
 def test_empty_loaders_say_so():
     with pytest.raises(ValueError, match='no batches: 3 windows, bs=4, drop_last=True'): TbpttDL(items(3), bs=4, drop_last=True, num_workers=0).one_batch()
