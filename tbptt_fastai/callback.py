@@ -35,7 +35,7 @@ def resolve_sub_seq_len(
         raise ValueError(f"sub_seq_len is {sub_seq_len} in the learner and {of_dl} in its training loader: give it once, or the same value twice.")
     return sub_seq_len
 
-# %% ../nbs/06_callback.ipynb #9cdce7cf
+# %% ../nbs/06_callback.ipynb #69fabec0
 class _CarryingRun:
     "What `Learner.all_batches` is for one run: the same, within `carry_state` if it is a training"
     def __init__(self, cb): self.cb,self.learn = cb,cb.learn
@@ -44,10 +44,9 @@ class _CarryingRun:
         cb,learn = self.cb,self.learn
         vars(learn).pop('all_batches', None) # back to the method
         if not learn.training or cb.learn is not learn: return learn.all_batches() # an evaluation, or the callback was removed
-        outer = cb._carried
         try:
             with carry_state(learn.model) as cb._carried: learn.all_batches()
-        finally: cb._carried = outer
+        finally: cb._carried = None
 
 # %% ../nbs/06_callback.ipynb #421fc625
 class TbpttResetCB(Callback):

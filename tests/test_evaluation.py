@@ -158,6 +158,15 @@ def test_a_cancelled_fit_keeps_no_state(data, sub_seq_len):
     assert learn.model.rnn.state is None
 
 
+def test_a_loss_that_fails_in_validation_leaves_no_predictions_behind(fitted):
+    learn = copy.deepcopy(fitted)
+    learn.tbptt_reset_cb.n_skip = 20
+    def fail(pred, targ): raise RuntimeError('in the loss')
+    learn.loss_func = fail
+    with pytest.raises(RuntimeError, match='in the loss'), learn.no_bar(): learn.validate()
+    assert '_whole' not in vars(learn.tbptt_reset_cb)
+
+
 def test_evaluation_between_epochs_changes_nothing(data):
     class Evaluate(Callback):
         order = 80

@@ -165,6 +165,42 @@ def test_07_typed_tensors_MixedPrecision(xy):
     assert learn.kind is TensorBase and learn.half==torch.bfloat16
 
 
+class CPUHalf(CPUMixedPrecision):
+    "In float16, with a scale that overflows at first"
+    def before_fit(self): self.autocast,self.learn.scaler,self.scales = autocast('cpu', dtype=torch.float16),GradScaler('cpu', init_scale=2.**24),[]
+    def before_step(self):
+        try: super().before_step()
+        finally: self.learn.n_skipped += self.skipped
+    def after_fit(self): pass # keep the scaler, to look at
+
+def test_07_float16_with_a_scaler_that_skips_steps(xy):
+    "A step that overflows is skipped, and the state goes on; a GRU, whose head alone is in float16 on the CPU, as oneDNN trains no LSTM in it. The loop is written out: what is scaled and skipped are its steps"
+    model = Net(nn.GRU)
+    rnn,head = copy.deepcopy(model.rnn.rnn),copy.deepcopy(model.head)
+    learn = TbpttLearner(loaders(xy), model, SUB, loss_func=l1, opt_func=adam, cbs=CPUHalf())
+    learn.n_skipped = 0
+    with learn.no_bar(), learn.no_logging(): learn.fit(N_EPOCH, LR)
+    params = [*rnn.parameters(), *head.parameters()]
+    opt,scaler,scales = torch.optim.Adam(params, lr=LR),GradScaler('cpu', init_scale=2.**24),[]
+    for epoch in epochs_of(xy):
+        for x,y in epoch:
+            state = None
+            for start in range(0, WIN, SUB):
+                with autocast('cpu', dtype=torch.float16):
+                    out,state = rnn(x[:,start:start+SUB], state)
+                    loss = l1(head(out).float(), y[:,start:start+SUB])
+                state = state.detach()
+                if start+SUB>WIN: loss = loss*((WIN-start)/SUB)
+                scaler.scale(loss).backward()
+                scaler.step(opt)
+                scaler.update()
+                opt.zero_grad()
+                scales.append(scaler.get_scale())
+    assert learn.scaler.get_scale()==scales[-1]
+    assert learn.n_skipped==sum(a>b for a,b in zip([2.**24]+scales, scales))>0
+    for a,b in zip(model.parameters(), params): assert torch.equal(a, b)
+
+
 def test_08_inputs_and_targets_static_features_sgdr_ActivationStats(xy):
     "Two signals and the features of a window in, two signals out. Schedule: to 1e-6"
     x,y = xy
