@@ -48,7 +48,7 @@ class _CarryingRun:
             with carry_state(learn.model) as cb._carried: learn.all_batches()
         finally: cb._carried = None
 
-# %% ../nbs/06_callback.ipynb #421fc625
+# %% ../nbs/06_callback.ipynb #11a44a6a
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -132,10 +132,10 @@ class TbpttResetCB(Callback):
             for xb in self.dl.warm_up: self.model(*to_device(tree_map(lambda o: cast(o, Tensor) if isinstance(o, TensorBase) else o, xb), find_device(self.xb)))
 
     def after_pred(self):
-        if self.training:
-            if self._carried is not None and self.dl.is_first: self._check_carried()
-        else: self._whole = self.pred,self.yb
+        if self._carried is not None and self.training and self.dl.is_first: self._check_carried()
+        whole = self.pred,self.yb
         self._skip_washout()
+        if not self.training and self.pred is not whole[0]: self._whole = whole
 
     def _check_carried(self):
         "Refuse a model whose state cannot be that of its windows, before it learns anything"
@@ -154,7 +154,7 @@ class TbpttResetCB(Callback):
 
     def after_loss(self):
         if not self.training:
-            self.learn.pred,self.learn.yb = vars(self).pop('_whole')
+            if '_whole' in vars(self): self.learn.pred,self.learn.yb = vars(self).pop('_whole')
             return
         if not len(self.yb): return # no targets, no loss
         if self.sub_window.weight!=1 and getattr(self.loss_func, 'reduction', 'mean')!='sum': self.learn.loss_grad = self.loss_grad*self.sub_window.weight

@@ -158,6 +158,22 @@ def test_a_cancelled_fit_keeps_no_state(data, sub_seq_len):
     assert learn.model.rnn.state is None
 
 
+def test_what_others_do_to_predictions_is_kept(fitted):
+    "A callback after TbpttResetCB changes predictions in evaluation; nothing of it is undone"
+    class Twice(Callback):
+        order = 20
+        def after_pred(self): self.learn.pred = 2*self.pred
+    learn = copy.deepcopy(fitted)
+    with learn.no_bar():
+        preds,_ = learn.get_preds()
+        learn.add_cb(Twice())
+        doubled,targs = learn.get_preds()
+        values = learn.validate()
+    torch.testing.assert_close(doubled, 2*preds)
+    np.testing.assert_allclose(values[0], (doubled-targs).abs().mean(), atol=1e-6)
+    np.testing.assert_allclose(values[1], (doubled-targs).square().mean().sqrt(), atol=1e-6)
+
+
 def test_a_loss_that_fails_in_validation_leaves_no_predictions_behind(fitted):
     learn = copy.deepcopy(fitted)
     learn.tbptt_reset_cb.n_skip = 20
