@@ -12,7 +12,7 @@ from fastai.torch_core import TensorBase, set_seed
 from torch import nn
 from reference import shuffled_epochs, train_tbptt, windows_by_hand
 from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.carry import carry_state
+from tbptt_fastai.carry import carry_state, recurrent_layers
 from tbptt_fastai.rnn import StatefulRNN
 
 SEED,N_EPOCH,LR,WIN,SUB,BS = 3,2,1e-2,120,50,5
@@ -361,3 +361,21 @@ def test_inputs_are_told_by_the_loaders(xy):
     learn = Learner(dls, Plain(), loss_func=lambda p,y,label: nn.functional.l1_loss(p, y), opt_func=adam, cbs=TbpttResetCB(SUB, n_skip=60))
     fit(learn, 1)
     assert len(learn.recorder.losses)==2*len(dls.train)
+
+
+def test_a_layer_in_two_roles_is_refused_whatever_comes_first():
+    x,h = torch.randn(3, 10, 2),torch.zeros(1, 3, 2)
+    class Roles(nn.Module):
+        def __init__(self, rnn, calls):
+            super().__init__()
+            self.rnn,self.calls = rnn,calls
+        def forward(self, x): return [self.rnn(x, *o) for o in self.calls]
+    for rnn,calls in ((StatefulRNN(nn.GRU(2, 2, batch_first=True)),[(),()]), (nn.GRU(2, 2, batch_first=True),[(h,),()]), (nn.GRU(2, 2, batch_first=True),[(),(h,)])):
+        model = Roles(rnn, calls)
+        with pytest.raises(ValueError, match='rnn is called twice in one forward pass'), carry_state(model): model(x)
+    with carry_state(model := Roles(nn.GRU(2, 2, batch_first=True), [(h,),(h,)])): model(x) # left alone
+
+
+def test_a_layer_in_a_StatefulRNN_is_not_carried_twice():
+    model = nn.ModuleDict(dict(a=StatefulRNN(nn.GRU(2, 2)), b=nn.GRU(2, 2)))
+    assert list(recurrent_layers(model).values())==['b']

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback # with it comes Learner.no_bar
 from fastai.learner import Learner
 from fastai.metrics import mae, rmse
@@ -91,3 +92,42 @@ def test_what_is_refused(learn):
     learn.model,learn.loss_func,learn.metrics = Pair(),lambda p,y: (p[0]-y).abs().mean(),[]
     learn.add_cb(SubWindowEvalCB(40))
     with pytest.raises(TypeError, match='Pair gives a tuple'), learn.no_bar(): learn.validate()
+
+
+def test_a_model_that_carries_by_itself(signals):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn,self.out,self.h = nn.GRU(2, 4, batch_first=True),nn.Linear(4, 1),None
+        def forward(self, x):
+            h,self.h = self.rnn(x, self.h)
+            self.h = self.h.detach()
+            return self.out(h)
+        def reset(self): self.h = None
+    torch.manual_seed(0)
+    dls = SequenceDataLoaders.from_arrays(*signals, win_sz=130, stp_sz=60, bs=3, valid_pct=.4)
+    learn = Learner(dls, Own(), loss_func=nn.functional.l1_loss, cbs=TbpttResetCB(50))
+    with learn.no_bar(): expected,_ = learn.get_preds()
+    learn.add_cb(SubWindowEvalCB(40))
+    with learn.no_bar(): torch.testing.assert_close(learn.get_preds()[0], expected, atol=1e-6, rtol=0)
+
+
+def test_what_comes_after_sees_the_window_and_the_type_it_would_see(learn):
+    "Inputs are whole again, and predictions are cast as an earlier callback (MixedPrecision) had cast them"
+    seen = []
+    class Half(nn.Module):
+        def __init__(self, m):
+            super().__init__()
+            self.m = m
+        def forward(self, x): return self.m(x).bfloat16()
+    class Cast(Callback):
+        order = 10
+        def after_pred(self): self.learn.pred = self.pred.float()
+    class Look(Callback):
+        order = 13
+        def after_pred(self): seen.append((self.x.shape[1], self.pred.shape[1], self.pred.dtype))
+    learn.model = Half(learn.model)
+    learn.add_cbs([SubWindowEvalCB(40), Cast(), Look()])
+    learn.tbptt_reset_cb.n_skip = 0
+    with learn.no_bar(): learn.validate()
+    assert set(seen)=={(130,130,torch.float32)}
