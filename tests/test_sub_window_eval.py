@@ -4,6 +4,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback # with it comes Learner.no_bar
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.metrics import mae, rmse
 from torch import nn
@@ -131,3 +132,18 @@ def test_what_comes_after_sees_the_window_and_the_type_it_would_see(learn):
     learn.tbptt_reset_cb.n_skip = 0
     with learn.no_bar(): learn.validate()
     assert set(seen)=={(130,130,torch.float32)}
+
+
+def test_scores_as_many_as_steps_are_not_taken_for_steps():
+    "40 classes for the window, in sub-windows of 40 steps"
+    class Classify(Mixed):
+        def forward(self, x): return self.out(self.b(self.a(x))[0][:,-1])
+    torch.manual_seed(0)
+    model = Classify()
+    model.out = nn.Linear(6, 40)
+    items = [(torch.randn(80, 2), torch.tensor(i)) for i in range(6)]
+    dls = DataLoaders(*[TfmdDL(items, bs=3, num_workers=0)]*2)
+    learn = Learner(dls, model, loss_func=nn.functional.cross_entropy, cbs=TbpttResetCB(40))
+    with learn.no_bar(): expected,_ = learn.get_preds()
+    learn.add_cb(SubWindowEvalCB(40))
+    with learn.no_bar(): torch.testing.assert_close(learn.get_preds()[0], expected, atol=1e-6, rtol=0)
