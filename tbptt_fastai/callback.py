@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['resolve_sub_seq_len', 'TbpttResetCB', 'once_per_window']
 
-# %% ../nbs/06_callback.ipynb #0a94b3c7
+# %% ../nbs/06_callback.ipynb #8d4f1502
 from types import MethodType
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import TensorBase, cast, find_bs, find_device, get_model, to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from .carry import carry_state, recurrent_layers
+from .carry import carry_state, reset_own_state
 from .loader import SubWindows, TbpttDL, check_sub_seq_len, inner_loader
-from .rnn import StatefulRNN, refuse_bidirectional
+from .rnn import StatefulRNN
 from .state import state_batch_size
 from .truncation import SubWindow, check_steps
 
@@ -48,7 +48,7 @@ class _CarryingRun:
             with carry_state(learn.model) as cb._carried: learn.all_batches()
         finally: cb._carried = None
 
-# %% ../nbs/06_callback.ipynb #11a44a6a
+# %% ../nbs/06_callback.ipynb #c59d92d1
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -68,8 +68,7 @@ class TbpttResetCB(Callback):
         check_sub_seq_len(train, steps, self.n_skip, self.timed)
         for dl in others: check_sub_seq_len(dl, None, self.n_skip, self.timed)
         if steps is None: return
-        layers = recurrent_layers(self.model)
-        for layer,name in layers.items(): refuse_bidirectional(layer, name)
+        layers = carry_state(self.model).layers # this refuses bidirectional ones
         if not (layers or self._rnns or self._resets): raise ValueError(
             f"{type(self.model).__name__} has no recurrent layer and no StatefulRNN, so no state would be carried from one sub-window to the next. Wrap its module "
             "with a state in StatefulRNN, give the model a `reset()` if it carries a state by itself, or use sub_seq_len=None.")
@@ -116,8 +115,7 @@ class TbpttResetCB(Callback):
 
     def before_batch(self):
         if not self.training: # all but a model's own state starts evaluation from the initial one by itself, and keeps that of the training
-            if self._resets and not self._rnns: get_model(self.model).reset()
-            return
+            return reset_own_state(self.model)
         window = self.dl.window if isinstance(self.dl, SubWindows) else None
         if window is not None and window is self._window: return
         if window is not None and self.dl.sub_seq_len is not None and self._carried is None: raise RuntimeError(

@@ -13,8 +13,9 @@ import numpy as np
 from fastcore.meta import delegates
 from .data import SequenceDataLoaders
 
-# %% ../nbs/10_datasets.ipynb #5df9813e
+# %% ../nbs/10_datasets.ipynb #cb943542
 SILVERBOX_FS = 610.35 # Hz, sampling rate of the Silverbox recording
+_signals = dict(x_names='u [V]', y_names='y [V]', dt=1/SILVERBOX_FS)
 
 def duffing_response(
     u:np.ndarray, # (2*n+1,) input in V, sampled every `h/2` seconds
@@ -86,7 +87,7 @@ def simulate_duffing(
         raise ValueError(f'amplitude={amplitude!r}: the output reaches {peak:.3g} V, where the simulation is not accurate; expected a smaller amplitude')
     return u[:-1:2*substeps].copy(), y + noise*rng.standard_normal(n_steps)
 
-# %% ../nbs/10_datasets.ipynb #9305cfac
+# %% ../nbs/10_datasets.ipynb #fa281725
 @delegates(SequenceDataLoaders.from_arrays, but=['x', 'y', 'valid', 'valid_pct'])
 def create_dls_duffing(
     bs:int=16, # Windows per batch
@@ -102,7 +103,7 @@ def create_dls_duffing(
     "Loaders over a simulated Silverbox: predict the voltage out from the voltage in"
     train,valid = (simulate_duffing(n, seed=[seed,i], noise=noise) for i,n in enumerate((n_steps, n_valid)))
     return SequenceDataLoaders.from_arrays(*train, valid=valid, win_sz=win_sz, stp_sz=stp_sz, sub_seq_len=sub_seq_len, bs=bs,
-                                           **{**dict(x_names='u [V]', y_names='y [V]', dt=1/SILVERBOX_FS), **kwargs})
+                                           **{**_signals, **kwargs})
 
 # %% ../nbs/10_datasets.ipynb #87cd7a04
 _SILVERBOX_STEPS = dict(train_val=65_062, multisine=21_688, arrow=40_475, arrow_no_extrapolation=32_000)
@@ -157,7 +158,7 @@ def load_silverbox(
     u,y = data.pop('train_val')
     return (u[:50_000], y[:50_000]), (u[50_000:], y[50_000:]), data
 
-# %% ../nbs/10_datasets.ipynb #8e7ecf4e
+# %% ../nbs/10_datasets.ipynb #f6b40f70
 @delegates(SequenceDataLoaders.from_arrays, but=['x', 'y', 'valid', 'valid_pct'])
 def create_dls_silverbox(
     bs:int=16, # Windows per batch
@@ -170,4 +171,4 @@ def create_dls_silverbox(
     "Loaders over the Silverbox recording: 50,000 steps for training, the following 15,062 for validation"
     train,valid,_ = load_silverbox(path)
     return SequenceDataLoaders.from_arrays(*train, valid=valid, win_sz=win_sz, stp_sz=stp_sz, sub_seq_len=sub_seq_len, bs=bs,
-                                           **{**dict(x_names='u [V]', y_names='y [V]', dt=1/SILVERBOX_FS), **kwargs})
+                                           **{**_signals, **kwargs})

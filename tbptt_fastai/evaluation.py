@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = ['SubWindowEvalCB']
 
-# %% ../nbs/06b_evaluation.ipynb #863281c9
+# %% ../nbs/06b_evaluation.ipynb #7153b32a
 import torch
 from fastai.callback.core import Callback
-from fastai.torch_core import get_model
 from torch import Tensor
-from .carry import carry_state
+from .carry import carry_state, reset_own_state
 from .loader import SubWindows, Window
-from .rnn import StatefulRNN
 from .truncation import check_steps, fixed_truncation
 
-# %% ../nbs/06b_evaluation.ipynb #923d0433
+# %% ../nbs/06b_evaluation.ipynb #4119a128
 class SubWindowEvalCB(Callback):
     "Evaluate each window in sub-windows, with the state carried from one to the next"
     order,run_train = 11,False # after MixedPrecision (10), before TbpttResetCB (12), which takes the washout from predictions of whole windows
@@ -34,7 +32,7 @@ class SubWindowEvalCB(Callback):
     def after_pred(self):
         "Predictions of the whole window in the place of those of its first sub-window"
         model,plan = self.model,fixed_truncation(self._window.steps, self.sub_seq_len)
-        if hasattr(get_model(model), 'reset') and not any(isinstance(m, StatefulRNN) for m in model.modules()): get_model(model).reset() # one that carries by itself
+        reset_own_state(model)
         with carry_state(model, evaluation=True): preds = [model(*self._inputs(*sub_window[:2])) for sub_window in plan]
         if not all(isinstance(o, Tensor) for o in (self.pred, *preds)): raise TypeError(f"{type(model).__name__} gives a {type(preds[0]).__name__}; only one tensor of predictions can be joined.")
         per_step = all(p.ndim>1 and p.shape[1]==o.stop-o.start for p,o in zip(preds, plan))

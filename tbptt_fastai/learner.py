@@ -50,11 +50,11 @@ def default_loss(
     if isinstance(y, Tensor) and y.is_floating_point(): return nn.L1Loss()
     raise ValueError(f"No default loss for targets of type {y.dtype if isinstance(y, Tensor) else type(y).__name__}: pass loss_func, such as CrossEntropyLossFlat().")
 
-# %% ../nbs/07_learner.ipynb #0e9cf160
+# %% ../nbs/07_learner.ipynb #9a766f78
 @delegates(Learner.__init__)
 def TbpttLearner(
     dls, # `DataLoaders` of windows `(batch, time, ...)`
-    model:nn.Module=None, # A model with `StatefulRNN` layers; default: that of `RNNLearner`, whose arguments are then accepted too
+    model:nn.Module=None, # Any model with recurrent or `StatefulRNN` layers; default: that of `RNNLearner`, whose arguments are then accepted too
     sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: whole windows (full backpropagation); 'dls': as the loaders say
     n_skip:int=0, # Washout: first steps of each window that count neither in loss nor in metrics
     grad_clip:float=None, # Largest norm of the gradient; default: no clipping

@@ -37,10 +37,10 @@ def check_carried(
         dtypes = {t.dtype for t in tree_leaves(state)}
         if dtypes != {x.dtype}: raise ValueError(f"The carried hidden state is {dtypes.pop()}, the input {x.dtype}. Call `reset()` before changing the type of a model or its data.")
 
-# %% ../nbs/01_rnn.ipynb #5ba5790e
+# %% ../nbs/01_rnn.ipynb #e0bab3c0
 class StatefulRNN(nn.Module):
     "Wrap a recurrent module so that, in training, each call starts from the state the last one ended in, detached"
-    carry_in_evaluation = False # set by `carry_state` while a window is evaluated in pieces
+    carry_in_evaluation = False # set by `carry_state`: while a window is evaluated in pieces, and for a layer that is frozen in evaluation mode
     def __init__(self,
         rnn:nn.Module, # `nn.RNN`, `nn.GRU`, `nn.LSTM`, or any module with `forward(x, state) -> (out, state)` that takes `None` as first state
         batch_dim:int=None, # Which dimension of the state's tensors is the batch; default: 1 for the layers of `torch.nn`, else 0
