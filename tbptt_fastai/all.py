@@ -5,8 +5,12 @@ from tbptt_fastai.state import *
 from tbptt_fastai.rnn import *
 from tbptt_fastai.carry import *
 from tbptt_fastai.truncation import *
+from tbptt_fastai.arrays import *
 from tbptt_fastai.windows import *
 from tbptt_fastai.loader import *
+from tbptt_fastai.streams import *
+from tbptt_fastai.frames import *
+from tbptt_fastai.text import *
 from tbptt_fastai.data import *
 from tbptt_fastai.metrics import *
 from tbptt_fastai.callback import *

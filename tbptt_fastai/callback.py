@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resolve_sub_seq_len', 'TbpttResetCB', 'once_per_window']
 
-# %% ../nbs/06_callback.ipynb #8d4f1502
+# %% ../nbs/06_callback.ipynb #515cc7a4
 from types import MethodType
 import torch
 from fastai.callback.core import Callback
@@ -13,9 +13,10 @@ from fastai.torch_core import TensorBase, cast, find_bs, find_device, get_model,
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .carry import carry_state, reset_own_state
-from .loader import SubWindows, TbpttDL, check_sub_seq_len, inner_loader
+from .loader import SubWindows, TbpttDL, inner_loader, view_of
 from .rnn import StatefulRNN
 from .state import state_batch_size
+from .streams import StreamDL, StreamView
 from .truncation import SubWindow, check_steps
 
 # %% ../nbs/06_callback.ipynb #e4175054
@@ -35,20 +36,21 @@ def resolve_sub_seq_len(
         raise ValueError(f"sub_seq_len is {sub_seq_len} in the learner and {of_dl} in its training loader: give it once, or the same value twice.")
     return sub_seq_len
 
-# %% ../nbs/06_callback.ipynb #69fabec0
+# %% ../nbs/06_callback.ipynb #e387eb34
 class _CarryingRun:
-    "What `Learner.all_batches` is for one run: the same, within `carry_state` if it is a training"
+    "What `Learner.all_batches` is for one run: the same, within `carry_state` if sub-windows are run"
     def __init__(self, cb): self.cb,self.learn = cb,cb.learn
 
     def __call__(self):
         cb,learn = self.cb,self.learn
         vars(learn).pop('all_batches', None) # back to the method
-        if not learn.training or cb.learn is not learn: return learn.all_batches() # an evaluation, or the callback was removed
+        if cb.learn is not learn or not cb.carries: return learn.all_batches() # cb.learn: the callback was removed
+        outer = cb._carried
         try:
-            with carry_state(learn.model) as cb._carried: learn.all_batches()
-        finally: cb._carried = None
+            with carry_state(learn.model, evaluation=not learn.training) as cb._carried: learn.all_batches()
+        finally: cb._carried = outer
 
-# %% ../nbs/06_callback.ipynb #c59d92d1
+# %% ../nbs/06_callback.ipynb #3384d346
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -65,8 +67,9 @@ class TbpttResetCB(Callback):
         if len(self.learn._grab_cbs(TbpttResetCB))>1: raise ValueError("The learner has two TbpttResetCB: TbpttLearner adds one by itself. Remove yours, and give it sub_seq_len and n_skip.")
         train,*others = self.dls.loaders
         steps = resolve_sub_seq_len(self.sub_seq_len, train)
-        check_sub_seq_len(train, steps, self.n_skip, self.timed)
-        for dl in others: check_sub_seq_len(dl, None, self.n_skip, self.timed)
+        view_of(train, steps, self.n_skip, self.timed).check()
+        for dl in others: view_of(dl, None, self.n_skip, self.timed).check()
+        self._check_rows(steps)
         if steps is None: return
         layers = carry_state(self.model).layers # this refuses bidirectional ones
         if not (layers or self._rnns or self._resets): raise ValueError(
@@ -74,10 +77,18 @@ class TbpttResetCB(Callback):
             "with a state in StatefulRNN, give the model a `reset()` if it carries a state by itself, or use sub_seq_len=None.")
     after_create = before_fit = check
 
+    def _check_rows(self, steps):
+        "Refuse a model that cannot begin anew in single rows of a stream"
+        if not self._resets or self._rnns: return
+        for dl in map(inner_loader, self.dls.loaders):
+            if isinstance(dl, StreamDL) and not dl.layout(steps).aligned: raise ValueError(
+                f"The rows of this StreamDL begin their sequences at different times, but the reset() of {type(get_model(self.model)).__name__} resets all rows. Carry its state in a StatefulRNN, "
+                "or give the loader as many rows as there are sequences.")
+
     def before_epoch(self):
-        "The next run over the batches, which is this epoch's training, happens within `carry_state`"
-        if resolve_sub_seq_len(self.sub_seq_len, self.dls.train) is None: return
+        "The next run over the batches happens within `carry_state`, if it carries a state"
         self.learn.all_batches = _CarryingRun(self)
+    after_train = before_epoch
 
     def after_epoch(self): vars(self.learn).pop('all_batches', None) # of a training that was skipped
 
@@ -88,13 +99,29 @@ class TbpttResetCB(Callback):
         self.reset()
         self._window = None
 
-    def _view(self, sub_seq_len): return SubWindows(self.dl, sub_seq_len, self.n_skip, self.timed, vars(self.dls).get('n_inp'))
+    def _view(self, sub_seq_len): return view_of(self.dl, sub_seq_len, self.n_skip, self.timed, vars(self.dls).get('n_inp'))
 
     def before_train(self):
         self.learn.dl = self._view(resolve_sub_seq_len(self.sub_seq_len, self.dl))
         if self.dl.n_windows==0: raise ValueError(f"The training loader has no batches: {getattr(self.dl, 'n', 0)} windows, bs={getattr(self.dl, 'bs', None)}, drop_last={getattr(self.dl, 'drop_last', None)}.")
 
-    def before_validate(self): self.learn.dl = self._view(None)
+    def before_validate(self):
+        inner = inner_loader(self.dl)
+        self.learn.dl = self._view(inner.sub_seq_len if isinstance(inner, StreamDL) else None)
+        self.learn.dl.evaluation = True
+        if self._stream and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
+            raise ValueError("Inputs cannot be put in the order of the predictions of a StreamDL: leave out with_input, and take them from its dataset.")
+
+    @property
+    def _stream(self): return isinstance(self.dl, StreamView)
+
+    @property
+    def carries(self):
+        "Does the state go from one batch to the next? In training by sub-windows, and in the evaluation of a stream"
+        return isinstance(self.dl, SubWindows) and self.dl.sub_seq_len is not None and (self.training or self._stream)
+
+    @property
+    def _carrying(self): return self._carried is not None and self._carried.evaluation!=self.training
 
     @property
     def sub_window(self):
@@ -107,33 +134,55 @@ class TbpttResetCB(Callback):
     @property
     def _resets(self): return hasattr(get_model(self.model), 'reset') # fastai gives a reset to every DistributedDataParallel
 
-    def reset(self):
-        "Forget every carried state"
-        if self._resets: get_model(self.model).reset()
-        for m in self._rnns: m.reset()
-        if self._carried is not None: self._carried.reset()
+    def reset(self,
+        rows=None, # bool `(bs,)`: the rows that begin a new window; default: all
+        groups:list=None, # The group of each row
+    ):
+        "Forget every carried state, of all rows or of some"
+        if self._resets and rows is None: get_model(self.model).reset()
+        for m in self._rnns: m.reset(rows, groups)
+        if self._carried is not None: self._carried.reset(rows, groups)
 
     def before_batch(self):
+        if self.carries and not self._carrying: raise RuntimeError(
+            "No state would be carried: another callback evaluated in `before_epoch`, after this one, or asked for `inner` predictions of a StreamDL. Give it an order below 12, or let it evaluate in another event.")
+        if self._stream: return self._begin_rows()
         if not self.training: # all but a model's own state starts evaluation from the initial one by itself, and keeps that of the training
             return reset_own_state(self.model)
         window = self.dl.window if isinstance(self.dl, SubWindows) else None
         if window is not None and window is self._window: return
-        if window is not None and self.dl.sub_seq_len is not None and self._carried is None: raise RuntimeError(
-            "No state would be carried: another callback evaluated in `before_epoch`, after this one. Give it an order below 12, or let it evaluate in another event.")
         self._window = window
         self.reset()
-        if window is not None: self._warm_up()
+        if window is not None:
+            for xb in self.dl.warm_up: self._warm_up(xb)
 
-    def _warm_up(self):
-        "Bring the state to the first sub-window that has a loss; the steps before it get no gradient"
-        with torch.no_grad():
-            for xb in self.dl.warm_up: self.model(*to_device(tree_map(lambda o: cast(o, Tensor) if isinstance(o, TensorBase) else o, xb), find_device(self.xb)))
+    def _warm_up(self, xb):
+        "Bring the state through steps that have no loss and get no gradient"
+        with torch.no_grad(): self.model(*to_device(tree_map(lambda o: cast(o, Tensor) if isinstance(o, TensorBase) else o, xb), find_device(self.xb)))
+
+    def _begin_rows(self):
+        "Reset the rows of a stream in which a sequence begins"
+        def begin(block):
+            rows = block.begins(self.dl.seen)
+            if not (rows&(block.n>0)).any(): return
+            groups = self.dl.dataset.groups_of(block.seq.clip(0))
+            if self._carrying or self.training: return self.reset(None if rows.all() else rows, groups)
+            reset_own_state(self.model) # whole sequences in evaluation, which leaves the training state alone
+            for m in self._rnns: m._groups = groups
+        for block,xb in self.dl.warm_up:
+            begin(block)
+            self._warm_up(xb)
+            self.dl.seen = block
+        begin(self.dl.sub_window)
 
     def after_pred(self):
         if self._carried is not None and self.training and self.dl.is_first: self._check_carried()
+        if self._stream:
+            self.dl.seen = self.sub_window
+            self.learn.pred,self.learn.yb = tree_map(self.sub_window.real_steps, (self.pred, self.yb))
         whole = self.pred,self.yb
         self._skip_washout()
-        if not self.training and self.pred is not whole[0]: self._whole = whole
+        if not self.training and (self.pred is not whole[0] or self.yb is not whole[1]): self._whole = whole
 
     def _check_carried(self):
         "Refuse a model whose state cannot be that of its windows, before it learns anything"
@@ -141,7 +190,7 @@ class TbpttResetCB(Callback):
         if not (states or self._resets): raise ValueError(
             f"{type(get_model(self.model)).__name__} gives its recurrent layers ({', '.join(self._carried.layers.values())}) a state of its own in every call, so none is carried from one sub-window to "
             "the next. Call them without a state, or give the model a `reset()` if it carries one by itself.")
-        bs,steps = find_bs(self.xb),self.sub_window.stop-self.sub_window.start
+        bs,steps = find_bs(self.xb),self.xb[0].shape[1] if self._stream else self.sub_window.stop-self.sub_window.start
         for layer,state in states.items():
             if not isinstance(layer, nn.RNNBase): continue
             n = state_batch_size(state, 1)
@@ -153,6 +202,7 @@ class TbpttResetCB(Callback):
     def after_loss(self):
         if not self.training:
             if '_whole' in vars(self): self.learn.pred,self.learn.yb = vars(self).pop('_whole')
+            if self._stream and getattr(self.loss_func, 'reduction', None)=='none' and len(self.yb): self.learn.loss = self._step_losses()
             return
         if not len(self.yb): return # no targets, no loss
         if self.sub_window.weight!=1 and getattr(self.loss_func, 'reduction', 'mean')!='sum': self.learn.loss_grad = self.loss_grad*self.sub_window.weight
@@ -164,7 +214,19 @@ class TbpttResetCB(Callback):
         n,n_first = len(self.dl.plan),self.n_iter//self.dl.n_windows
         if n!=n_first: self.learn.pct_train += (n_first/n-1)/(self.n_iter*self.n_epoch) # fastai counts on windows as long as the first
 
+    def _step_losses(self):
+        "The loss of every step of a stream, where losses are asked for one by one; NaN for those that do not count"
+        losses,counted = self.pred.new_full((len(self.yb[0]),), float('nan')),self.sub_window.counted
+        if counted is None: return self.loss.flatten(1).mean(1) if self.loss.ndim>1 else self.loss
+        if len(counted): losses[torch.from_numpy(counted).to(losses.device)] = self.loss.view(len(counted), -1).mean(1).to(losses.dtype)
+        return losses
+
     def _skip_washout(self):
+        if self._stream:
+            if self.sub_window.counted is None or not len(self.yb): return
+            if len(self.sub_window.counted)==0: self.learn.yb = () # no loss, no metrics
+            else: self.learn.pred,self.learn.yb = tree_map(self.sub_window.counted_steps, (self.pred, self.yb))
+            return
         n_skip = self.sub_window.loss_start-self.sub_window.start
         if n_skip==0 or not any(self.dl.window.targets_timed): return
         steps = self.sub_window.stop-self.sub_window.start
@@ -173,7 +235,7 @@ class TbpttResetCB(Callback):
         self.learn.pred = tree_map(lambda o: o[:,n_skip:] if isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==steps else o, self.pred)
         self.learn.yb = tree_unflatten([o[:,n_skip:] if timed else o for o,timed in zip(targets, self.dl.window.targets_timed)], form)
 
-# %% ../nbs/06_callback.ipynb #c55b8da6
+# %% ../nbs/06_callback.ipynb #f112808b
 def once_per_window(
     cb:Callback, # A callback that draws random numbers in `before_batch`, from torch's generator
 )->Callback: # The same callback
@@ -184,6 +246,8 @@ def once_per_window(
 
 def _draw_once(cb):
     window = cb.learn.dl.window if isinstance(cb.learn.dl, SubWindows) else None
+    if isinstance(cb.learn.dl, StreamView) and not (cb.learn.dl.sub_window.start==cb.learn.dl.sub_window.start[0]).all():
+        raise ValueError(f"{cb.name} draws for all rows of a batch, but the rows of this StreamDL begin their sequences at different times. Cut them into windows of one length.")
     if window is None or window is not cb._window:
         cb._window,cb._rng_state = window,torch.get_rng_state()
         return cb._drawing()

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['recurrent_layers', 'reset_own_state', 'carry_state']
 
-# %% ../nbs/01b_carry.ipynb #0db4b173
+# %% ../nbs/01b_carry.ipynb #359804ff
+import torch
 from fastai.torch_core import get_model
 from torch import nn
 from .rnn import StatefulRNN, check_carried, refuse_bidirectional
-from .state import detach_state
+from .state import detach_state, where_state
 
 # %% ../nbs/01b_carry.ipynb #c44e2c4d
 def recurrent_layers(
@@ -27,7 +28,7 @@ def reset_own_state(
     model = get_model(model) # fastai gives a reset to every DistributedDataParallel
     if hasattr(model, 'reset') and not any(isinstance(m, StatefulRNN) for m in model.modules()): model.reset()
 
-# %% ../nbs/01b_carry.ipynb #d7df1282
+# %% ../nbs/01b_carry.ipynb #162717a7
 class carry_state:
     "Context within which recurrent layers that are called without a state start from the one they ended in, detached"
     def __init__(self,
@@ -46,19 +47,25 @@ class carry_state:
             self._hooks += [layer.register_forward_pre_hook(self._before, with_kwargs=True), layer.register_forward_hook(self._after)]
         for m in self._stateful: self._hooks.append(m.register_forward_pre_hook(self._before_stateful))
         if self.evaluation:
-            for m in self._stateful: self._kept[m],m._state = m._state,None
+            for m in self._stateful:
+                self._kept[m] = {k:vars(m)[k] for k in ('_state','_begins','_groups')}
+                m.reset()
         return self
 
     def __exit__(self, *exc):
         for hook in self._hooks: hook.remove()
         self.reset()
-        for m,state in self._kept.items(): m._state = state
+        for m,kept in self._kept.items(): vars(m).update(kept)
         for m in self._stateful: vars(m).pop('carry_in_evaluation', None)
 
-    def reset(self):
-        "Forget every state: a new window starts"
-        self.states.clear()
-        for m in self._stateful: m.reset()
+    def reset(self,
+        rows=None, # bool `(bs,)`: the rows that begin a new window; default: all
+        groups:list=None, # The group of each row, for the first state of a `StatefulRNN`
+    ):
+        "Forget every state: a new window starts, in all rows or in some"
+        if rows is None: self.states.clear()
+        else: self.states.update({layer:where_state(torch.as_tensor(rows), None, state, 1) for layer,state in self.states.items()})
+        for m in self._stateful: m.reset(rows, groups)
 
     @property
     def _active(self): return self.model.training!=self.evaluation

@@ -5,21 +5,25 @@
 # %% auto #0
 __all__ = ['SubWindowEvalCB']
 
-# %% ../nbs/06b_evaluation.ipynb #7153b32a
+# %% ../nbs/06b_evaluation.ipynb #8189b26f
 import torch
 from fastai.callback.core import Callback
 from torch import Tensor
 from .carry import carry_state, reset_own_state
-from .loader import SubWindows, Window
+from .loader import SubWindows, Window, inner_loader
+from .streams import StreamDL
 from .truncation import check_steps, fixed_truncation
 
-# %% ../nbs/06b_evaluation.ipynb #4119a128
+# %% ../nbs/06b_evaluation.ipynb #1936c5b8
 class SubWindowEvalCB(Callback):
     "Evaluate each window in sub-windows, with the state carried from one to the next"
     order,run_train = 11,False # after MixedPrecision (10), before TbpttResetCB (12), which takes the washout from predictions of whole windows
     def __init__(self,
         sub_seq_len:int, # Steps of a sub-window in validation and prediction
     ): self.sub_seq_len = check_steps('sub_seq_len', sub_seq_len)
+
+    def before_validate(self):
+        if isinstance(inner_loader(self.dl), StreamDL): raise ValueError("A StreamDL is evaluated in sub-windows by itself: remove SubWindowEvalCB.")
 
     def before_batch(self):
         "What fastai itself predicts, for the first sub-window, is dropped; so nothing has to be undone if the model fails"

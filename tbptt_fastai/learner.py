@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scaling_from_data', 'default_loss', 'TbpttLearner', 'RNNLearner']
 
-# %% ../nbs/07_learner.ipynb #ed601e06
+# %% ../nbs/07_learner.ipynb #8f984346
 from fastai.callback.training import GradientClip
 from fastai.callback.schedule import ParamScheduler # with it come fit_flat_cos, fit_one_cycle and lr_find
 from fastai.callback.progress import ProgressCallback # shown by default once imported
@@ -15,12 +15,13 @@ from fastcore.basics import first
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from torch import Tensor, nn
+from .arrays import channel_stats
 from .callback import TbpttResetCB
 from .loader import first_item
 from .rnn import SequenceRNN, Standardize
-from .windows import SequenceWindows, channel_stats
+from .windows import Sequences
 
-# %% ../nbs/07_learner.ipynb #acc366dc
+# %% ../nbs/07_learner.ipynb #01f6bc67
 def _signals(dls):
     item = first_item(dls.train)
     ok = len(item)==2 and all(isinstance(o, Tensor) and o.ndim==2 and o.is_floating_point() for o in item)
@@ -31,9 +32,9 @@ def _signals(dls):
 def scaling_from_data(
     dls, # Loaders of real signals `(batch, time, channels)`
 )->list[Standardize]: # Scaling of x and of y
-    "Mean and deviation per channel over all training steps; of one batch, if the loader transforms batches or is not over `SequenceWindows`"
+    "Mean and deviation per channel over all training steps; of one batch, if the loader transforms batches or is not over `Sequences`"
     dl,dtype = dls.train,_signals(dls)[0].dtype
-    if isinstance(dl.dataset, SequenceWindows) and not dl.after_batch.fs: arrays = dl.dataset.arrays
+    if isinstance(dl.dataset, Sequences) and not dl.after_batch.fs: arrays = dl.dataset.arrays
     else:
         batch = dl.new(shuffle=False, num_workers=0).one_batch() if isinstance(dl, TfmdDL) else first(dl)
         arrays = [[o.as_subclass(Tensor).flatten(0, 1).cpu()] for o in batch]

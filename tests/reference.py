@@ -1,5 +1,6 @@
 "Training loops written by hand in plain PyTorch, that the library is held against. They import nothing of it."
 import random
+import numpy as np
 import torch
 from fastai.data.load import DataLoader
 from torch.utils._pytree import tree_map
@@ -10,6 +11,22 @@ def shuffled_epochs(n_windows, bs, n_epoch, seed, drop_last=False):
     random.seed(seed)
     dl = DataLoader(range(n_windows), bs=bs, shuffle=True, drop_last=drop_last)
     return [[b.tolist() for b in dl] for _ in range(n_epoch)]
+
+
+def permutations(n, n_epoch, seed):
+    "The orders in which a loader over sequences or windows takes them in `n_epoch` epochs, if it is the first made after `random.seed(seed)`"
+    random.seed(seed)
+    rng,orders = random.Random(random.randint(0, 2**32-1)),[]
+    for _ in range(n_epoch):
+        rng,order = random.Random(rng.randint(0, 2**32-1)),np.arange(n)
+        np.random.default_rng(rng.getrandbits(64)).shuffle(order)
+        orders.append(order)
+    return orders
+
+
+def window_epochs(n_windows, bs, n_epoch, seed):
+    "The batches of indices of those orders"
+    return [[order[i:i+bs].tolist() for i in range(0, n_windows, bs)] for order in permutations(n_windows, n_epoch, seed)]
 
 
 def windows_by_hand(x, y, win_sz, stp_sz):

@@ -10,6 +10,7 @@ from fastai.data.load import SkipItemException
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastcore.basics import chunked
+from reference import permutations
 from tbptt_fastai.all import SequenceWindows, Standardize, StatefulRNN, SubWindowEvalCB, TbpttDL, TbpttResetCB
 
 pytest.importorskip('accelerate')
@@ -141,9 +142,7 @@ def shares(order, bs, drop_last=False):
 def orders(n, shuffle):
     "Order of the windows in each epoch, as the first process draws it"
     if not shuffle: return [list(range(n))]*N_EPOCH
-    random.seed(0)
-    dl = TfmdDL(list(range(n)), bs=1, shuffle=True, num_workers=0)
-    return [[int(o) for o in dl] for _ in range(N_EPOCH)]
+    return [order.tolist() for order in permutations(n, N_EPOCH, 0)]
 
 def expected(case, rank=None):
     "The sub-windows, per process, as (numbers of windows, start, stop); or those of one process that have a loss, as (numbers, start, steps)"

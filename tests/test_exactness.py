@@ -8,7 +8,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
-from reference import shuffled_epochs, train_full, train_tbptt, windows_by_hand
+from reference import permutations, window_epochs, train_full, train_tbptt, windows_by_hand
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.rnn import StatefulRNN
@@ -26,7 +26,7 @@ def loaders(signals, **kwargs):
 def by_hand(signals):
     u,y = map(torch.from_numpy, signals)
     x,y = windows_by_hand(u[:900], y[:900], WIN, STEP)
-    return x,y,shuffled_epochs(len(x), BS, N_EPOCH, SEED)
+    return x,y,window_epochs(len(x), BS, N_EPOCH, SEED)
 
 def recurrent_and_head(rnn_type, num_layers, dtype=torch.float32):
     torch.manual_seed(0)
@@ -103,7 +103,8 @@ def test_whole_window_is_full_backpropagation(signals, of_loader, of_learner):
         def forward(self, x): return self.head(self.rnn(x)[0])
 
     set_seed(SEED)
-    dls = DataLoaders(*(TfmdDL(list(zip(x, y)), bs=BS, shuffle=shuffle, num_workers=0) for shuffle in (True,False)))
+    orders = iter(permutations(len(x), N_EPOCH, SEED))
+    dls = DataLoaders(TfmdDL(list(zip(x, y)), bs=BS, num_workers=0, get_idxs=lambda: next(orders)), TfmdDL(list(zip(x, y)), bs=BS, num_workers=0))
     plain = Learner(dls, Plain(copy.deepcopy(rnn), copy.deepcopy(head)), loss_func=nn.L1Loss(), opt_func=adam)
     fit(plain)
     assert_same(plain.model, *by_loop)

@@ -14,7 +14,7 @@ from torch import nn
 from tbptt_fastai.callback import TbpttResetCB, resolve_sub_seq_len
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, scaling_from_data
-from tbptt_fastai.windows import channel_stats
+from tbptt_fastai.arrays import channel_stats
 from tbptt_fastai.rnn import SequenceRNN, Standardize, StatefulRNN
 
 
