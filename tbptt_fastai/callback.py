@@ -50,7 +50,7 @@ class _CarryingRun:
             with carry_state(learn.model, evaluation=not learn.training) as cb._carried: learn.all_batches()
         finally: cb._carried = outer
 
-# %% ../nbs/06_callback.ipynb #3384d346
+# %% ../nbs/06_callback.ipynb #478c8a85
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -81,7 +81,7 @@ class TbpttResetCB(Callback):
         "Refuse a model that cannot begin anew in single rows of a stream"
         if not self._resets or self._rnns: return
         for dl in map(inner_loader, self.dls.loaders):
-            if isinstance(dl, StreamDL) and not dl.layout(steps).aligned: raise ValueError(
+            if isinstance(dl, StreamDL) and not dl.aligned(steps): raise ValueError(
                 f"The rows of this StreamDL begin their sequences at different times, but the reset() of {type(get_model(self.model)).__name__} resets all rows. Carry its state in a StatefulRNN, "
                 "or give the loader as many rows as there are sequences.")
 

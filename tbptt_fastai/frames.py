@@ -9,14 +9,16 @@ __all__ = ['group_sequences', 'split_groups']
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/03d_frames.ipynb #abb6383a
+# %% ../nbs/03d_frames.ipynb #1d185871
 def _as_list(o): return [o] if isinstance(o, str) or not isinstance(o, (list,tuple)) else list(o)
+
+def _plain(o): return o.item() if isinstance(o, np.generic) else o
 
 def _refuse(wrong, df, groups, what):
     "A `ValueError` that names the first row where `wrong` is true, and its group"
     if not (wrong := np.asarray(wrong)).any(): return
     i = int(np.flatnonzero(wrong)[0])
-    raise ValueError(f"Row {df.index[i]!r}{f' of group {groups.iloc[i]!r}' if groups is not None else ''} {what(i)}")
+    raise ValueError(f"Row {_plain(df.index[i])!r}{f' of group {_plain(groups.iloc[i])!r}' if groups is not None else ''} {what(i)}")
 
 def _times(df, time, groups):
     times = df[time]
@@ -58,7 +60,7 @@ def group_sequences(
     codes,names = (np.zeros(len(df), int),[None]) if groups is None else pd.factorize(groups)
     order = order[np.argsort(codes[order], kind='stable')]
     parts = np.split(order, np.bincount(codes).cumsum()[:-1])
-    return {name:(xs[rows], ys[rows], df.index[rows]) for name,rows in zip(names, parts)}
+    return {_plain(name):(xs[rows], ys[rows], df.index[rows]) for name,rows in zip(names, parts)}
 
 # %% ../nbs/03d_frames.ipynb #eb6946b9
 def split_groups(

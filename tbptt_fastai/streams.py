@@ -178,7 +178,7 @@ def transform_block(
             f"The batch transform {tfm.name} draws random numbers, other ones in each sub-window of a window. Make it a RandTransform that draws in `before_call`: that is done once per window.")
     return batch
 
-# %% ../nbs/03c_streams.ipynb #ffa31037
+# %% ../nbs/03c_streams.ipynb #546cf3b0
 class StreamView(SubWindows):
     "A view of a `StreamDL` that yields its blocks; `sub_window` says which steps of which sequences were yielded last"
     evaluation,seen = False,None # evaluation: is every block yielded, also without a loss? seen: the last block that the model has seen
@@ -193,9 +193,9 @@ class StreamView(SubWindows):
         return self.dl.layout(self.sub_seq_len, self.n_skip)
 
     def __iter__(self):
-        layout,self.seen,self.warm_up = self.layout,None,[]
-        del self.layout # the next run has another one
-        for block,batch in self.dl.read_blocks(layout):
+        if self.sub_window is not None: del self.layout # another run has another one
+        self.sub_window,self.seen,self.warm_up = None,None,[]
+        for block,batch in self.dl.read_blocks(self.layout):
             if block.weight==0 and not self.evaluation: self.warm_up.append((block, batch[:self._n_inp(batch)]))
             else:
                 self.sub_window,self.plan = block,[block]
@@ -223,7 +223,7 @@ class StreamView(SubWindows):
             short = self.dl.dataset.groups_of(np.flatnonzero(lengths<=n_skip))
             warnings.warn(f"{len(short)} of {len(lengths)} sequences are not longer than n_skip={n_skip}, so none of their steps counts in the loss: {short[:10]}{'…' if len(short)>10 else ''}.", stacklevel=2)
 
-# %% ../nbs/03c_streams.ipynb #4e9b4b7d
+# %% ../nbs/03c_streams.ipynb #40cfe191
 class StreamDL(TbpttDL):
     "A loader that lays sequences end to end in `bs` rows and yields their sub-windows, read one step ahead; in training and in evaluation"
     view = StreamView
@@ -258,6 +258,12 @@ class StreamDL(TbpttDL):
     )->int:
         "Steps of an epoch, in any order of the sequences"
         return len(Layout(self.dataset.lengths, self.bs, sub_seq_len))
+
+    def aligned(self,
+        sub_seq_len:int=None, # Steps of a sub-window
+    )->bool:
+        "Do all rows begin their sequences in the same steps?"
+        return Layout(self.dataset.lengths, self.bs, sub_seq_len).aligned
 
     @property
     def waste(self):

@@ -1,4 +1,5 @@
 "Training loops written by hand in plain PyTorch, that the library is held against. They import nothing of it."
+import math
 import random
 import numpy as np
 import torch
@@ -97,3 +98,55 @@ def train_any(forward, params, epochs, sub_seq_len, lr, loss_func, timed, n_inp=
                 if clip is not None: torch.nn.utils.clip_grad_norm_(params, clip)
                 opt.step()
                 opt.zero_grad()
+
+
+def rows_by_hand(lengths, bs, sub_seq_len, order):
+    "The queue of sequences of each row: the longest first, each to the row with the least to do; within a row in the given order"
+    queues,work = [[] for _ in range(min(bs, len(lengths)))],[0]*min(bs, len(lengths))
+    for i in sorted(order, key=lambda i: -math.ceil(lengths[i]/sub_seq_len)):
+        row = work.index(min(work))
+        queues[row].append(i)
+        work[row] += math.ceil(lengths[i]/sub_seq_len)
+    return [sorted(q, key=list(order).index) for q in queues]
+
+
+def stream_by_hand(lengths, bs, sub_seq_len, order):
+    "For each step, what each row holds: (sequence, start, stop), or None where none is left"
+    parts = [[(i, a, min(a+sub_seq_len, lengths[i])) for i in q for a in range(0, lengths[i], sub_seq_len)] for q in rows_by_hand(lengths, bs, sub_seq_len, order)]
+    return [[p[k] if k<len(p) else None for p in parts] for k in range(max(map(len, parts)))]
+
+
+def train_stream(rnn, head, xs, ys, orders, bs, sub_seq_len, lr, loss_func, n_skip=0, first_state=None, params=None):
+    """Truncated backpropagation through time over sequences xs, ys of unequal length, laid end to end in rows; trains `rnn` and `head` in place.
+    A loss is the mean over the real steps, and weighs by their number. `first_state(sequence)` is the state `(layers, 1, size)` it begins with"""
+    lengths = [len(x) for x in xs]
+    opt = torch.optim.Adam(params or [*rnn.parameters(), *head.parameters()], lr=lr)
+    n_rows = min(bs, len(lengths))
+    most = n_rows*max(min(a+sub_seq_len, n)-max(a, min(n_skip, n)) for n in lengths for a in range(0, n, sub_seq_len))
+    for order in orders:
+        state = None
+        for step in stream_by_hand(lengths, bs, sub_seq_len, order):
+            width = max(p[2]-p[1] for p in step if p)
+            x,y = (torch.zeros(n_rows, width, seqs[0].shape[1], dtype=seqs[0].dtype) for seqs in (xs,ys))
+            real,count = torch.zeros(n_rows, width, dtype=bool),torch.zeros(n_rows, width, dtype=bool)
+            for row,p in enumerate(step):
+                if not p: continue
+                i,a,b = p
+                x[row,:b-a],y[row,:b-a],real[row,:b-a] = xs[i][a:b],ys[i][a:b],True
+                count[row,max(n_skip-a, 0):b-a] = True
+            if state is None and first_state: state = tree_map(lambda *o: torch.cat(o, dim=1), *[first_state(p[0] if p else 0) for p in step])
+            elif state is not None:
+                begins = [row for row,p in enumerate(step) if not p or p[1]==0]
+                state = tree_map(lambda o: o.clone(), state)
+                for row in begins:
+                    new = first_state(step[row][0] if step[row] else 0) if first_state else None
+                    for k,o in enumerate(state if isinstance(state, tuple) else [state]): o[:,row] = 0 if new is None else (new if isinstance(new, tuple) else [new])[k][:,0]
+            with torch.set_grad_enabled(bool(count.any())): out,state = rnn(x, state)
+            state = tree_map(torch.detach, state)
+            if not count.any(): continue
+            n = int(count.sum())
+            loss = loss_func(head(out)[count], y[count])
+            if n<most: loss = loss*(n/most)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()

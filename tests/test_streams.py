@@ -1,0 +1,492 @@
+"Sequences of unequal length in the rows of a stream: every step once, no state from one sequence in another, padding counts nothing"
+import copy, itertools, pickle, warnings
+from functools import partial
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException
+from fastai.callback.mixup import MixUp
+from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner, Recorder, load_learner
+from fastai.metrics import accuracy, mae, rmse
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import set_seed
+from torch import nn
+from reference import permutations, rows_by_hand, stream_by_hand, train_stream
+from tbptt_fastai.callback import TbpttResetCB, once_per_window
+from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.evaluation import SubWindowEvalCB
+from tbptt_fastai.learner import TbpttLearner
+from tbptt_fastai.loader import TbpttDL
+from tbptt_fastai.metrics import fun_rmse
+from tbptt_fastai.rnn import InitialState, StatefulRNN, learned_state
+from tbptt_fastai.streams import Layout, StreamDL, assign_rows
+from tbptt_fastai.windows import Sequences, SequenceWindows
+
+SEED,N_EPOCH,LR = 3,2,1e-2
+LENGTHS = [17,20,46,30,12,5,33]
+adam = partial(OptimWrapper, opt=torch.optim.Adam)
+
+
+def sequences(lengths, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    xs = [torch.randn(n, 2, generator=g, dtype=dtype) for n in lengths]
+    return xs,[torch.cumsum(x[:,:1]*.3, 0).sin() for x in xs]
+
+def loaders(xs, ys, n_valid=None, dtype=torch.float32, **kwargs):
+    set_seed(SEED)
+    kw = {**dict(bs=3, sub_seq_len=7, shuffle=True), **kwargs}
+    return DataLoaders(StreamDL(Sequences(xs, ys, dtype=dtype), **kw), StreamDL(Sequences(xs[:n_valid], ys[:n_valid], dtype=dtype), **{**kw, 'shuffle': False}))
+
+def recurrent_and_head(rnn=partial(nn.LSTM, num_layers=2), dtype=torch.float32):
+    torch.manual_seed(0)
+    return rnn(2, 6, batch_first=True).to(dtype),nn.Linear(6, 1).to(dtype)
+
+def stateful(rnn, head, **kwargs): return nn.Sequential(StatefulRNN(copy.deepcopy(rnn), **kwargs), copy.deepcopy(head))
+
+def learner(dls, model, **kwargs): return TbpttLearner(dls, model, **{**dict(opt_func=adam), **kwargs})
+
+def fit(learn, n_epoch=N_EPOCH, lr=LR):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, lr)
+
+def alone(rnn, head, xs):
+    with torch.no_grad(): return [head(rnn(x[None])[0])[0] for x in xs]
+
+def assert_same(trained, *expected):
+    params = [p for m in expected for p in m.parameters()]
+    assert len(params)==len(list(trained.parameters()))
+    for a,b in zip(trained.parameters(), params): assert torch.equal(a, b)
+
+class Seen(Callback):
+    "What the model has seen in training: (sequence, step) and the prediction there"
+    order = 20 # after TbpttResetCB
+    def __init__(self): self.steps,self.preds = [],[]
+    def after_pred(self):
+        if not self.training: return
+        block = self.learn.dl.sub_window
+        self.steps += [(s,a+i) for s,a,n in zip(block.seq, block.start, block.n) for i in range(n)]
+        self.preds.append(self.learn.pred.detach())
+
+
+# Where the steps go
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 6), st.integers(1, 30), st.randoms(use_true_random=False), st.integers(0, 70))
+def test_every_step_once_in_order_and_rows_as_by_hand(lengths, bs, sub_seq_len, random, n_skip):
+    order = list(range(len(lengths)))
+    random.shuffle(order)
+    layout = Layout(np.array(lengths), bs, sub_seq_len, np.array(order), n_skip)
+    blocks = list(layout)
+    assert len(layout)==len(blocks)==len(Layout(np.array(lengths), bs, sub_seq_len)) # whatever the order
+    by_hand = stream_by_hand(lengths, bs, min(sub_seq_len, max(lengths)), order)
+    assert [[(s,a,a+n) if n else None for s,a,n in zip(b.seq, b.start, b.n)] for b in blocks]==by_hand
+    steps = [(s,t) for b in blocks for s,a,n in zip(b.seq, b.start, b.n) for t in range(a, a+n)]
+    assert sorted(steps)==[(s,t) for s,n in enumerate(lengths) for t in range(n)]
+    counted = [b.real.size if b.real is not None else b.n.sum() for b in blocks]
+    assert counted==[b.n.sum() for b in blocks]
+    assert layout.n_counted()==sum(b.weight>0 for b in blocks)
+    if n_skip<max(lengths): assert max(b.weight for b in blocks)<=1
+    padding = 1-sum(lengths)/(len(blocks)*len(blocks[0].seq)*layout.sub_seq_len)
+    assert layout.waste==pytest.approx(padding)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 3))
+def test_rows_are_balanced(n_blocks, bs):
+    "Never longer than 4/3 of the best of all assignments, as the rule promises"
+    rows = assign_rows(np.array(n_blocks), bs, np.arange(len(n_blocks)))
+    longest = max(sum(n_blocks[i] for i in row) for row in rows)
+    best = min(max(sum(n for n,r in zip(n_blocks, to) if r==row) for row in range(bs)) for to in itertools.product(range(bs), repeat=len(n_blocks)))
+    assert best<=longest<=4/3*best
+
+
+def test_order_is_that_of_the_seed_and_shuffles_sequences():
+    def order(seed, shuffle=True):
+        set_seed(seed)
+        dl = StreamDL(Sequences(sequences(LENGTHS)[0]), bs=3, sub_seq_len=7, shuffle=shuffle)
+        return [[repr(b) for b in dl.layout(7)] for _ in range(2)]
+    assert order(0)==order(0)!=order(1)
+    first,second = order(0)
+    assert first!=second
+    assert order(0, shuffle=False)[0]==order(1, shuffle=False)[1]
+
+
+# The state of one never reaches another
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 5), st.integers(1, 45), st.booleans(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from(['lstm', 'gru', 'plain']))
+def test_predictions_are_those_of_each_sequence_alone(lengths, bs, sub_seq_len, shuffle, dtype, kind):
+    xs,ys = sequences(lengths, dtype)
+    rnn,head = recurrent_and_head(nn.GRU if kind=='gru' else nn.LSTM, dtype)
+    dls = loaders(xs, ys, dtype=dtype, bs=bs, sub_seq_len=min(sub_seq_len, max(lengths)), shuffle=shuffle)
+    class Plain(nn.Module):
+        def __init__(self): super().__init__(); self.rnn,self.head = copy.deepcopy(rnn),copy.deepcopy(head)
+        def forward(self, x): return self.head(self.rnn(x)[0])
+    seen = Seen()
+    learn = learner(dls, Plain() if kind=='plain' else stateful(rnn, head), cbs=seen, metrics=[fun_rmse, mae])
+    tol = 1e-12 if dtype==torch.float64 else 1e-6
+    expected = alone(rnn, head, xs)
+    with learn.no_bar():
+        for preds,targs in (learn.get_preds(), learn.get_preds(ds_idx=0), learn.get_preds(dl=dls.train)):
+            assert torch.equal(targs, torch.cat(ys))
+            torch.testing.assert_close(preds, torch.cat(expected), rtol=0, atol=tol)
+        for p,e in zip(dls.valid.by_sequence(preds), expected, strict=True): torch.testing.assert_close(p, e, rtol=0, atol=tol)
+        loss,by_rmse,by_mae = learn.validate()
+    error = (torch.cat(expected)-torch.cat(ys)).double()
+    assert loss==pytest.approx(error.abs().mean().item(), abs=1e-6)==by_mae and by_rmse==pytest.approx(error.square().mean().sqrt().item(), abs=1e-6)
+    fit(learn, 1, 0.) # a rate of 0: the model stays as it is
+    assert sorted(seen.steps)==[(s,t) for s,n in enumerate(lengths) for t in range(n)]
+    torch.testing.assert_close(torch.cat(seen.preds), torch.stack([expected[s][t] for s,t in seen.steps]), rtol=0, atol=tol)
+
+
+# Training equals the loop by hand
+
+@pytest.mark.parametrize('shuffle', [False, True])
+@pytest.mark.parametrize('bs,sub_seq_len', [(3,7), (2,10), (7,46), (1,5), (64,9)])
+@pytest.mark.parametrize('rnn', [partial(nn.LSTM, num_layers=2), nn.GRU, nn.RNN])
+def test_equals_the_loop_by_hand(rnn, bs, sub_seq_len, shuffle):
+    xs,ys = sequences(LENGTHS)
+    rnn,head = recurrent_and_head(rnn)
+    learn = learner(loaders(xs, ys, bs=bs, sub_seq_len=sub_seq_len, shuffle=shuffle), stateful(rnn, head))
+    fit(learn)
+    orders = permutations(len(xs), N_EPOCH, SEED) if shuffle else [range(len(xs))]*N_EPOCH
+    train_stream(rnn, head, xs, ys, orders, bs, sub_seq_len, LR, nn.functional.l1_loss)
+    assert_same(learn.model, rnn, head)
+
+
+@pytest.mark.parametrize('n_skip', [3, 7, 10, 18, 40])
+def test_washout_equals_the_loop_by_hand(n_skip):
+    xs,ys = sequences(LENGTHS)
+    rnn,head = recurrent_and_head()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*not longer than n_skip')
+        learn = learner(loaders(xs, ys), stateful(rnn, head), n_skip=n_skip, metrics=[fun_rmse, mae])
+        fit(learn)
+        assert learn.pct_train==pytest.approx(1)
+        train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 3, 7, LR, nn.functional.l1_loss, n_skip)
+        assert_same(learn.model, rnn, head)
+        with learn.no_bar():
+            values = learn.validate()
+            preds,targs,losses = learn.get_preds(with_loss=True)
+    expected = alone(rnn, head, xs)
+    error = torch.cat([(p-y)[n_skip:] for p,y in zip(expected, ys)]).double()
+    np.testing.assert_allclose(values, [error.abs().mean(), error.square().mean().sqrt(), error.abs().mean()], atol=1e-6)
+    torch.testing.assert_close(preds, torch.cat(expected), rtol=0, atol=1e-6) # for all steps
+    for loss,p,y in zip(learn.dls.valid.by_sequence(losses), expected, ys):
+        assert loss[:n_skip].isnan().all()
+        torch.testing.assert_close(loss[n_skip:], (p-y).abs()[n_skip:,0], rtol=0, atol=1e-6)
+
+
+def test_plain_layers_of_an_existing_learner_equal_the_loop_by_hand():
+    class Plain(nn.Module):
+        def __init__(self, rnn, head):
+            super().__init__()
+            self.rnn,self.head = rnn,head
+        def forward(self, x): return self.head(self.rnn(x)[0])
+    xs,ys = sequences(LENGTHS)
+    rnn,head = recurrent_and_head()
+    learn = Learner(loaders(xs, ys), Plain(copy.deepcopy(rnn), copy.deepcopy(head)), loss_func=nn.L1Loss(), opt_func=adam)
+    learn.add_cb(TbpttResetCB())
+    fit(learn)
+    train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 3, 7, LR, nn.functional.l1_loss)
+    assert_same(learn.model, rnn, head)
+
+
+def test_float64_equals_the_loop_by_hand():
+    xs,ys = sequences(LENGTHS, torch.float64)
+    rnn,head = recurrent_and_head(dtype=torch.float64)
+    learn = learner(loaders(xs, ys, dtype=torch.float64), stateful(rnn, head))
+    fit(learn)
+    train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 3, 7, LR, nn.functional.l1_loss)
+    assert_same(learn.model, rnn, head)
+
+
+def test_windows_in_a_stream_equal_windows_in_a_loader(signals):
+    "Windows of one length, as many as fill all rows: the same batches, the same model"
+    u,y = (torch.from_numpy(o[:960]) for o in signals)
+    rnn,head = recurrent_and_head()
+    def trained(dl_type):
+        set_seed(SEED)
+        ds = SequenceWindows(u, y, win_sz=120)
+        dls = DataLoaders(dl_type(ds, bs=4, sub_seq_len=50, shuffle=True, num_workers=0), dl_type(ds, bs=4, sub_seq_len=50, num_workers=0))
+        learn = learner(dls, stateful(rnn, head), metrics=fun_rmse)
+        fit(learn)
+        with learn.no_bar(): return learn.model,learn.validate()
+    (a,values_a),(b,values_b) = trained(TbpttDL),trained(StreamDL)
+    assert_same(a, b)
+    np.testing.assert_allclose(values_a, values_b, rtol=1e-6)
+
+
+def test_whole_sequences():
+    "sub_seq_len=None: full backpropagation through padded sequences"
+    xs,ys = sequences(LENGTHS)
+    rnn,head = recurrent_and_head()
+    learn = learner(loaders(xs, ys, sub_seq_len=None), stateful(rnn, head), sub_seq_len=None)
+    fit(learn)
+    train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 3, 46, LR, nn.functional.l1_loss)
+    assert_same(learn.model, rnn, head)
+    with learn.no_bar(): torch.testing.assert_close(learn.get_preds()[0], torch.cat(alone(rnn, head, xs)), rtol=0, atol=1e-6)
+
+
+# Where a sequence begins
+
+@pytest.mark.parametrize('rnn', [partial(nn.LSTM, num_layers=2), nn.GRU])
+@pytest.mark.parametrize('per_group', [False, True])
+def test_learned_first_state_equals_the_loop_by_hand(rnn, per_group):
+    xs,ys = sequences(LENGTHS)
+    rnn,head = recurrent_and_head(rnn)
+    names = list('abcdefg') if per_group else None
+    model = nn.Sequential(StatefulRNN(copy.deepcopy(rnn), initial=learned_state(rnn, names)), copy.deepcopy(head))
+    set_seed(SEED)
+    ds = Sequences(xs, ys, groups=list('abcdefg'))
+    dls = DataLoaders(StreamDL(ds, bs=3, sub_seq_len=7, shuffle=True), StreamDL(ds, bs=3, sub_seq_len=7))
+    learn = learner(dls, model)
+    by_hand = copy.deepcopy(learned_state(rnn, names))
+    tensors = list(by_hand.tensors)
+    def first_state(seq):
+        h = [t[:,seq:seq+1] if per_group else t for t in tensors]
+        return tuple(h) if isinstance(rnn, nn.LSTM) else h[0]
+    fit(learn)
+    train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 3, 7, LR, nn.functional.l1_loss, first_state=first_state, params=[*rnn.parameters(), *tensors, *head.parameters()])
+    assert all(t.abs().max()>0 for t in tensors) # they have learned something
+    for a,b in zip(learn.model.parameters(), [*rnn.parameters(), *tensors, *head.parameters()], strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    expected = []
+    for i,x in enumerate(xs):
+        with torch.no_grad(): expected.append(head(rnn(x[None], first_state(i))[0])[0])
+    with learn.no_bar(): torch.testing.assert_close(learn.get_preds()[0], torch.cat(expected), rtol=0, atol=1e-5)
+    if not per_group:
+        with learn.no_bar(): torch.testing.assert_close(learn.get_preds(dl=TbpttDL(SequenceWindows([x[:5] for x in xs], [y[:5] for y in ys]), bs=7, num_workers=0))[0][3], expected[3][:5], rtol=0, atol=1e-5)
+    else:
+        with pytest.raises(ValueError, match='no first state for group None'), learn.no_bar(): learn.get_preds(dl=TbpttDL(SequenceWindows([x[:5] for x in xs], [y[:5] for y in ys]), bs=7, num_workers=0))
+
+
+def test_first_state_is_a_function_of_the_group():
+    xs,ys = sequences(LENGTHS)
+    rnn,head = recurrent_and_head(nn.GRU)
+    asked = []
+    def initial(groups):
+        asked.append(groups)
+        return torch.stack([torch.full((6,), float(o)/10) for o in groups])[None]
+    learn = learner(loaders(xs, ys), stateful(rnn, head, initial=initial), lr=0.)
+    with learn.no_bar(): preds = learn.get_preds()[0]
+    for i,(p,x) in enumerate(zip(learn.dls.valid.by_sequence(preds), xs)):
+        with torch.no_grad(): torch.testing.assert_close(p, head(rnn(x[None], torch.full((1,1,6), i/10))[0])[0], rtol=0, atol=1e-6)
+    assert all(len(o)==3 for o in asked)
+
+
+class Leaky(nn.Module):
+    "A module with a state of its own, that begins with ones"
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.tensor(.5))
+    def forward(self, x, state=None):
+        h,n = (torch.ones(len(x), 2),0) if state is None else state
+        out = []
+        for t in range(x.shape[1]):
+            h = self.w*h+x[:,t]
+            out.append(h)
+        return torch.stack(out, 1),(h,n+1)
+
+def test_single_rows_of_a_module_of_ones_own_need_a_first_state():
+    xs,ys = sequences(LENGTHS)
+    learn = learner(loaders(xs, ys), nn.Sequential(StatefulRNN(Leaky()), nn.Linear(2, 1)))
+    with pytest.raises(ValueError, match='first state of a Leaky is not known'): fit(learn)
+    leaky,head = Leaky(),nn.Linear(2, 1)
+    learn = learner(loaders(xs, ys), nn.Sequential(StatefulRNN(leaky, initial=lambda groups: (torch.ones(len(groups), 2),0)), head))
+    with learn.no_bar(), torch.no_grad():
+        for p,x in zip(learn.dls.valid.by_sequence(learn.get_preds()[0]), xs): torch.testing.assert_close(p, head(leaky(x[None])[0])[0], rtol=0, atol=1e-6)
+
+
+# What runs in between
+
+def test_evaluation_in_the_middle_changes_nothing():
+    xs,ys = sequences(LENGTHS)
+    rnn,head = recurrent_and_head()
+    class Evaluate(Callback):
+        "At the end of its training, before its validation, and in the middle of it"
+        order = 70
+        def before_train(self): self.done = False
+        def after_batch(self):
+            if self.done or not self.training or self.iter!=4: return
+            self.done,learn = True,self.learn
+            kept = {k:v for k,v in vars(learn).items() if k in ('dl','pred','yb','xb','loss','loss_grad','iter','n_iter','pct_train','train_iter','epoch','n_epoch','training')}
+            with learn.no_logging(): evaluated.append((learn.get_preds()[0], torch.cat(alone(learn.model[0].rnn, learn.model[1], xs))))
+            vars(learn).update(kept)
+            learn.model.train()
+    evaluated = []
+    plain = learner(loaders(xs, ys), stateful(rnn, head))
+    fit(plain)
+    learn = learner(loaders(xs, ys), stateful(rnn, head), cbs=Evaluate())
+    fit(learn)
+    assert len(evaluated)==N_EPOCH
+    for preds,expected in evaluated: torch.testing.assert_close(preds, expected, rtol=0, atol=1e-6)
+    assert_same(learn.model, plain.model)
+
+
+def test_second_fit_and_interrupted_fit_begin_anew():
+    xs,ys = sequences(LENGTHS)
+    rnn,head = recurrent_and_head()
+    class Stop(Callback):
+        order = 70
+        def __init__(self, e): self.e = e
+        def after_batch(self):
+            if self.training and self.iter==3: raise self.e
+    learn = learner(loaders(xs, ys), stateful(rnn, head))
+    for e in (CancelEpochException, CancelFitException, KeyboardInterrupt('stop')):
+        stop = Stop(e)
+        learn.add_cb(stop)
+        try: fit(learn, 1, 0.)
+        except KeyboardInterrupt: pass
+        learn.remove_cb(stop)
+        with learn.no_bar(): torch.testing.assert_close(learn.get_preds()[0], torch.cat(alone(rnn, head, xs)), rtol=0, atol=1e-6)
+        seen = Seen()
+        learn.add_cb(seen)
+        fit(learn, 1, 0.)
+        learn.remove_cb(seen)
+        expected = alone(rnn, head, xs)
+        torch.testing.assert_close(torch.cat(seen.preds), torch.stack([expected[s][t] for s,t in seen.steps]), rtol=0, atol=1e-6)
+    assert learn.model[0].state is None and not learn.model[0].rnn._forward_hooks
+
+
+def test_a_cancelled_batch_resets_no_row_too_many_and_none_too_few():
+    "A sequence that begins in a batch that another callback drops begins anew with its next sub-window; the others go on"
+    xs,ys = sequences([14, 28, 14, 28])
+    rnn,head = recurrent_and_head(nn.GRU)
+    class Drop(Callback):
+        order = 5
+        def before_batch(self):
+            if self.training and self.iter==2: raise CancelBatchException()
+    seen = Seen()
+    learn = learner(loaders(xs, ys, bs=3, shuffle=False), stateful(rnn, head), cbs=[Drop(), seen])
+    blocks = list(learn.dls.train.layout(7))
+    fit(learn, 1, 0.)
+    state,expected = {},[]
+    for k,b in enumerate(blocks):
+        if k==2: continue
+        for s,a,n in zip(b.seq, b.start, b.n):
+            if n:
+                with torch.no_grad(): out,state[s] = rnn(xs[s][None,a:a+n], state.get(s))
+                expected.append(head(out)[0])
+    torch.testing.assert_close(torch.cat(seen.preds), torch.cat(expected).detach(), rtol=0, atol=1e-6)
+
+
+# Numbers of an epoch
+
+def test_losses_and_metrics_are_means_over_real_steps():
+    xs,ys = sequences(LENGTHS)
+    rnn,head = recurrent_and_head()
+    learn = learner(loaders(xs, ys, n_valid=4), stateful(rnn, head), metrics=[fun_rmse, rmse, mae], loss_func=nn.MSELoss())
+    learn.recorder.train_metrics = True
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+    names,values = list(learn.recorder.metric_names)[1:-1],list(learn.recorder.log)[1:-1]
+    train,valid = (torch.cat([(p-y) for p,y in zip(alone(rnn, head, xs[:n]), ys[:n])]).double().numpy() for n in (None,4))
+    by_name = dict(zip(names, values))
+    for split,e in (('train',train), ('valid',valid)):
+        expected = {'loss': (e**2).mean(), 'fun_rmse': (e**2).mean()**.5, '_rmse': (e**2).mean()**.5, 'mae': abs(e).mean()}
+        for k,v in expected.items():
+            if (split,k)!=('train','loss'): assert by_name[f'{split}_{k}']==pytest.approx(v, abs=1e-6), (split,k) # the training loss is smoothed
+    assert len(learn.dls.train)==len(learn.recorder.losses)
+
+
+def test_gradient_accumulation_counts_steps():
+    xs,ys = sequences(LENGTHS)
+    rnn,head = recurrent_and_head()
+    steps = []
+    learn = learner(loaders(xs, ys), stateful(rnn, head), cbs=[GradientAccumulation(40), Callback(after_step=lambda self: steps.append(self.learn.iter))])
+    fit(learn, 1)
+    count,expected = 0,[]
+    for k,b in enumerate(learn.dls.train.new(shuffle=False).layout(7)):
+        count += b.n.sum()
+        if count>=40: count = 0; expected.append(k)
+    assert 0<len(steps)<len(learn.dls.train)
+
+
+# What is shown, saved, copied
+
+def test_shown_and_exported(tmp_path):
+    xs,ys = sequences(LENGTHS)
+    learn = learner(loaders(xs, ys), stateful(*recurrent_and_head()))
+    fit(learn, 1)
+    x,y = learn.dls.one_batch()
+    assert x.shape==(3,7,2) and y.shape==(3,7,1)
+    learn.dls.show_batch(max_n=2)
+    with learn.no_bar():
+        learn.show_results(max_n=2)
+        expected = learn.get_preds()[0]
+    learn.export(tmp_path/'learner.pkl')
+    loaded = load_learner(tmp_path/'learner.pkl')
+    with loaded.no_bar():
+        test = loaded.dls.test_dl(Sequences(xs))
+        torch.testing.assert_close(loaded.get_preds(dl=test)[0], expected)
+    dl = pickle.loads(pickle.dumps(learn.dls.valid))
+    assert len(dl)==len(learn.dls.valid)
+    assert learn.dls.train.new(bs=2).bs==2 and learn.dls.train.new().sub_seq_len==7
+
+
+def test_new_data_of_one_length_is_predicted_whole():
+    xs,ys = sequences(LENGTHS)
+    dls = SequenceDataLoaders.from_arrays(xs, ys, valid=(xs, ys), bs=3, sub_seq_len=7)
+    assert isinstance(dls.train, StreamDL)
+    learn = learner(dls, stateful(*recurrent_and_head()))
+    with learn.no_bar():
+        expected = learn.get_preds()[0]
+        pred,*_ = learn.predict(xs[2])
+        torch.testing.assert_close(pred, dls.valid.by_sequence(expected)[2], rtol=0, atol=1e-6)
+        many = learn.get_preds(dl=dls.test_dl(xs))[0] # of unequal length
+        torch.testing.assert_close(many, expected, rtol=0, atol=1e-6)
+
+
+# What is refused
+
+def test_refused():
+    xs,ys = sequences(LENGTHS)
+    ds = Sequences(xs, ys)
+    for match,make in {
+        'reads Sequences or SequenceWindows, not a list': lambda: StreamDL([(1,2)], bs=2),
+        'num_workers is 2': lambda: StreamDL(ds, num_workers=2),
+        'drop_last is True': lambda: StreamDL(ds, drop_last=True),
+        'sub_seq_len is 47, but the longest sequence has 46': lambda: StreamDL(ds, sub_seq_len=47),
+        'bs is 0': lambda: StreamDL(ds, bs=0),
+        'reads sub-windows, not items': lambda: StreamDL(ds, after_item=lambda o: o),
+        'n_skip is 46, the longest': lambda: learner(loaders(xs, ys), stateful(*recurrent_and_head()), n_skip=46),
+        '2 sequences and 3 groups': lambda: Sequences(xs[:2], groups=list('abc')),
+        'bidirectional': lambda: learner(loaders(xs, ys), nn.LSTM(2, 1, bidirectional=True, batch_first=True)),
+    }.items():
+        with pytest.raises((ValueError,TypeError), match=match): make()
+    with pytest.warns(UserWarning, match=r'2 of 7 sequences are not longer than n_skip=12.*\[4, 5\]'): learner(loaders(xs, ys), stateful(*recurrent_and_head()), n_skip=12)
+
+
+class OwnState(nn.Module):
+    "Carries its state by itself, and can only reset all of it"
+    def __init__(self):
+        super().__init__()
+        self.rnn,self.head = recurrent_and_head(nn.GRU)
+        self.reset()
+    def reset(self): self.h = None
+    def forward(self, x):
+        out,h = self.rnn(x, self.h)
+        self.h = h.detach()
+        return self.head(out)
+
+def test_a_model_that_resets_all_rows_only():
+    xs,ys = sequences(LENGTHS)
+    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'): learner(loaders(xs, ys), OwnState())
+    learn = learner(loaders(xs, ys, bs=7), OwnState()) # as many rows as sequences
+    rnn,head = recurrent_and_head(nn.GRU)
+    fit(learn)
+    train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 7, 7, LR, nn.functional.l1_loss)
+    assert_same(learn.model, rnn, head)
+    with learn.no_bar(): torch.testing.assert_close(learn.get_preds()[0], torch.cat(alone(rnn, head, xs)), rtol=0, atol=1e-6)
+
+
+def test_refused_in_use():
+    xs,ys = sequences(LENGTHS)
+    learn = learner(loaders(xs, ys), stateful(*recurrent_and_head()))
+    with learn.no_bar():
+        with pytest.raises(ValueError, match='leave out with_input'): learn.get_preds(with_input=True)
+        with pytest.raises(ValueError, match='evaluated in sub-windows by itself'): learn.validate(cbs=SubWindowEvalCB(3))
+        with pytest.raises(ValueError, match='begin their sequences at different times'), learn.added_cbs(once_per_window(MixUp())): fit(learn)
+    class LastOnly(nn.Module):
+        def __init__(self): super().__init__(); self.rnn = nn.GRU(2, 1, batch_first=True)
+        def forward(self, x): return self.rnn(x)[0][:,-1]
+    with pytest.raises(TypeError, match=r'predictions and targets for every step, \(3, 7, ...\), not of shape \(3, 1\)'): fit(learner(loaders(xs, ys), LastOnly()))

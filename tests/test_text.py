@@ -1,0 +1,132 @@
+"Text: contiguous rows, the state of each carried through the whole epoch, and new text from the model"
+import copy
+import pytest
+import torch
+from fastai.learner import load_learner
+from fastai.metrics import Perplexity, accuracy
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import set_seed
+from functools import partial
+from torch import nn
+from torch.utils._pytree import tree_map
+from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.learner import TbpttLearner
+from tbptt_fastai.streams import StreamDL
+from tbptt_fastai.text import TextRNN, TextRows, sample_text
+
+TEXT = 'the quick brown fox jumps over the lazy dog. '*23+'end'
+
+
+def make(dropout=0., **kwargs):
+    set_seed(0)
+    dls = SequenceDataLoaders.from_text(TEXT, **{**dict(bs=4, sub_seq_len=25, valid_pct=.2), **kwargs})
+    return dls,TextRNN(len(dls.vocab), emb_sz=8, hidden_size=16, dropout=dropout)
+
+
+@pytest.mark.parametrize('text', [TEXT, TEXT.split(), list(TEXT)])
+@pytest.mark.parametrize('bs', [1, 4, 7])
+def test_rows_are_the_text_and_its_next_tokens(text, bs):
+    rows = TextRows(text, sorted(set(text)), bs)
+    back = [[rows.vocab[i] for i in o] for o in (torch.cat([x for x,_ in rows]), torch.cat([y for _,y in rows]))]
+    assert back==[list(text[:-1]), list(text[1:])] and len(rows)==bs
+    assert max(rows.lengths)-min(rows.lengths)<=1
+
+
+def test_equals_the_loop_by_hand():
+    "Rows by hand; the state is carried through the epoch, and the loss of the last, ragged block counts by its tokens"
+    dls,model = make()
+    by_hand = copy.deepcopy(model)
+    learn = TbpttLearner(dls, model, opt_func=partial(OptimWrapper, opt=torch.optim.Adam), grad_clip=.5, metrics=[accuracy, Perplexity()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    vocab = sorted(set(TEXT))
+    n_train = len(TEXT)-int(len(TEXT)*.2)
+    ids = torch.tensor([vocab.index(c) for c in TEXT[:n_train]])
+    n = len(ids)-1
+    bounds = [k*(n//4)+min(k, n%4) for k in range(5)] # the first rows have one more
+    opt = torch.optim.Adam(by_hand.parameters(), lr=1e-2)
+    longest = max(b-a for a,b in zip(bounds, bounds[1:]))
+    lstm = by_hand.rnn.rnn
+    for _ in range(2):
+        state = None
+        for start in range(0, longest, 25):
+            width = min(25, longest-start)
+            x,y,real = (torch.zeros(4, width, dtype=t) for t in (torch.int64,torch.int64,torch.bool))
+            for row,(a,b) in enumerate(zip(bounds, bounds[1:])):
+                m = min(width, b-a-start)
+                x[row,:m],y[row,:m],real[row,:m] = ids[a+start:a+start+m],ids[a+start+1:a+start+m+1],True
+            out,state = lstm(by_hand.embedding(x), state)
+            state = tree_map(torch.detach, state)
+            loss = nn.functional.cross_entropy(by_hand.head(out)[real], y[real])
+            k = int(real.sum())
+            if k<100: loss = loss*(k/100)
+            loss.backward()
+            nn.utils.clip_grad_norm_(by_hand.parameters(), .5)
+            opt.step()
+            opt.zero_grad()
+    for a,b in zip(model.parameters(), by_hand.parameters(), strict=True): assert torch.equal(a, b)
+    # validation by whole rows
+    total,right,count = 0.,0,0
+    by_hand.eval()
+    for x,y in dls.valid_ds:
+        with torch.no_grad(): scores = by_hand(x[None])[0]
+        total,right,count = total+nn.functional.cross_entropy(scores, y, reduction='sum').item(),right+(scores.argmax(1)==y).sum().item(),count+len(y)
+    with learn.no_bar(): loss,acc,perplexity = learn.validate()
+    assert count==int(len(TEXT)*.2)-1
+    assert loss==pytest.approx(total/count, abs=1e-5) and acc==pytest.approx(right/count, abs=1e-6)
+    assert perplexity==pytest.approx(torch.tensor(total/count).exp().item(), rel=1e-5)
+
+
+def test_sampling_steps_through_the_state():
+    dls,model = make()
+    learn = TbpttLearner(dls, model)
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
+    likeliest,text = sample_text(learn, 'the qu', n=30, temperature=0),'the qu'
+    model.eval()
+    for _ in range(30): # the whole text anew for each character
+        with torch.no_grad(): text += dls.vocab[int(model(torch.tensor([[dls.vocab.index(c) for c in text]]))[0,-1].argmax())]
+    assert likeliest==text
+    set_seed(1)
+    a = sample_text(learn, 'the ', n=50)
+    set_seed(1)
+    assert sample_text(learn, 'the ', n=50)==a!=sample_text(learn, 'the ', n=50)
+    assert sample_text(learn, 'the', n=0)=='the'
+    assert sample_text(learn, list('the'), n=2, temperature=0)[:3]==list('the')
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_sampling_leaves_the_model_as_it_was(training):
+    dls,model = make(dropout=.5)
+    learn = TbpttLearner(dls, model)
+    model.train()
+    model(dls.one_batch()[0])
+    model.train(training)
+    state = model.rnn.state
+    sample_text(learn, 'the', n=3)
+    assert model.training==training and model.rnn.state is state and not model.rnn._forward_pre_hooks
+
+
+def test_texts_of_their_own_and_a_vocabulary(tmp_path):
+    dls = SequenceDataLoaders.from_text(TEXT, valid=TEXT[:200]+'X', bs=4, val_bs=2, sub_seq_len=25)
+    assert 'X' in dls.vocab and len(dls.valid_ds)==2 and isinstance(dls.valid, StreamDL)
+    learn = TbpttLearner(dls, TextRNN(len(dls.vocab), hidden_size=8))
+    learn.export(tmp_path/'text.pkl')
+    set_seed(0)
+    text = sample_text(learn, 'the', n=10)
+    set_seed(0)
+    assert sample_text(load_learner(tmp_path/'text.pkl'), 'the', n=10)==text
+
+
+def test_refused():
+    dls,model = make()
+    learn = TbpttLearner(dls, model)
+    for match,make_it in {
+        "'T', which is not in the vocabulary": lambda: SequenceDataLoaders.from_text('The end', valid_pct=.3, vocab='abcdefghijklmnopqrstuvwxyz ', bs=1, sub_seq_len=2),
+        '2 tokens; 4 rows': lambda: SequenceDataLoaders.from_text('ab'*5, bs=4, sub_seq_len=2, valid_pct=.2),
+        'sub_seq_len is 0': lambda: SequenceDataLoaders.from_text(TEXT, sub_seq_len=0),
+        "prompt 'X' has 'X'": lambda: sample_text(learn, 'X'),
+        "prompt '' is empty": lambda: sample_text(learn, ''),
+        'temperature is -1': lambda: sample_text(learn, 'the', temperature=-1),
+        "rnn_type is 'lstmm'": lambda: TextRNN(5, rnn_type='lstmm'),
+        'Pass a `model`': lambda: TbpttLearner(dls),
+    }.items():
+        with pytest.raises(ValueError, match=match): make_it()
