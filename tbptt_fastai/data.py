@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['split_by_time', 'SequenceDataLoaders']
 
-# %% ../nbs/03f_data.ipynb #3735a9b0
+# %% ../nbs/03f_data.ipynb #27dd4417
+from functools import partial
 from glob import glob
 from inspect import signature
 from pathlib import Path
@@ -19,7 +20,7 @@ from .loader import TbpttDL
 from .streams import StreamDL
 from .text import TextRows
 from .truncation import check_steps
-from .windows import SequenceWindows, Sequences
+from .windows import SequenceParts, SequenceWindows, Sequences
 
 # %% ../nbs/03f_data.ipynb #2769f7c7
 def split_by_time(
@@ -34,7 +35,7 @@ def split_by_time(
     def part(s, start, stop): return s.narrow(0, start, stop-start) if hasattr(s, 'narrow') else s[start:stop]
     return [part(s, 0, n) for s,n in cuts],[part(s, n, len(s)) for s,n in cuts]
 
-# %% ../nbs/03f_data.ipynb #61ec2f88
+# %% ../nbs/03f_data.ipynb #a649671e
 class SequenceDataLoaders(DataLoaders):
     """`DataLoaders` of long sequences. Arrays of one length in memory become windows in a `TbpttDL`, which evaluation sees whole; sequences of unequal length,
     groups, text, and arrays in files are read by a `StreamDL`, which evaluates by sub-windows and gives predictions step by step, in the order of the data"""
@@ -73,7 +74,7 @@ class SequenceDataLoaders(DataLoaders):
         valid:tuple=None, # `(x, y)` of the validation set; default: the last `valid_pct` of each sequence
         valid_pct:float=.2, # Share of each sequence for validation, if `valid` is not given
         win_sz:int=None, # Steps of a window; default: the whole sequence
-        stp_sz:int=None, # Steps from one training window to the next; default: `win_sz`
+        stp_sz:int=None, # Steps from one training window to the next; default: `win_sz`, and then the last window of a sequence in a file is shorter
         valid_stp_sz:int=None, # The same for validation; default: `win_sz`, so that no step counts twice
         groups:list=None, # Name of each sequence; default: its number
         check:bool=True, # Read all values once, to refuse NaN and infinite ones?
@@ -91,9 +92,15 @@ class SequenceDataLoaders(DataLoaders):
         if valid is None:
             (x,x_valid),(y,y_valid) = (split_by_time(o, valid_pct) for o in train.arrays)
             valid = x_valid,y_valid
-        whole = win_sz is None and (groups is not None or len(set(train.lengths))>1)
-        def dataset(xy, stp, groups=None): return Sequences(*xy, groups=groups, **kw) if whole else SequenceWindows(*xy, win_sz, stp, groups=groups, **kw)
-        return cls.from_sequences(dataset((x,y), stp_sz, groups), dataset(valid, valid_stp_sz, groups if len(as_sequences('x', valid[0]))==len(train) else None), **kwargs)
+        whole = win_sz is None and (groups is not None or train.in_files or len(set(train.lengths))>1)
+        if whole and (stp_sz is not None or valid_stp_sz is not None): raise ValueError(f"stp_sz is {stp_sz}, valid_stp_sz {valid_stp_sz}, but sequences are taken whole: give win_sz as well.")
+        def dataset(xy, stp, groups):
+            if whole: return Sequences(*xy, groups=groups, **kw)
+            if train.in_files and stp is None: return SequenceParts(*xy, win_sz, groups=groups, **kw)
+            return SequenceWindows(*xy, win_sz, stp, groups=groups, **kw)
+        if train.in_files and win_sz is not None and win_sz>train.lengths.max(): raise ValueError(f"win_sz is {win_sz}, but the longest sequence has {train.lengths.max()} steps. Use a shorter window.")
+        valid_groups = groups if groups is not None and len(as_sequences('x', valid[0]))==len(groups) else None
+        return cls.from_sequences(dataset((x,y), stp_sz, groups), dataset(valid, valid_stp_sz, valid_groups), **kwargs)
 
     @classmethod
     @delegates(from_sequences, but=['train', 'valid'])
@@ -105,6 +112,7 @@ class SequenceDataLoaders(DataLoaders):
         time:str=None, # Column to sort by within a group; default: rows are in order
         valid_pct:float=.2, # Share of each group, at its end, that is held back for validation
         valid_groups=None, # Names of groups that are held back whole, instead
+        win_sz:int=None, # Most steps before the state begins anew, to fill more rows than there are groups; default: a whole group
         dtype:torch.dtype=torch.float32, # Type of the numbers in a batch
         dt:float=None, # Seconds per step
         **kwargs
@@ -113,7 +121,7 @@ class SequenceDataLoaders(DataLoaders):
         kw = dict(dtype=dtype, x_names=x, y_names=y, dt=dt, check=dtype!=torch.float64)
         def dataset(sequences):
             xs,ys,index = zip(*sequences.values())
-            ds = Sequences(list(xs), list(ys), groups=list(sequences), **kw)
+            ds = (Sequences if win_sz is None else partial(SequenceParts, win_sz=win_sz))(list(xs), list(ys), groups=list(sequences), **kw)
             ds.index = index[0].append(list(index[1:]))
             return ds
         return cls.from_sequences(*map(dataset, split_groups(group_sequences(df, x, y, group, time), valid_pct, valid_groups)), **kwargs)

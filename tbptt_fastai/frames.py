@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['group_sequences', 'split_groups']
 
-# %% ../nbs/03d_frames.ipynb #a1ea87ae
+# %% ../nbs/03d_frames.ipynb #5ec0fd1a
+import warnings
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/03d_frames.ipynb #1d185871
+# %% ../nbs/03d_frames.ipynb #1cfd1321
 def _as_list(o): return [o] if isinstance(o, str) or not isinstance(o, (list,tuple)) else list(o)
 
 def _plain(o): return o.item() if isinstance(o, np.generic) else o
@@ -24,8 +25,11 @@ def _times(df, time, groups):
     times = df[time]
     _refuse(times.isna(), df, groups, lambda i: f"has no {time}. Fill or drop such rows.")
     if pd.api.types.is_string_dtype(times) or times.dtype==object:
-        try: times = pd.to_datetime(times)
-        except (ValueError,TypeError) as e: raise ValueError(f"Column {time!r} is text that is no time ({e}). Convert it by pandas.to_datetime with a format.") from None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('error') # pandas warns before it reads each time in a format of its own
+                times = pd.to_datetime(times)
+        except (ValueError,TypeError,UserWarning) as e: raise ValueError(f"Column {time!r} is text that is no time ({e}). Convert it by pandas.to_datetime with a format.") from None
     return times
 
 def _values(df, columns, groups):
