@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from fastai.torch_core import set_seed
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.frames import group_sequences
@@ -24,7 +24,7 @@ def frame(lengths, seed=0):
 def from_df(df, **kwargs): return SequenceDataLoaders.from_df(df, **{**dict(x=['u','v'], y='y', group='name', time='day', bs=3, sub_seq_len=4), **kwargs})
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.sampled_from([.1, .3, .5]), st.integers(0, 99))
 def test_groups_in_order_of_time_split_at_their_ends(lengths, valid_pct, seed):
     df = frame(lengths, seed)

@@ -4,7 +4,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation
@@ -27,6 +27,7 @@ from tbptt_fastai.windows import Sequences, SequenceWindows
 
 SEED,N_EPOCH,LR = 3,2,1e-2
 LENGTHS = [17,20,46,30,12,5,33]
+unhurried = partial(settings, deadline=None, suppress_health_check=[HealthCheck.too_slow]) # a busy machine is no failure
 adam = partial(OptimWrapper, opt=torch.optim.Adam)
 
 
@@ -72,11 +73,10 @@ class Seen(Callback):
 
 # Where the steps go
 
-@settings(deadline=None, max_examples=150)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 6), st.integers(1, 30), st.randoms(use_true_random=False), st.integers(0, 70))
-def test_every_step_once_in_order_and_rows_as_by_hand(lengths, bs, sub_seq_len, random, n_skip):
-    order = list(range(len(lengths)))
-    random.shuffle(order)
+@unhurried(max_examples=100)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(1, 5), st.integers(1, 20), st.integers(0, 999), st.integers(0, 50))
+def test_every_step_once_in_order_and_rows_as_by_hand(lengths, bs, sub_seq_len, seed, n_skip):
+    order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
     layout = Layout(np.array(lengths), bs, sub_seq_len, np.array(order), n_skip)
     blocks = list(layout)
     assert len(layout)==len(blocks)==len(Layout(np.array(lengths), bs, sub_seq_len)) # whatever the order
@@ -92,7 +92,7 @@ def test_every_step_once_in_order_and_rows_as_by_hand(lengths, bs, sub_seq_len, 
     assert layout.waste==pytest.approx(padding)
 
 
-@settings(deadline=None, max_examples=40)
+@unhurried(max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 3))
 def test_rows_are_balanced(n_blocks, bs):
     "Never longer than 4/3 of the best of all assignments, as the rule promises"
@@ -115,7 +115,7 @@ def test_order_is_that_of_the_seed_and_shuffles_sequences():
 
 # The state of one never reaches another
 
-@settings(deadline=None, max_examples=25)
+@unhurried(max_examples=25)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 5), st.integers(1, 45), st.booleans(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from(['lstm', 'gru', 'plain']))
 def test_predictions_are_those_of_each_sequence_alone(lengths, bs, sub_seq_len, shuffle, dtype, kind):
     xs,ys = sequences(lengths, dtype)

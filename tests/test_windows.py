@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.loader import TbpttDL
 from tbptt_fastai.arrays import blocks, channel_stats
@@ -12,7 +12,7 @@ from tbptt_fastai.windows import SequenceWindows, plot_windows
 def ramp(n, channels=None): return np.arange(n*(channels or 1), dtype=np.float32).reshape(n, *([channels] if channels else []))
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.data())
 def test_every_window_is_a_slice_and_all_are_there(lengths, data):
     win_sz,stp_sz = data.draw(st.integers(1, max(lengths))),data.draw(st.integers(1, 70))
