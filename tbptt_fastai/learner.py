@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scaling_from_data', 'default_loss', 'TbpttLearner', 'RNNLearner']
 
-# %% ../nbs/07_learner.ipynb #8f984346
+# %% ../nbs/07_learner.ipynb #70bcd756
 from fastai.callback.training import GradientClip
 from fastai.callback.schedule import ParamScheduler # with it come fit_flat_cos, fit_one_cycle and lr_find
 from fastai.callback.progress import ProgressCallback # shown by default once imported
@@ -19,6 +19,7 @@ from .arrays import channel_stats
 from .callback import TbpttResetCB
 from .loader import first_item
 from .rnn import SequenceRNN, Standardize
+from .text import TextRNN, TextRows
 from .windows import Sequences
 
 # %% ../nbs/07_learner.ipynb #01f6bc67
@@ -51,7 +52,7 @@ def default_loss(
     if isinstance(y, Tensor) and y.is_floating_point(): return nn.L1Loss()
     raise ValueError(f"No default loss for targets of type {y.dtype if isinstance(y, Tensor) else type(y).__name__}: pass loss_func, such as CrossEntropyLossFlat().")
 
-# %% ../nbs/07_learner.ipynb #9a766f78
+# %% ../nbs/07_learner.ipynb #0c82e081
 @delegates(Learner.__init__)
 def TbpttLearner(
     dls, # `DataLoaders` of windows `(batch, time, ...)`
@@ -74,14 +75,15 @@ def TbpttLearner(
 
 @delegates(TbpttLearner, but=['model'])
 def RNNLearner(
-    dls, # `DataLoaders` of real signals: x and y `(batch, time, channels)`
+    dls, # `DataLoaders` of real signals, x and y `(batch, time, channels)`, or of text
     rnn_type:str='lstm', # 'rnn', 'gru' or 'lstm'
     hidden_size:int=100, # Hidden units per layer
     num_layers:int=1, # Recurrent layers
     dropout:float=0., # Dropout between recurrent layers
     **kwargs
 )->Learner:
-    "A `TbpttLearner` with a `SequenceRNN`, sized and scaled by the training data"
+    "A `TbpttLearner` with a `SequenceRNN`, sized and scaled by the training data, or with a `TextRNN`"
+    if isinstance(dls.train.dataset, TextRows): return TbpttLearner(dls, TextRNN(len(dls.vocab), 64, rnn_type, hidden_size, num_layers, dropout), **kwargs)
     x,y = _signals(dls)
     model = SequenceRNN(x.shape[-1], y.shape[-1], rnn_type, hidden_size, num_layers, dropout, *scaling_from_data(dls))
     return TbpttLearner(dls, model.to(x.dtype), **kwargs)

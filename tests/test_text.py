@@ -76,6 +76,12 @@ def test_equals_the_loop_by_hand():
     assert perplexity==pytest.approx(torch.tensor(total/count).exp().item(), rel=1e-5)
 
 
+def test_a_learner_builds_its_model():
+    learn = TbpttLearner(make()[0], rnn_type='gru', hidden_size=8, num_layers=2)
+    assert isinstance(learn.model, TextRNN) and learn.model.rnn.rnn.num_layers==2
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+
+
 def test_sampling_steps_through_the_state():
     dls,model = make()
     learn = TbpttLearner(dls, model)
@@ -127,6 +133,5 @@ def test_refused():
         "prompt '' is empty": lambda: sample_text(learn, ''),
         'temperature is -1': lambda: sample_text(learn, 'the', temperature=-1),
         "rnn_type is 'lstmm'": lambda: TextRNN(5, rnn_type='lstmm'),
-        'Pass a `model`': lambda: TbpttLearner(dls),
     }.items():
         with pytest.raises(ValueError, match=match): make_it()
