@@ -22,7 +22,7 @@ from .loader import SubWindows, TbpttDL, inner_loader
 from .truncation import check_steps
 from .windows import Sequences
 
-# %% ../nbs/03c_streams.ipynb #118fb8ee
+# %% ../nbs/03c_streams.ipynb #c3cc74b3
 class Block:
     "One training step of a stream: which steps of which sequences its rows hold"
     def __init__(self,
@@ -42,9 +42,8 @@ class Block:
     def begins(self,
         last, # The block before, as the model has seen it; `None` at the start
     )->np.ndarray: # bool `(rows,)`
-        "The rows that do not go on from `last`: a sequence begins there, or none is left"
-        if last is None: return np.ones(len(self.seq), bool)
-        return (self.seq!=last.seq)|(self.start<=last.start)|(self.n==0)
+        "The rows that have another sequence than in `last`"
+        return np.ones(len(self.seq), bool) if last is None else self.seq!=last.seq
 
     def real_steps(self,
         o:Tensor, # `(rows, steps, ...)`
@@ -178,9 +177,9 @@ def transform_block(
             f"The batch transform {tfm.name} draws random numbers, other ones in each sub-window of a window. Make it a RandTransform that draws in `before_call`: that is done once per window.")
     return batch
 
-# %% ../nbs/03c_streams.ipynb #546cf3b0
+# %% ../nbs/03c_streams.ipynb #98581259
 class StreamView(SubWindows):
-    "A view of a `StreamDL` that yields its blocks; `sub_window` says which steps of which sequences were yielded last"
+    "A view of a `StreamDL`, for one run over it, that yields its blocks; `sub_window` says which steps of which sequences were yielded last"
     evaluation,seen = False,None # evaluation: is every block yielded, also without a loss? seen: the last block that the model has seen
 
     def __init__(self, *args, **kwargs):
@@ -193,8 +192,7 @@ class StreamView(SubWindows):
         return self.dl.layout(self.sub_seq_len, self.n_skip)
 
     def __iter__(self):
-        if self.sub_window is not None: del self.layout # another run has another one
-        self.sub_window,self.seen,self.warm_up = None,None,[]
+        self.seen,self.warm_up = None,[]
         for block,batch in self.dl.read_blocks(self.layout):
             if block.weight==0 and not self.evaluation: self.warm_up.append((block, batch[:self._n_inp(batch)]))
             else:

@@ -1,4 +1,5 @@
 "Windows are slices of the sequences, found without copying them, and wrong data is named"
+import tracemalloc
 import numpy as np
 import pytest
 import torch
@@ -6,7 +7,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.loader import TbpttDL
 from tbptt_fastai.arrays import blocks, channel_stats
-from tbptt_fastai.windows import SequenceWindows, plot_windows
+from tbptt_fastai.streams import StreamDL
+from tbptt_fastai.windows import SequenceParts, Sequences, SequenceWindows, plot_windows
 
 
 def ramp(n, channels=None): return np.arange(n*(channels or 1), dtype=np.float32).reshape(n, *([channels] if channels else []))
@@ -165,3 +167,45 @@ def test_a_list_of_windows():
     ds = SequenceWindows(ramp(100), ramp(100), win_sz=10)
     for got,i in zip(ds.items.iloc[[3,1]], (3,1)): np.testing.assert_array_equal(got[0], ds[i][0])
     assert SequenceWindows(ramp(100), win_sz=10, stp_sz=10**30).stp_sz==100
+
+
+@pytest.mark.parametrize('dl_type', [TbpttDL, StreamDL])
+def test_millions_of_windows_take_one_array_of_indices(dl_type):
+    n = 1_000_000
+    u = np.zeros(n+99, np.float32)
+    tracemalloc.start()
+    try:
+        dl = dl_type(SequenceWindows(u, u, win_sz=100, stp_sz=1), bs=16, sub_seq_len=50, shuffle=True, num_workers=0)
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        it = iter(dl)
+        for _ in range(5): next(it)
+        rise = tracemalloc.get_traced_memory()[1]-before
+    finally: tracemalloc.stop()
+    assert len(dl.dataset)==n and rise<1.1*8*n # bytes
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(1, 40), st.data())
+def test_parts_are_all_steps_in_order(lengths, win_sz, data):
+    xs = [ramp(n, 2)+1000*i for i,n in enumerate(lengths)]
+    parts = SequenceParts(xs, win_sz=win_sz, groups=[f'g{i}' for i in range(len(xs))])
+    expected = [x[s:s+win_sz] for x in xs for s in range(0, len(x), win_sz)]
+    assert len(parts)==len(expected) and parts.lengths.tolist()==list(map(len, expected))
+    for (part,),e in zip(parts, expected, strict=True): np.testing.assert_array_equal(part, e)
+    idxs = data.draw(st.lists(st.integers(0, len(parts)-1), min_size=1, max_size=4))
+    start = [data.draw(st.integers(0, len(expected[i])-1)) for i in idxs]
+    n = [data.draw(st.integers(0, len(expected[i])-a)) for i,a in zip(idxs, start)]
+    batch, = parts.read(idxs, start, n)
+    for row,i,a,k in zip(batch, idxs, start, n):
+        np.testing.assert_array_equal(row[:k], expected[i][a:a+k])
+        assert (row[k:]==0).all()
+    assert parts.groups_of(idxs)==[f'g{int(expected[i][0,0]//1000)}' for i in idxs]
+
+
+def test_sequences_have_names():
+    xs = [ramp(5), ramp(3)]
+    assert Sequences(xs).groups==[0,1] and Sequences(xs, groups=['a','b']).groups_of([1,0,1])==['b','a','b']
+    with pytest.raises(ValueError, match='x of sequence b is \\[nan\\] at step 2'): Sequences([ramp(5), np.array([0.,1,np.nan], np.float32)], groups=['a','b'])
+    with pytest.raises(IndexError): Sequences(xs)[2]
+    assert len(Sequences(xs).new_empty())==0 and len(SequenceParts(xs, win_sz=2).new_empty())==0
