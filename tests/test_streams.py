@@ -156,9 +156,9 @@ def test_equals_the_loop_by_hand(rnn, bs, sub_seq_len, shuffle):
     assert_same(learn.model, rnn, head)
 
 
-@pytest.mark.parametrize('n_skip', [3, 7, 10, 18, 40])
-def test_washout_equals_the_loop_by_hand(n_skip):
-    xs,ys = sequences(LENGTHS)
+@pytest.mark.parametrize('lengths,n_skip', [(LENGTHS,3), (LENGTHS,7), (LENGTHS,10), (LENGTHS,18), (LENGTHS,40), ([21]*7,8), ([21]*7,16)]) # of one length: all rows begin in steps without a loss
+def test_washout_equals_the_loop_by_hand(lengths, n_skip):
+    xs,ys = sequences(lengths)
     rnn,head = recurrent_and_head()
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*not longer than n_skip')
@@ -262,14 +262,15 @@ def test_learned_first_state_equals_the_loop_by_hand(rnn, per_group):
         with pytest.raises(ValueError, match='no first state for group None'), learn.no_bar(): learn.get_preds(dl=TbpttDL(SequenceWindows([x[:5] for x in xs], [y[:5] for y in ys]), bs=7, num_workers=0))
 
 
-def test_first_state_is_a_function_of_the_group():
+@pytest.mark.parametrize('sub_seq_len', [7, None])
+def test_first_state_is_a_function_of_the_group(sub_seq_len):
     xs,ys = sequences(LENGTHS)
     rnn,head = recurrent_and_head(nn.GRU)
     asked = []
     def initial(groups):
         asked.append(groups)
         return torch.stack([torch.full((6,), float(o)/10) for o in groups])[None]
-    learn = learner(loaders(xs, ys), stateful(rnn, head, initial=initial), lr=0.)
+    learn = learner(loaders(xs, ys, sub_seq_len=sub_seq_len), stateful(rnn, head, initial=initial), lr=0.)
     with learn.no_bar(): preds = learn.get_preds()[0]
     for i,(p,x) in enumerate(zip(learn.dls.valid.by_sequence(preds), xs)):
         with torch.no_grad(): torch.testing.assert_close(p, head(rnn(x[None], torch.full((1,1,6), i/10))[0])[0], rtol=0, atol=1e-6)
@@ -421,6 +422,12 @@ def test_shown_and_exported(tmp_path):
     dl = pickle.loads(pickle.dumps(learn.dls.valid))
     assert len(dl)==len(learn.dls.valid)
     assert learn.dls.train.new(bs=2).bs==2 and learn.dls.train.new().sub_seq_len==7
+
+
+def test_one_batch_has_no_padding():
+    xs,ys = sequences([20, 3, 30, 7])
+    x,y = loaders(xs, ys, bs=4, shuffle=False).one_batch()
+    assert x.shape==(3,7,2) and not (x==0).any()
 
 
 def test_new_data_of_one_length_is_predicted_whole():
