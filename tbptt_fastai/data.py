@@ -35,7 +35,7 @@ def split_by_time(
     def part(s, start, stop): return s.narrow(0, start, stop-start) if hasattr(s, 'narrow') else s[start:stop]
     return [part(s, 0, n) for s,n in cuts],[part(s, n, len(s)) for s,n in cuts]
 
-# %% ../nbs/03f_data.ipynb #a649671e
+# %% ../nbs/03f_data.ipynb #74866dba
 class SequenceDataLoaders(DataLoaders):
     """`DataLoaders` of long sequences. Arrays of one length in memory become windows in a `TbpttDL`, which evaluation sees whole; sequences of unequal length,
     groups, text, and arrays in files are read by a `StreamDL`, which evaluates by sub-windows and gives predictions step by step, in the order of the data"""
@@ -62,8 +62,7 @@ class SequenceDataLoaders(DataLoaders):
         in_memory = all(isinstance(o, SequenceWindows) and not o.in_files for o in (train, valid))
         kw = dict(bs=check_steps('bs', bs), sub_seq_len=sub_seq_len, shuffle=shuffle, num_workers=num_workers, **kwargs)
         train_dl = (TbpttDL if in_memory else StreamDL)(train, **kw)
-        if not in_memory and sub_seq_len is not None: sub_seq_len = min(sub_seq_len, int(valid.lengths.max()))
-        return cls(train_dl, train_dl.new(valid, bs=check_steps('val_bs', val_bs or bs), sub_seq_len=None if in_memory else sub_seq_len, shuffle=False, drop_last=False),
+        return cls(train_dl, train_dl.new(valid, bs=check_steps('val_bs', val_bs or bs), shuffle=False, drop_last=False, **(dict(sub_seq_len=None) if in_memory else {})),
                    path=path, device=default_device() if device is None else device)
 
     @classmethod
@@ -154,9 +153,11 @@ class SequenceDataLoaders(DataLoaders):
         device=None, # Default: fastai's `default_device()`
     ):
         "Contiguous rows of text with the next character or token as target; the vocabulary is `dls.vocab`"
+        for o in (text, valid):
+            if not (o is None or isinstance(o, (str,list,tuple))): raise TypeError(f"The text is a {type(o).__name__}; expected a string or a list of tokens, such as Path('text.txt').read_text().")
         if valid is None: text,valid = (o[0] for o in split_by_time([text], valid_pct))
         vocab = sorted({*text, *valid}) if vocab is None else list(vocab)
-        train,valid = TextRows(text, vocab, bs),TextRows(valid, vocab, val_bs or bs)
+        train,valid = TextRows(text, vocab, bs),TextRows(valid, vocab, val_bs or bs, name='text of the validation set')
         return cls.from_sequences(train, valid, sub_seq_len=sub_seq_len, bs=bs, val_bs=val_bs, shuffle=False, path=path, device=device)
 
     def test_dl(self,
@@ -170,6 +171,7 @@ class SequenceDataLoaders(DataLoaders):
         if isinstance(test_items, Sequences): return self.valid.new(test_items, **kwargs)
         items = test_items if isinstance(test_items, (list,tuple)) else [test_items]
         x,*y = zip(*(o if isinstance(o, tuple) else (o,) for o in items))
+        if any(isinstance(o, str) for o in x): raise TypeError("Text is not predicted but gone on with: use sample_text(learn, prompt).")
         xy,kw = (list(x),list(y[0]) if y and with_labels else None),dict(dtype=self.valid_ds.dtype)
         if len(set(map(len, x)))>1: return StreamDL(Sequences(*xy, **kw), bs=self.valid.bs, sub_seq_len=None, device=self.device, after_batch=self.valid.after_batch, **kwargs)
         return self.valid.new(SequenceWindows(*xy, **kw), cls=TbpttDL, **{**dict(sub_seq_len=None), **kwargs})

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/03d_frames.ipynb #1cfd1321
+# %% ../nbs/03d_frames.ipynb #a44b325d
 def _as_list(o): return [o] if isinstance(o, str) or not isinstance(o, (list,tuple)) else list(o)
 
 def _plain(o): return o.item() if isinstance(o, np.generic) else o
@@ -53,6 +53,8 @@ def group_sequences(
     unknown = [c for c in [*x, *y, *by, *([] if time is None else [time])] if c not in df.columns]
     if unknown: raise KeyError(f"The data frame has no column {unknown[0]!r}; it has {list(df.columns)}.")
     if len(df)==0: raise ValueError("The data frame has no rows.")
+    twice = df.index[df.index.duplicated()]
+    if len(twice): raise ValueError(f"The index of the data frame has {_plain(twice[0])!r} more than once, so predictions could not be put back. Use df.reset_index(drop=True).")
     for c in by: _refuse(df[c].isna(), df, None, lambda i: f"has no group: its {c!r} is missing. Fill or drop such rows.")
     groups = None if group is None else df[by[0]] if len(by)==1 else pd.Series(list(df[by].itertuples(index=False, name=None)), index=df.index)
     xs,ys = _values(df, x, groups),_values(df, y, groups)

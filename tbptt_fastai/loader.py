@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Window', 'SubWindows', 'inner_loader', 'first_item', 'view_of', 'TbpttDL']
 
-# %% ../nbs/03b_loader.ipynb #407694f3
+# %% ../nbs/03b_loader.ipynb #300595bf
 from itertools import chain
 from types import SimpleNamespace
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import IterableDataset
 from .truncation import SubWindow, check_steps, fixed_truncation
-from .windows import SequenceWindows, Sequences, plot_windows
+from .windows import SequenceWindows, Sequences
 
 # %% ../nbs/03b_loader.ipynb #01ad2073
 class Window:
@@ -197,7 +197,7 @@ def view_of(
     inner = inner_loader(dl)
     return (inner.view if isinstance(inner, TbpttDL) else SubWindows)(dl, sub_seq_len, n_skip, timed, n_inp)
 
-# %% ../nbs/03b_loader.ipynb #778521b1
+# %% ../nbs/03b_loader.ipynb #deb983ba
 class TbpttDL(TfmdDL):
     "A `TfmdDL` over windows that yields sub-windows; `one_batch`, and what is shown, are whole windows"
     view = SubWindows
@@ -257,7 +257,7 @@ class TbpttDL(TfmdDL):
     ):
         "Draw `max_n` windows: targets above inputs, on one time axis"
         if not show or not isinstance(self.dataset, Sequences): return super().show_batch(b, max_n=max_n, show=show, **kwargs)
-        self._plot(self.decode(self.one_batch() if b is None else b), max_n=max_n, **kwargs)
+        self.dataset.plot(*self.decode(self.one_batch() if b is None else b)[:2], max_n=max_n, **kwargs)
 
     def show_results(self,
         b, # A batch of whole windows
@@ -268,8 +268,5 @@ class TbpttDL(TfmdDL):
     ):
         "Draw `max_n` windows with the predictions `out`"
         if not show or not isinstance(self.dataset, Sequences): return super().show_results(b, out, max_n=max_n, show=show, **kwargs)
-        self._plot(self.decode(b), pred=self.decode((b[0], *(out if isinstance(out, (tuple,list)) else [out])))[1], max_n=max_n, **kwargs)
-
-    def _plot(self, b, **kwargs):
-        ds = self.dataset
-        return plot_windows(*b[:2], **{**dict(x_names=ds.x_names, y_names=ds.y_names, dt=ds.dt), **kwargs})
+        pred = self.decode((b[0], *(out if isinstance(out, (tuple,list)) else [out])))[1]
+        self.dataset.plot(*self.decode(b)[:2], pred=pred, max_n=max_n, **kwargs)

@@ -80,7 +80,7 @@ def assign_rows(
         heapreplace(work, (load+n_blocks[seq], row))
     return [np.array(sorted(row, key=rank.__getitem__), dtype=int) for row in rows]
 
-# %% ../nbs/03c_streams.ipynb #d7ea68c0
+# %% ../nbs/03c_streams.ipynb #e5f60abe
 class Layout:
     "Sequences end to end in the rows of a stream: an iterable of `Block`s"
     def __init__(self,
@@ -134,8 +134,14 @@ class Layout:
 
     @property
     def waste(self):
-        "Share of the rows' steps that are padding"
-        return 1-self.lengths.sum()/(len(self)*len(self.rows)*self.sub_seq_len) if len(self) else 0.
+        "Share of the steps that rows are run over that are padding"
+        if not len(self): return 0.
+        width = np.zeros(len(self), int) # of each block
+        for row in self.rows:
+            steps = np.full(int(self.n_blocks[row].sum()), self.sub_seq_len)
+            steps[self.n_blocks[row].cumsum()-1] -= self.n_blocks[row]*self.sub_seq_len-self.lengths[row]
+            width[:len(steps)] = np.maximum(width[:len(steps)], steps)
+        return float(1-self.lengths.sum()/(width.sum()*len(self.rows)))
 
 # %% ../nbs/03c_streams.ipynb #ac3dad8a
 def read_ahead(
@@ -221,7 +227,7 @@ class StreamView(SubWindows):
             short = self.dl.dataset.groups_of(np.flatnonzero(lengths<=n_skip))
             warnings.warn(f"{len(short)} of {len(lengths)} sequences are not longer than n_skip={n_skip}, so none of their steps counts in the loss: {short[:10]}{'…' if len(short)>10 else ''}.", stacklevel=2)
 
-# %% ../nbs/03c_streams.ipynb #40cfe191
+# %% ../nbs/03c_streams.ipynb #c775447e
 class StreamDL(TbpttDL):
     "A loader that lays sequences end to end in `bs` rows and yields their sub-windows, read one step ahead; in training and in evaluation"
     view = StreamView
@@ -240,6 +246,10 @@ class StreamDL(TbpttDL):
         super().__init__(dataset, bs=check_steps('bs', bs), sub_seq_len=sub_seq_len, num_workers=0, **kwargs)
         for name in ('after_item', 'before_batch'):
             if getattr(self, name).fs: raise ValueError(f"{name} is {getattr(self, name)}, but a StreamDL reads sub-windows, not items. Transform the sequences beforehand, or use after_batch.")
+
+    def sub_windows(self):
+        "The view that is iterated"
+        return self.view(self, self.sub_seq_len)
 
     def layout(self,
         sub_seq_len:int=None, # Steps of a sub-window
@@ -265,7 +275,7 @@ class StreamDL(TbpttDL):
 
     @property
     def waste(self):
-        "Share of the rows' steps that are padding"
+        "Share of the steps that rows are run over that are padding"
         return Layout(self.dataset.lengths, self.bs, self.sub_seq_len).waste
 
     def read_blocks(self,
@@ -309,8 +319,10 @@ class StreamDL(TbpttDL):
         cls=None, # Another class; default: the same
         **kwargs
     ):
-        "A copy with some arguments changed"
-        if issubclass(cls or type(self), StreamDL) and kwargs.pop('get_idxs', None) is not None: kwargs['shuffle'] = False # as `get_preds` asks for it
+        "A copy with some arguments changed; of a dataset whose sequences are all shorter than `sub_seq_len`, it is the longest"
+        if issubclass(cls or type(self), StreamDL):
+            if kwargs.pop('get_idxs', None) is not None: kwargs['shuffle'] = False # as `get_preds` asks for it
+            if dataset is not None and self.sub_seq_len is not None: kwargs.setdefault('sub_seq_len', min(self.sub_seq_len, int(np.max(dataset.lengths, initial=0)) or self.sub_seq_len))
         return super().new(dataset, cls, **kwargs)
 
     def by_sequence(self,

@@ -15,21 +15,33 @@ from .rnn import StatefulRNN, rnn_types
 from .truncation import check_steps
 from .windows import Sequences
 
-# %% ../nbs/03e_text.ipynb #08b1bd64
+# %% ../nbs/03e_text.ipynb #20ef85cb
 class TextRows(Sequences):
     "A text in `bs` contiguous rows, as inputs and next tokens; no token is left out"
     def __init__(self,
         tokens, # The text: a string, or a list of tokens
         vocab:list, # All characters or tokens that there are
         bs:int=64, # Rows
+        name:str='text', # What it is, for messages
     ):
         number = {o:i for i,o in enumerate(vocab)}
         unknown = [o for o in dict.fromkeys(tokens) if o not in number]
-        if unknown: raise ValueError(f"The text has {unknown[0]!r}, which is not in the vocabulary of {len(vocab)}. Build the vocabulary from all texts, or replace such tokens.")
-        if len(tokens)<=check_steps('bs', bs): raise ValueError(f"The text has {len(tokens)} tokens; {bs} rows with a next token each need at least {bs+1}. Use a smaller bs.")
+        if unknown: raise ValueError(f"The {name} has {unknown[0]!r}, which is not in the vocabulary of {len(vocab)}. Build the vocabulary from all texts, or replace such tokens.")
+        if len(tokens)<=check_steps('bs', bs): raise ValueError(f"The {name} has {len(tokens)} tokens; {bs} rows with a next token each need at least {bs+1}. Use fewer rows: a smaller bs or val_bs.")
         ids = np.fromiter((number[o] for o in tokens), np.int64, len(tokens))
         super().__init__(*(np.array_split(part, bs) for part in (ids[:-1], ids[1:])))
         self.vocab,self.loss_func = list(vocab),CrossEntropyLossFlat()
+
+    def plot(self, x, y=None, pred=None, max_n=4, **kwargs):
+        "Print rows: text, what follows each of its tokens, and what was predicted to follow"
+        for row in range(min(len(x), max_n)):
+            for name,o in (('text',x), ('next',y), ('predicted',pred)):
+                if o is not None: print(f'{name:9} {self.join(o[row])!r}')
+
+    def join(self, ids):
+        "Tokens as text: characters side by side, words with blanks in between"
+        tokens = [self.vocab[i] for i in ids]
+        return ('' if all(len(o)==1 for o in self.vocab) else ' ').join(map(str, tokens))
 
 # %% ../nbs/03e_text.ipynb #bf100807
 class TextRNN(nn.Module):

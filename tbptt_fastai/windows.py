@@ -15,7 +15,7 @@ from torch import Tensor
 from .arrays import FileArray, as_sequences, check_finite
 from .truncation import check_steps
 
-# %% ../nbs/03a_windows.ipynb #adcce95e
+# %% ../nbs/03a_windows.ipynb #fc0dbbd5
 class Sequences:
     "Sequences of inputs and targets, of any length, in memory or in files"
     n_inp,split_idx = 1,None
@@ -100,6 +100,10 @@ class Sequences:
         self.locate(i)
         return tuple(b[0] for b in self.read([i], [0], [self.lengths[i]]))
 
+    def plot(self, x, y=None, pred=None, **kwargs):
+        "Draw items of a batch; see `plot_windows`"
+        return plot_windows(x, y, pred, **{**dict(x_names=self.x_names, y_names=self.y_names, dt=self.dt), **kwargs})
+
     @property
     def items(self):
         "The items, as fastai's `Interpretation` asks for them: `items.iloc[idxs]`"
@@ -113,8 +117,8 @@ class Sequences:
         return empty
 
     def __repr__(self):
-        n = self.lengths
-        return f"{type(self).__name__}: {len(self)} of {n.min(initial=n.max(initial=0))} to {n.max(initial=0)} steps"
+        least,most = (f(self.lengths) if len(self) else 0 for f in (min, max))
+        return f"{type(self).__name__}: {len(self)} of {least if least==most else f'{least} to {most}'} steps"
 
 # %% ../nbs/03a_windows.ipynb #48b0e707
 class SequenceWindows(Sequences):

@@ -88,7 +88,7 @@ def test_every_step_once_in_order_and_rows_as_by_hand(lengths, bs, sub_seq_len, 
     assert counted==[b.n.sum() for b in blocks]
     assert layout.n_counted()==sum(b.weight>0 for b in blocks)
     if n_skip<max(lengths): assert max(b.weight for b in blocks)<=1
-    padding = 1-sum(lengths)/(len(blocks)*len(blocks[0].seq)*layout.sub_seq_len)
+    padding = 1-sum(lengths)/sum(b.steps*len(b.seq) for b in blocks)
     assert layout.waste==pytest.approx(padding)
 
 
@@ -300,16 +300,18 @@ def test_single_rows_of_a_module_of_ones_own_need_a_first_state():
 
 # What runs in between
 
-def test_evaluation_in_the_middle_changes_nothing():
+@pytest.mark.parametrize('event', ['before_batch', 'after_batch']) # before_batch: rows have been told to begin anew, and have not yet
+def test_evaluation_in_the_middle_changes_nothing(event):
     xs,ys = sequences(LENGTHS)
     rnn,head = recurrent_and_head()
     class Evaluate(Callback):
-        "At the end of its training, before its validation, and in the middle of it"
         order = 70
-        def before_train(self): self.done = False
-        def after_batch(self):
-            if self.done or not self.training or self.iter!=4: return
-            self.done,learn = True,self.learn
+        def before_train(self): self.done = set()
+        def __getattr__(self, k): return self.evaluate if k==event else super().__getattr__(k)
+        def evaluate(self):
+            if not self.training or self.iter in self.done: return
+            self.done.add(self.iter)
+            learn = self.learn
             kept = {k:v for k,v in vars(learn).items() if k in ('dl','pred','yb','xb','loss','loss_grad','iter','n_iter','pct_train','train_iter','epoch','n_epoch','training')}
             with learn.no_logging(): evaluated.append((learn.get_preds()[0], torch.cat(alone(learn.model[0].rnn, learn.model[1], xs))))
             vars(learn).update(kept)
@@ -319,7 +321,7 @@ def test_evaluation_in_the_middle_changes_nothing():
     fit(plain)
     learn = learner(loaders(xs, ys), stateful(rnn, head), cbs=Evaluate())
     fit(learn)
-    assert len(evaluated)==N_EPOCH
+    assert len(evaluated)==N_EPOCH*9 # in every step
     for preds,expected in evaluated: torch.testing.assert_close(preds, expected, rtol=0, atol=1e-6)
     assert_same(learn.model, plain.model)
 
@@ -434,6 +436,7 @@ def test_new_data_of_one_length_is_predicted_whole():
     xs,ys = sequences(LENGTHS)
     dls = SequenceDataLoaders.from_arrays(xs, ys, valid=(xs, ys), bs=3, sub_seq_len=7)
     assert isinstance(dls.train, StreamDL)
+    assert len(dls.train)==len(dls.valid)==len(list(dls.valid)) and next(iter(dls.valid))[0].shape==(3,7,2)
     learn = learner(dls, stateful(*recurrent_and_head()))
     with learn.no_bar():
         expected = learn.get_preds()[0]

@@ -83,9 +83,10 @@ def test_a_learner_builds_its_model():
 
 
 def test_sampling_steps_through_the_state():
-    dls,model = make()
+    dls,model = make(dropout=.5)
     learn = TbpttLearner(dls, model)
     with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
+    model.train() # sampling has no dropout in any case
     likeliest,text = sample_text(learn, 'the qu', n=30, temperature=0),'the qu'
     model.eval()
     for _ in range(30): # the whole text anew for each character
@@ -127,11 +128,12 @@ def test_refused():
     learn = TbpttLearner(dls, model)
     for match,make_it in {
         "'T', which is not in the vocabulary": lambda: SequenceDataLoaders.from_text('The end', valid_pct=.3, vocab='abcdefghijklmnopqrstuvwxyz ', bs=1, sub_seq_len=2),
-        '2 tokens; 4 rows': lambda: SequenceDataLoaders.from_text('ab'*5, bs=4, sub_seq_len=2, valid_pct=.2),
+        'text of the validation set has 2 tokens; 4 rows': lambda: SequenceDataLoaders.from_text('ab'*5, bs=4, sub_seq_len=2, valid_pct=.2),
         'sub_seq_len is 0': lambda: SequenceDataLoaders.from_text(TEXT, sub_seq_len=0),
         "prompt 'X' has 'X'": lambda: sample_text(learn, 'X'),
         "prompt '' is empty": lambda: sample_text(learn, ''),
         'temperature is -1': lambda: sample_text(learn, 'the', temperature=-1),
+        'expected a string or a list of tokens': lambda: SequenceDataLoaders.from_text(5),
         "rnn_type is 'lstmm'": lambda: TextRNN(5, rnn_type='lstmm'),
     }.items():
-        with pytest.raises(ValueError, match=match): make_it()
+        with pytest.raises((ValueError,TypeError), match=match): make_it()
