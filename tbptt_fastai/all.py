@@ -6,6 +6,8 @@ from tbptt_fastai.rnn import *
 from tbptt_fastai.carry import *
 from tbptt_fastai.truncation import *
 from tbptt_fastai.arrays import *
+from tbptt_fastai.layout import *
+from tbptt_fastai.plot import *
 from tbptt_fastai.windows import *
 from tbptt_fastai.loader import *
 from tbptt_fastai.streams import *

@@ -22,7 +22,8 @@ from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loader import TbpttDL
 from tbptt_fastai.metrics import fun_rmse
 from tbptt_fastai.rnn import InitialState, StatefulRNN, learned_state
-from tbptt_fastai.streams import Layout, StreamDL, assign_rows
+from tbptt_fastai.layout import Layout, assign_rows
+from tbptt_fastai.streams import StreamDL
 from tbptt_fastai.windows import Sequences, SequenceWindows
 
 SEED,N_EPOCH,LR = 3,2,1e-2

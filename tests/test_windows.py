@@ -8,7 +8,8 @@ from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.loader import TbpttDL
 from tbptt_fastai.arrays import blocks, channel_stats
 from tbptt_fastai.streams import StreamDL
-from tbptt_fastai.windows import SequenceParts, Sequences, SequenceWindows, plot_windows
+from tbptt_fastai.plot import plot_windows
+from tbptt_fastai.windows import SequenceParts, Sequences, SequenceWindows
 
 
 def ramp(n, channels=None): return np.arange(n*(channels or 1), dtype=np.float32).reshape(n, *([channels] if channels else []))
