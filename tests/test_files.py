@@ -261,6 +261,15 @@ def test_few_sub_windows_are_alive(spied, monkeypatch):
     assert len(most)>20 and max(most)<=4
 
 
+def test_what_reads_everything_reads_blocks():
+    "Checks and scaling hold a small part of a long array at a time"
+    x = Source(np.random.default_rng(0).standard_normal((2_000_000,3)).astype('f4'))
+    mean,std = channel_stats(Sequences(x).arrays[0])
+    assert len(x.asked)>=6 and x.longest*3<=1<<18
+    np.testing.assert_allclose(std, x.a.astype('f8').std(0), rtol=1e-6)
+    assert torch.equal(torch.cat(list(blocks(FileArray(x), 3000))), torch.from_numpy(x.a))
+
+
 @pytest.mark.skipif(not Path('/proc/self/smaps').exists(), reason='only Linux says what is resident')
 def test_pages_of_a_memory_map_do_not_stay():
     "What was read once is let go, so that resident memory does not grow with the file; but not the changes of a copy-on-write map"
@@ -302,6 +311,32 @@ def test_files_that_are_missing_or_wrong(signals):
     for name in ('image', 'number'):
         with pytest.raises(ValueError, match=r'expected \(time,\) or \(time, channels\)'): make('*.h5', name, name)
     with pytest.raises(TypeError, match='without a time axis'): Sequences(Source(np.array(3.)))
+
+
+def test_a_file_that_is_no_hdf5_file_is_named():
+    Path('a.h5').write_text('no signals')
+    with pytest.raises(OSError, match='a.h5: .*signature not found'): HDF5Array('a.h5', 'u')
+    hdf5(np.arange(9999.), 'b.h5')
+    with open('b.h5', 'r+b') as f: f.truncate(1000)
+    with pytest.raises(OSError, match='b.h5: .*truncated file'): HDF5Array('b.h5', 'u')
+    with h5py.File('c.h5', 'w') as f: f['u'] = h5py.Empty('f4')
+    with pytest.raises(ValueError, match=r"c.h5 have shapes \[None\]"): HDF5Array('c.h5', 'u')
+
+
+def test_links_in_hdf5_files():
+    hdf5(np.arange(9.), 'a.h5')
+    with h5py.File('a.h5', 'a') as f: f['soft'],f['hard'],f['broken'] = h5py.SoftLink('/u'),f['u'],h5py.SoftLink('/v')
+    with h5py.File('b.h5', 'w') as f: f['out'] = h5py.ExternalLink('a.h5', '/u')
+    for a in (HDF5Array('a.h5', ['soft','hard']), HDF5Array('b.h5', 'out')): assert a[3:4].max()==3
+    with pytest.raises(KeyError, match="a.h5 has no dataset 'broken'"): HDF5Array('a.h5', 'broken')
+
+
+def test_not_all_files_are_open_at_once(parts, monkeypatch):
+    monkeypatch.setattr('tbptt_fastai.arrays._MAX_OPEN', 3)
+    xs,ys = ([hdf5(o, f'{i}.h5', name) for i,o in enumerate(seqs)] for name,seqs in zip('xy', parts))
+    train = lambda x, y: trained(Sequences(x[:3], y[:3]), Sequences(x[3:], y[3:]))
+    same(train(xs, ys), train(*parts))
+    assert 0<sum(o._data is not None for o in xs+ys)<=3
 
 
 def test_not_a_number_in_a_file_is_named_with_file_and_step(signals):
@@ -384,6 +419,19 @@ def windows(signals, cls=StreamDL, bs=3, stp_sz=100, **kwargs):
     return DataLoaders(dl, dl.new(valid, shuffle=False))
 
 
+@pytest.mark.parametrize('shuffle', [False, True])
+def test_a_deterministic_transform_gives_what_it_gives_for_whole_windows(signals, shuffle):
+    def params(cls):
+        set_seed(3)
+        learn = fit(TbpttLearner(windows(signals, cls, bs=4, stp_sz=150, shuffle=shuffle, after_batch=[Double()], num_workers=0), Net()))
+        return [*learn.model.parameters(), torch.stack(learn.recorder.losses)]
+    dls = windows(signals, bs=4, stp_sz=150, after_batch=[Double()])
+    whole = windows(signals, TbpttDL, bs=4, stp_sz=150, after_batch=[Double()], num_workers=0).train.one_batch()
+    for k,part in zip(range(5), dls.train):
+        for o,w in zip(part, whole): assert torch.equal(o, w[:,k*SUB:(k+1)*SUB])
+    same(params(StreamDL), params(TbpttDL))
+
+
 @pytest.mark.parametrize('p', [1., .5])
 def test_a_random_transform_draws_once_for_each_window(signals, p):
     gain,seen = Gain(p),[]
@@ -413,10 +461,37 @@ def test_a_random_transform_draws_once_for_each_window(signals, p):
 
 
 def test_random_transforms_are_left_out_of_validation(signals):
-    learn,plain = (TbpttLearner(windows(signals, after_batch=tfms), Net()) for tfms in ([Gain()], []))
+    x,y = map(Source, signals)
+    learn,plain = (TbpttLearner(SequenceDataLoaders.from_arrays(x, y, win_sz=110, sub_seq_len=SUB, bs=3, after_batch=tfms), Net()) for tfms in ([Gain()], []))
     with learn.no_bar(), learn.no_logging(), plain.no_bar(), plain.no_logging():
         assert learn.validate()==plain.validate()
         same(learn.get_preds(), plain.get_preds())
+        gain, = learn.dls.train.after_batch.fs
+        gain.used.clear()
+        learn.fit(1, 1e-2)
+        assert len(gain.used)==2*len(learn.dls.train)
+
+
+@pytest.mark.parametrize('base', [Transform, RandTransform])
+def test_a_transform_that_draws_where_it_encodes_is_refused(signals, base):
+    class Noise(base):
+        split_idx = 0
+        def encodes(self, x:Tensor): return x+torch.randn_like(x)
+    learn = TbpttLearner(windows(signals, after_batch=[Noise()]), Net())
+    with pytest.raises(ValueError, match='batch transform Noise draws random numbers'): fit(learn, 1)
+
+
+def test_a_draw_outlives_an_evaluation_within_the_window(signals):
+    gain = Gain()
+    dls = windows(signals, shuffle=False, after_batch=[gain])
+    class Validate(Callback):
+        def after_batch(self):
+            if self.training:
+                for _ in dls.valid: break
+    learn = TbpttLearner(dls, Net(), cbs=Validate())
+    gain.used.clear()
+    fit(learn, 1)
+    assert all(o is gain.used[i//10*10] for i,o in enumerate(gain.used))
 
 
 def test_a_random_transform_needs_rows_that_begin_together(parts):
@@ -425,6 +500,30 @@ def test_a_random_transform_needs_rows_that_begin_together(parts):
 
 
 # what else learners do
+
+def test_a_sub_window_that_only_the_learner_knows_is_refused(signals):
+    "... as windows would be read whole for validation; and nothing is read whole before that is said"
+    x,y = map(Source, signals)
+    dls = SequenceDataLoaders.from_arrays(x, y, win_sz=235, check=False)
+    with pytest.raises(ValueError, match='sub_seq_len is 25 in the learner, but None in a loader of sequences in files'): TbpttLearner(dls, Net(), sub_seq_len=SUB)
+    TbpttLearner(dls, Net(), sub_seq_len=None), TbpttLearner(dls, Net(), sub_seq_len=235)
+    x,y = Endless(),Endless()
+    dls = SequenceDataLoaders.from_arrays(x, y, valid=(x, y), win_sz=10**8, check=False)
+    with pytest.raises(ValueError, match='read whole'): TbpttLearner(dls, Net(), sub_seq_len=SUB)
+    assert x.longest==y.longest==1000
+
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_new_data_in_files_is_read_by_sub_windows(learner, signals, n):
+    "... of any source: one or two sequences of one length"
+    new = [Source(signals[0][:500]) for _ in range(n)]
+    dl = learner.dls.test_dl(new)
+    for o in new: o.asked.clear() # what looked for values that are not finite
+    with learner.no_bar(): preds,_ = learner.get_preds(dl=dl)
+    assert max(o.longest for o in new)==SUB
+    for p in dl.by_sequence(preds): torch.testing.assert_close(p, by_hand(learner, signals[0][:500]))
+    short = learner.dls.test_dl([hdf5(signals[0][:9], 'short.h5')])
+    with learner.no_bar(): assert len(learner.get_preds(dl=short)[0])==9
 
 @pytest.fixture
 def learner(parts):
@@ -508,3 +607,11 @@ def test_windows_of_one_sub_window_and_shorter_validation(signals, n_valid):
     with learn.no_bar(): assert len(learn.get_preds()[0])==n_valid
     dls = SequenceDataLoaders.from_arrays(x, y, win_sz=SUB, sub_seq_len=SUB, bs=5)
     fit(TbpttLearner(dls, Net()))
+
+
+@pytest.mark.parametrize('changed', [lambda u: u.copy(), lambda u: u.astype('f8'), lambda u: u[::2], lambda u: u[::-1], lambda u: u[10:90], lambda u: u*2])
+def test_what_numpy_makes_of_a_memory_map(signals, changed):
+    "A copy of a memory map calls itself one, but is in memory"
+    a = np.arange(100, dtype='f4')
+    x, = Sequences(changed(memmap(a))).read([0], [3], [7])
+    assert x[0,:,0].tolist()==changed(a)[3:10].tolist()
