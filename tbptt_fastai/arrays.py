@@ -5,15 +5,19 @@
 # %% auto #0
 __all__ = ['FileArray', 'HDF5Array', 'as_sequences', 'blocks', 'check_finite', 'channel_stats']
 
-# %% ../nbs/02b_arrays.ipynb #6ee065a0
+# %% ../nbs/02b_arrays.ipynb #40167f20
 import mmap
 import warnings
+import weakref
+from collections import deque
 import numpy as np
 import torch
 from pathlib import Path
 from torch import Tensor
 
-# %% ../nbs/02b_arrays.ipynb #9347d209
+# %% ../nbs/02b_arrays.ipynb #12c4cb28
+def _is_mapped(o): return isinstance(o, np.memmap) and o._mmap is not None # a copy of a memory map is of its class too, but in memory
+
 class FileArray:
     "An array outside of memory, or some of its steps; a slice is read as a tensor"
     def __init__(self,
@@ -49,14 +53,16 @@ class FileArray:
         start,stop,by = steps.indices(len(self))
         if by!=1: raise IndexError(f"A FileArray is read in consecutive steps, not every {by}.")
         read = torch.from_numpy(np.array(self.source[self.start+start:self.start+stop], dtype=self._native)).reshape(-1, *self._channels)
-        if isinstance(self.source, np.memmap) and self.source.mode!='c' and hasattr(mmap, 'MADV_DONTNEED'):
+        if _is_mapped(self.source) and self.source.mode!='c' and hasattr(mmap, 'MADV_DONTNEED'):
             self.source._mmap.madvise(mmap.MADV_DONTNEED) # pages that were read count as resident until then
         return read
 
     def __deepcopy__(self, memo): return self # a deep copy of a memory map would be in memory
     def __repr__(self): return f'{type(self).__name__} {tuple(self.shape)} {self.dtype}'
 
-# %% ../nbs/02b_arrays.ipynb #9b0fe9ea
+# %% ../nbs/02b_arrays.ipynb #1d7436dd
+_opened,_MAX_OPEN = deque(),200 # arrays whose file is open, and how many may be: systems allow a process 1024 files, or 256
+
 class HDF5Array:
     "One or several datasets of an HDF5 file as the channels of one array"
     def __init__(self,
@@ -65,34 +71,47 @@ class HDF5Array:
     ):
         try: import h5py
         except ImportError: raise ImportError("HDF5 files need h5py: pip install 'tbptt_fastai[hdf5]'.") from None
-        self.path,self.names,self._file = Path(path),[names] if isinstance(names, str) else list(names),None
-        with h5py.File(self.path, 'r') as f:
-            known = []
-            f.visititems(lambda name,o: known.append(name) if isinstance(o, h5py.Dataset) else None)
-            missing = [o for o in self.names if o.strip('/') not in known]
-            if missing: raise KeyError(f"{self.path} has no dataset {missing[0]!r}; it has {known}.")
+        self.path,self.names,self._data = Path(path),[names] if isinstance(names, str) else list(names),None
+        with self._open(h5py) as f:
+            missing = [o for o in self.names if not isinstance(f.get(o), h5py.Dataset)]
+            if missing:
+                known = []
+                f.visititems(lambda name,o: known.append(name) if isinstance(o, h5py.Dataset) else None)
+                raise KeyError(f"{self.path} has no dataset {missing[0]!r}; it has {known}.")
             shapes,dtypes = zip(*((f[o].shape,f[o].dtype) for o in self.names))
-        if len({s[:1] for s in shapes})>1 or not all(1<=len(s)<=2 for s in shapes):
+        if not all(s is not None and 1<=len(s)<=2 for s in shapes) or len({s[0] for s in shapes})>1:
             raise ValueError(f"The datasets {self.names} of {self.path} have shapes {list(shapes)}; expected (time,) or (time, channels) with one length.")
         self.dtype = np.result_type(*dtypes)
         self.shape = shapes[0] if len(shapes)==1 else (shapes[0][0], sum(s[1] if len(s)>1 else 1 for s in shapes))
 
+    def _open(self, h5py):
+        try: return h5py.File(self.path, 'r')
+        except OSError as e: raise type(e)(f"{self.path}: {e}") from None # h5py names it only if it is missing
+
+    def __len__(self): return self.shape[0]
+
     def __getitem__(self, steps):
-        if self._file is None:
+        data = self._data
+        if data is None:
             import h5py
-            self._file = h5py.File(self.path, 'r')
-        parts = [self._file[o][steps] for o in self.names]
+            f = self._open(h5py)
+            data = self._data = [f[o] for o in self.names] # they keep the file open; kept themselves, for what HDF5 decompresses is theirs
+            _opened.append(weakref.ref(self))
+            while len(_opened)>_MAX_OPEN:
+                oldest = _opened.popleft()()
+                if oldest is not None: oldest._data = None # opened again when it is read again
+        parts = [o[steps] for o in data]
         return parts[0] if len(parts)==1 else np.concatenate([o.reshape(len(o), -1) for o in parts], axis=1)
 
-    def __getstate__(self): return {**self.__dict__, '_file': None}
+    def __getstate__(self): return {**self.__dict__, '_data': None}
 
-# %% ../nbs/02b_arrays.ipynb #04ff50fa
+# %% ../nbs/02b_arrays.ipynb #9f6fafd2
 def _as_sequence(name, seq):
     if isinstance(seq, FileArray): return seq
     if isinstance(seq, Tensor): t = seq.detach()
     elif isinstance(seq, np.ma.MaskedArray): raise TypeError(f"{name} is a masked array, whose mask would be lost. Fill or drop what is masked first.")
     else:
-        in_file = isinstance(seq, np.memmap) or hasattr(seq, 'dtype') and hasattr(seq, '__getitem__') and not (isinstance(seq, np.ndarray) or hasattr(seq, 'to_numpy'))
+        in_file = _is_mapped(seq) or hasattr(seq, 'dtype') and hasattr(seq, '__getitem__') and not (isinstance(seq, np.ndarray) or hasattr(seq, 'to_numpy'))
         try:
             with warnings.catch_warnings(): # we only read
                 warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
@@ -116,10 +135,10 @@ def as_sequences(
         if s.shape[0]==0: raise ValueError(f"{name}[{i}] has shape {tuple(s.shape)}: it has no steps.")
     return [_as_sequence(f'{name}[{i}]', s) for i,s in enumerate(seqs)]
 
-# %% ../nbs/02b_arrays.ipynb #bd98cf60
+# %% ../nbs/02b_arrays.ipynb #17becfd9
 def blocks(
     seq, # `(time, ...)`: a tensor or a `FileArray`
-    size:int=1<<22, # Numbers in a block, about
+    size:int=1<<18, # Numbers in a block, about
 ):
     "A sequence in blocks of consecutive steps"
     steps = max(size//max(seq.shape[1:].numel(), 1), 1)

@@ -50,7 +50,7 @@ class _CarryingRun:
             with carry_state(learn.model, evaluation=not learn.training) as cb._carried: learn.all_batches()
         finally: cb._carried = outer
 
-# %% ../nbs/06_callback.ipynb #478c8a85
+# %% ../nbs/06_callback.ipynb #a2a02cb2
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -71,6 +71,9 @@ class TbpttResetCB(Callback):
         for dl in others: view_of(dl, None, self.n_skip, self.timed).check()
         self._check_rows(steps)
         if steps is None: return
+        for dl in map(inner_loader, self.dls.loaders):
+            if isinstance(dl, StreamDL) and dl.sub_seq_len is None and dl.n and dl.dataset.in_files and dl.dataset.lengths.max()>steps: raise ValueError(
+                f"sub_seq_len is {steps} in the learner, but None in a loader of sequences in files, which would be read whole for validation. Give it to the loaders.")
         layers = carry_state(self.model).layers # this refuses bidirectional ones
         if not (layers or self._rnns or self._resets): raise ValueError(
             f"{type(self.model).__name__} has no recurrent layer and no StatefulRNN, so no state would be carried from one sub-window to the next. Wrap its module "

@@ -35,7 +35,7 @@ def split_by_time(
     def part(s, start, stop): return s.narrow(0, start, stop-start) if hasattr(s, 'narrow') else s[start:stop]
     return [part(s, 0, n) for s,n in cuts],[part(s, n, len(s)) for s,n in cuts]
 
-# %% ../nbs/03f_data.ipynb #74866dba
+# %% ../nbs/03f_data.ipynb #60ecc245
 class SequenceDataLoaders(DataLoaders):
     """`DataLoaders` of long sequences. Arrays of one length in memory become windows in a `TbpttDL`, which evaluation sees whole; sequences of unequal length,
     groups, text, and arrays in files are read by a `StreamDL`, which evaluates by sub-windows and gives predictions step by step, in the order of the data"""
@@ -173,8 +173,11 @@ class SequenceDataLoaders(DataLoaders):
         x,*y = zip(*(o if isinstance(o, tuple) else (o,) for o in items))
         if any(isinstance(o, str) for o in x): raise TypeError("Text is not predicted but gone on with: use sample_text(learn, prompt).")
         xy,kw = (list(x),list(y[0]) if y and with_labels else None),dict(dtype=self.valid_ds.dtype)
-        if len(set(map(len, x)))>1: return StreamDL(Sequences(*xy, **kw), bs=self.valid.bs, sub_seq_len=None, device=self.device, after_batch=self.valid.after_batch, **kwargs)
-        return self.valid.new(SequenceWindows(*xy, **kw), cls=TbpttDL, **{**dict(sub_seq_len=None), **kwargs})
+        whole = Sequences(*xy, **kw)
+        if whole.in_files or len(set(whole.lengths))>1:
+            steps = self.valid.sub_seq_len if whole.in_files else None
+            return StreamDL(whole, **{**dict(bs=self.valid.bs, sub_seq_len=steps and min(steps, int(whole.lengths.max())), device=self.device, after_batch=self.valid.after_batch), **kwargs})
+        return self.valid.new(SequenceWindows(*xy, check=False, **kw), cls=TbpttDL, **{**dict(sub_seq_len=None), **kwargs})
 
 def _files(files):
     "Files of a pattern, sorted, or of a list"
