@@ -462,7 +462,7 @@ def test_a_random_transform_draws_once_for_each_window(signals, p):
 
 def test_random_transforms_are_left_out_of_validation(signals):
     x,y = map(Source, signals)
-    learn,plain = (TbpttLearner(SequenceDataLoaders.from_arrays(x, y, win_sz=110, sub_seq_len=SUB, bs=3, after_batch=tfms), Net()) for tfms in ([Gain()], []))
+    learn,plain = (TbpttLearner(SequenceDataLoaders.from_arrays(x, y, win_sz=110, stp_sz=110, valid_stp_sz=110, sub_seq_len=SUB, bs=3, after_batch=tfms), Net()) for tfms in ([Gain()], []))
     with learn.no_bar(), learn.no_logging(), plain.no_bar(), plain.no_logging():
         assert learn.validate()==plain.validate()
         same(learn.get_preds(), plain.get_preds())
@@ -495,7 +495,9 @@ def test_a_draw_outlives_an_evaluation_within_the_window(signals):
 
 
 def test_a_random_transform_needs_rows_that_begin_together(parts):
-    dl = StreamDL(Sequences(*parts), bs=2, sub_seq_len=SUB, after_batch=[Gain()])
+    ds = Sequences(*parts)
+    ds.split_idx = 0
+    dl = StreamDL(ds, bs=2, sub_seq_len=SUB, after_batch=[Gain()])
     with pytest.raises(ValueError, match='begin their sequences at different times'): fit(TbpttLearner(DataLoaders(dl, dl), Net()), 1)
 
 
