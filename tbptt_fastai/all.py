@@ -15,8 +15,10 @@ from tbptt_fastai.frames import *
 from tbptt_fastai.text import *
 from tbptt_fastai.data import *
 from tbptt_fastai.metrics import *
+from tbptt_fastai.checks import *
 from tbptt_fastai.callback import *
 from tbptt_fastai.evaluation import *
+from tbptt_fastai.once import *
 from tbptt_fastai.learner import *
 from tbptt_fastai.memory import *
 from tbptt_fastai.datasets import *

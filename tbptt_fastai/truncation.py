@@ -9,13 +9,18 @@ __all__ = ['SubWindow', 'check_steps', 'fixed_truncation']
 from operator import index
 from typing import NamedTuple
 
-# %% ../nbs/02_truncation.ipynb #9f3646f1
+# %% ../nbs/02_truncation.ipynb #46dc0909
 class SubWindow(NamedTuple):
     "One training step's part of a window, in steps from the window's start"
     start:int # First step; 0 marks a new window
     stop:int|None # One past the last step; `None`: to the end of the window
     loss_start:int # First step whose loss counts
     weight:float=1. # Factor for a loss that is a mean over steps, so that every counted step of a window weighs the same; 0: no step counts
+
+    @property
+    def steps(self):
+        "Its number of steps; of a whole window only if `stop` is given"
+        return self.stop-self.start
 
 # %% ../nbs/02_truncation.ipynb #b07ea521
 def check_steps(

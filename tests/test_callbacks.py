@@ -21,7 +21,7 @@ from fastai.torch_core import set_seed
 from fastprogress.fastprogress import ConsoleMasterBar
 from torch import nn
 from torch._dynamo.testing import CompileCounter # counts graphs, and needs no compiler
-from tbptt_fastai.callback import once_per_window
+from tbptt_fastai.once import once_per_window
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.metrics import StreamingRMSE

@@ -11,7 +11,8 @@ from fastai.callback.training import GradientClip
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import Adam
 from torch import nn
-from tbptt_fastai.callback import TbpttResetCB, resolve_sub_seq_len
+from tbptt_fastai.callback import TbpttResetCB
+from tbptt_fastai.checks import resolve_sub_seq_len
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, scaling_from_data
 from tbptt_fastai.arrays import channel_stats

@@ -15,12 +15,13 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
 from reference import permutations, rows_by_hand, stream_by_hand, train_stream
-from tbptt_fastai.callback import TbpttResetCB, once_per_window
+from tbptt_fastai.callback import TbpttResetCB
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.evaluation import SubWindowEvalCB
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loader import TbpttDL
 from tbptt_fastai.metrics import fun_rmse
+from tbptt_fastai.once import once_per_window
 from tbptt_fastai.rnn import InitialState, StatefulRNN, learned_state
 from tbptt_fastai.layout import Layout, assign_rows
 from tbptt_fastai.streams import StreamDL
