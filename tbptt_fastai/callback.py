@@ -5,39 +5,44 @@
 # %% auto #0
 __all__ = ['TbpttResetCB']
 
-# %% ../nbs/06_callback.ipynb #1f6fdf63
+# %% ../nbs/06_callback.ipynb #2195aa02
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
+from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import TensorBase, cast, find_bs, find_device, get_model, to_device
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .carry import carry_state, reset_own_state
 from .checks import check_carries, check_states, check_stream, resets_itself, resolve_sub_seq_len, stateful_modules
 from .loader import SubWindows, inner_loader, view_of
+from .metrics import StepSmoothLoss
 from .streams import StreamDL, StreamView
 from .truncation import SubWindow, check_steps
 
-# %% ../nbs/06_callback.ipynb #e387eb34
+# %% ../nbs/06_callback.ipynb #161b2bc9
 class _CarryingRun:
-    "What `Learner.all_batches` is for one run: the same, within `carry_state` if sub-windows are run"
+    "What `Learner.all_batches` is for an epoch: the same, within `carry_state` if sub-windows are run"
     def __init__(self, cb): self.cb,self.learn = cb,cb.learn
 
     def __call__(self):
         cb,learn = self.cb,self.learn
-        vars(learn).pop('all_batches', None) # back to the method
-        if cb.learn is not learn or not cb.carries: return learn.all_batches() # cb.learn: the callback was removed
+        if cb.learn is not learn or not cb.carries: return type(learn).all_batches(learn) # cb.learn: the callback was removed
         outer = cb._carried
         try:
-            with carry_state(learn.model, evaluation=not learn.training) as cb._carried: learn.all_batches()
+            with carry_state(learn.model, evaluation=not learn.training) as cb._carried: type(learn).all_batches(learn)
+        except BaseException:
+            vars(learn).pop('all_batches', None) # back to the method
+            raise
         finally: cb._carried = outer
 
-# %% ../nbs/06_callback.ipynb #a7ddcedd
+# %% ../nbs/06_callback.ipynb #464e3550
 class TbpttResetCB(Callback):
-    "Train on the sub-windows of each window in turn, reset the state where a window starts, and evaluate whole windows"
+    "Train on the sub-windows of each window in turn, reset the state where a window or sequence starts, and evaluate whole windows; sequences of a `StreamDL` in sub-windows too"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
     def __init__(self,
         sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: the whole window; 'dls': as the training loader says
-        n_skip:int=0, # Washout: first steps of each window that count neither in loss nor in metrics
+        n_skip:int=0, # Washout: first steps of each window or sequence that count neither in loss nor in metrics
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those that are as long as the first
     ):
         self.sub_seq_len,self.n_skip,self.timed = sub_seq_len,check_steps('n_skip', n_skip, least=0),timed
@@ -52,14 +57,19 @@ class TbpttResetCB(Callback):
         for dl in others: view_of(dl, None, self.n_skip, self.timed).check()
         if steps is not None: check_carries(self.model)
         for dl in self.dls.loaders: check_stream(dl, self.model, steps)
-    after_create = before_fit = check
+    after_create = check
+
+    def before_fit(self):
+        self.check()
+        recorder,by_steps = getattr(self.learn, 'recorder', None),isinstance(inner_loader(self.dls.train), StreamDL)
+        if recorder is not None and by_steps!=isinstance(recorder.smooth_loss, StepSmoothLoss): recorder.smooth_loss = (StepSmoothLoss if by_steps else AvgSmoothLoss)(recorder.smooth_loss.beta)
 
     def before_epoch(self):
-        "The next run over the batches happens within `carry_state`, if it carries a state"
+        "Runs over the batches happen within `carry_state`, if they carry a state"
         self.learn.all_batches = _CarryingRun(self)
-    after_train = before_epoch
+    after_train = before_epoch # if it was cancelled
 
-    def after_epoch(self): vars(self.learn).pop('all_batches', None) # of a training that was skipped
+    def after_epoch(self): vars(self.learn).pop('all_batches', None)
 
     def after_fit(self):
         self.after_epoch()
@@ -102,6 +112,8 @@ class TbpttResetCB(Callback):
         groups:list=None, # The group of each row
     ):
         "Forget every carried state, of all rows or of some"
+        if rows is not None and resets_itself(self.model) and not stateful_modules(self.model): raise ValueError(
+            f"The rows of this StreamDL begin their sequences at different times, but the reset() of {type(get_model(self.model)).__name__} resets all rows. Carry its state in a StatefulRNN.")
         if resets_itself(self.model) and rows is None: get_model(self.model).reset()
         for m in stateful_modules(self.model): m.reset(rows, groups)
         if self._carried is not None: self._carried.reset(rows, groups)
@@ -126,17 +138,26 @@ class TbpttResetCB(Callback):
     def _begin_rows(self):
         "Reset the rows of a stream in which a sequence begins"
         def begin(block):
-            rows = block.begins(self.dl.seen)
-            if not (rows&(block.n>0)).any(): return
+            idle = block.n==0
+            rows = block.begins(self.dl.seen)|idle
+            if not rows.any(): return
             groups = self.dl.dataset.groups_of(block.seq.clip(0))
-            if self._carrying or self.training: return self.reset(None if rows.all() else rows, groups)
-            reset_own_state(self.model) # whole sequences in evaluation, which leaves the training state alone
-            for m in stateful_modules(self.model): m._groups = groups
+            if not (self._carrying or self.training): # whole sequences in evaluation, which leaves the training state alone
+                reset_own_state(self.model)
+                for m in stateful_modules(self.model): m._groups = groups
+            elif rows[~idle].any(): self.reset(None if rows.all() else rows, groups)
+            else: self._rest(idle, groups)
         for block,xb in self.dl.warm_up:
             begin(block)
             self._warm_up(xb)
             self.dl.seen = block
         begin(self.dl.sub_window)
+
+    def _rest(self, idle, groups):
+        "Rows without a sequence stay at their first state, as on padding a state may grow beyond all bounds, and the gradient of its row with it"
+        if self._carried is not None: self._carried.reset_layers(idle)
+        for m in stateful_modules(self.model):
+            if m.begins_rows: m.reset(idle, groups)
 
     def after_pred(self):
         if self._carried is not None and self.training and self.dl.is_first:
@@ -154,7 +175,8 @@ class TbpttResetCB(Callback):
             if self._stream and getattr(self.loss_func, 'reduction', None)=='none' and len(self.yb): self.learn.loss = self._step_losses()
             return
         if not len(self.yb): return # no targets, no loss
-        if self.sub_window.weight!=1 and getattr(self.loss_func, 'reduction', 'mean')!='sum': self.learn.loss_grad = self.loss_grad*self.sub_window.weight
+        by_steps = self._stream and any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs) # which weighs by the size of `yb`, that is by steps
+        if self.sub_window.weight!=1 and not by_steps and getattr(self.loss_func, 'reduction', 'mean')!='sum': self.learn.loss_grad = self.loss_grad*self.sub_window.weight
         if self.loss.dtype==torch.float64: self.learn.loss = self.loss.float() # what Recorder smooths has to be float32
 
     def after_batch(self):

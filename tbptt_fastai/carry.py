@@ -28,7 +28,7 @@ def reset_own_state(
     model = get_model(model) # fastai gives a reset to every DistributedDataParallel
     if hasattr(model, 'reset') and not any(isinstance(m, StatefulRNN) for m in model.modules()): model.reset()
 
-# %% ../nbs/01b_carry.ipynb #162717a7
+# %% ../nbs/01b_carry.ipynb #5647a558
 class carry_state:
     "Context within which recurrent layers that are called without a state start from the one they ended in, detached"
     def __init__(self,
@@ -63,9 +63,15 @@ class carry_state:
         groups:list=None, # The group of each row, for the first state of a `StatefulRNN`
     ):
         "Forget every state: a new window starts, in all rows or in some"
+        self.reset_layers(rows)
+        for m in self._stateful: m.reset(rows, groups)
+
+    def reset_layers(self,
+        rows=None, # bool `(bs,)`: the rows that begin a new window; default: all
+    ):
+        "Forget the states of the plain layers, in all rows or in some"
         if rows is None: self.states.clear()
         else: self.states.update({layer:where_state(torch.as_tensor(rows), None, state, 1) for layer,state in self.states.items()})
-        for m in self._stateful: m.reset(rows, groups)
 
     @property
     def _active(self): return self.model.training!=self.evaluation

@@ -54,18 +54,18 @@ def check_carries(
         f"{type(model).__name__} has no recurrent layer and no StatefulRNN, so no state would be carried from one sub-window to the next. Wrap its module "
         "with a state in StatefulRNN, give the model a `reset()` if it carries a state by itself, or use sub_seq_len=None.")
 
-# %% ../nbs/05b_checks.ipynb #63899f81
+# %% ../nbs/05b_checks.ipynb #97aaa077
 def check_stream(
     dl, # A loader; only a `StreamDL` is looked at
     model:nn.Module, # Model to be trained on it
     sub_seq_len:int=None, # Steps of a sub-window in training
 ):
-    "A `ValueError` if a stream would be read whole for validation, or begins single rows anew in a model that cannot do that"
+    "A `ValueError` if a stream would be read whole for validation, or begins single rows anew in a model that cannot do that. A model with a `StatefulRNN` is taken to have its state there"
     dl = inner_loader(dl)
     if not isinstance(dl, StreamDL) or dl.n==0: return
     if sub_seq_len is not None and dl.sub_seq_len is None and dl.dataset.in_files and dl.dataset.lengths.max()>sub_seq_len: raise ValueError(
         f"sub_seq_len is {sub_seq_len} in the learner, but None in a loader of sequences in files, which would be read whole for validation. Give it to the loaders.")
-    if resets_itself(model) and not stateful_modules(model) and not dl.aligned(sub_seq_len): raise ValueError(
+    if resets_itself(model) and not stateful_modules(model) and not (dl.aligned(sub_seq_len) and dl.aligned(dl.sub_seq_len)): raise ValueError(
         f"The rows of this StreamDL begin their sequences at different times, but the reset() of {type(get_model(model)).__name__} resets all rows. Carry its state in a StatefulRNN, "
         "or give the loader as many rows as there are sequences.")
 

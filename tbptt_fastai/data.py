@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['split_by_time', 'SequenceDataLoaders']
 
-# %% ../nbs/03f_data.ipynb #27dd4417
+# %% ../nbs/03f_data.ipynb #a9479894
+from copy import copy
 from functools import partial
 from glob import glob
 from inspect import signature
@@ -14,7 +15,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from fastcore.meta import delegates
-from .arrays import HDF5Array, as_sequences
+from .arrays import HDF5Array
 from .frames import group_sequences, split_groups
 from .loader import TbpttDL
 from .streams import StreamDL
@@ -35,7 +36,7 @@ def split_by_time(
     def part(s, start, stop): return s.narrow(0, start, stop-start) if hasattr(s, 'narrow') else s[start:stop]
     return [part(s, 0, n) for s,n in cuts],[part(s, n, len(s)) for s,n in cuts]
 
-# %% ../nbs/03f_data.ipynb #60ecc245
+# %% ../nbs/03f_data.ipynb #718d2182
 class SequenceDataLoaders(DataLoaders):
     """`DataLoaders` of long sequences. Arrays of one length in memory become windows in a `TbpttDL`, which evaluation sees whole; sequences of unequal length,
     groups, text, and arrays in files are read by a `StreamDL`, which evaluates by sub-windows and gives predictions step by step, in the order of the data"""
@@ -58,6 +59,7 @@ class SequenceDataLoaders(DataLoaders):
         if unknown: raise TypeError(f"SequenceDataLoaders got unexpected arguments {sorted(unknown)}.")
         for name,a,b in zip('xy', train.arrays, valid.arrays):
             if _kind(a[0])!=_kind(b[0]): raise ValueError(f"{name} is {_kind(a[0])} in training and {_kind(b[0])} in validation: expected the same channels and type.")
+        train,valid = copy(train),copy(valid)
         train.split_idx,valid.split_idx = 0,1 # random transforms are for training only
         in_memory = all(isinstance(o, SequenceWindows) and not o.in_files for o in (train, valid))
         kw = dict(bs=check_steps('bs', bs), sub_seq_len=sub_seq_len, shuffle=shuffle, num_workers=num_workers, **kwargs)
@@ -76,6 +78,7 @@ class SequenceDataLoaders(DataLoaders):
         stp_sz:int=None, # Steps from one training window to the next; default: `win_sz`, and then the last window of a sequence in a file is shorter
         valid_stp_sz:int=None, # The same for validation; default: `win_sz`, so that no step counts twice
         groups:list=None, # Name of each sequence; default: its number
+        valid_groups:list=None, # Names of the sequences in `valid`; default: numbers
         check:bool=True, # Read all values once, to refuse NaN and infinite ones?
         dtype:torch.dtype=torch.float32, # Type of real numbers in a batch
         x_names=None, # Names, with units, of the input channels
@@ -85,12 +88,13 @@ class SequenceDataLoaders(DataLoaders):
     ):
         "Sequences of inputs and targets, whole or in windows, with the end of each held back for validation"
         if valid is not None and not (isinstance(valid, (tuple,list)) and len(valid)==2): raise ValueError(f"valid is {_kind(valid)}; expected a pair (x, y).")
+        if y is None: raise ValueError("y is None: training needs targets. For prediction alone use test_dl.")
         kw = dict(dtype=dtype, x_names=x_names, y_names=y_names, dt=dt)
         train = Sequences(x, y, groups=groups, check=check, **kw) # what is wrong is named as it was given, before it is split
         kw['check'] = check and valid is not None
         if valid is None:
             (x,x_valid),(y,y_valid) = (split_by_time(o, valid_pct) for o in train.arrays)
-            valid = x_valid,y_valid
+            valid,valid_groups = (x_valid,y_valid),groups
         whole = win_sz is None and (groups is not None or train.in_files or len(set(train.lengths))>1)
         if whole and (stp_sz is not None or valid_stp_sz is not None): raise ValueError(f"stp_sz is {stp_sz}, valid_stp_sz {valid_stp_sz}, but sequences are taken whole: give win_sz as well.")
         def dataset(xy, stp, groups):
@@ -98,7 +102,6 @@ class SequenceDataLoaders(DataLoaders):
             if train.in_files and stp is None: return SequenceParts(*xy, win_sz, groups=groups, **kw)
             return SequenceWindows(*xy, win_sz, stp, groups=groups, **kw)
         if train.in_files and win_sz is not None and win_sz>train.lengths.max(): raise ValueError(f"win_sz is {win_sz}, but the longest sequence has {train.lengths.max()} steps. Use a shorter window.")
-        valid_groups = groups if groups is not None and len(as_sequences('x', valid[0]))==len(groups) else None
         return cls.from_sequences(dataset((x,y), stp_sz, groups), dataset(valid, valid_stp_sz, valid_groups), **kwargs)
 
     @classmethod
@@ -126,7 +129,7 @@ class SequenceDataLoaders(DataLoaders):
         return cls.from_sequences(*map(dataset, split_groups(group_sequences(df, x, y, group, time), valid_pct, valid_groups)), **kwargs)
 
     @classmethod
-    @delegates(from_arrays, but=['valid', 'groups'])
+    @delegates(from_arrays, but=['valid', 'groups', 'valid_groups'])
     def from_hdf5(cls,
         files, # Pattern of file names such as 'runs/*.h5', or a list of files; each is a sequence
         x, # Name of the dataset with the inputs, `(time,)` or `(time, channels)`, or a list of names
@@ -135,10 +138,10 @@ class SequenceDataLoaders(DataLoaders):
         **kwargs
     ):
         "Recordings in HDF5 files, one in each, which are read sub-window by sub-window"
-        files = _files(files)
+        files,valid_files = _files(files),None if valid_files is None else _files(valid_files)
         arrays = [[HDF5Array(f, names) for f in files] for names in (x, y)]
-        valid = None if valid_files is None else tuple([HDF5Array(f, names) for f in _files(valid_files)] for names in (x, y))
-        return cls.from_arrays(*arrays, valid=valid, groups=[str(f) for f in files], **{**dict(x_names=x, y_names=y), **kwargs})
+        valid = None if valid_files is None else tuple([HDF5Array(f, names) for f in valid_files] for names in (x, y))
+        return cls.from_arrays(*arrays, valid=valid, groups=list(map(str, files)), valid_groups=valid and list(map(str, valid_files)), **{**dict(x_names=x, y_names=y), **kwargs})
 
     @classmethod
     def from_text(cls,

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pandas as pd
 
-# %% ../nbs/03d_frames.ipynb #a44b325d
+# %% ../nbs/03d_frames.ipynb #7a1cab8e
 def _as_list(o): return [o] if isinstance(o, str) or not isinstance(o, (list,tuple)) else list(o)
 
 def _plain(o): return o.item() if isinstance(o, np.generic) else o
@@ -34,11 +34,17 @@ def _times(df, time, groups):
 
 def _values(df, columns, groups):
     for c in columns:
-        if not (pd.api.types.is_numeric_dtype(df[c]) or pd.api.types.is_bool_dtype(df[c])):
+        if not (pd.api.types.is_numeric_dtype(df[c]) or pd.api.types.is_bool_dtype(df[c])) or pd.api.types.is_complex_dtype(df[c]):
             raise TypeError(f"Column {c!r} is of type {df[c].dtype}; expected numbers. Convert it, or encode its categories as numbers.")
         _refuse(df[c].isna() | (np.isinf(df[c]) if pd.api.types.is_float_dtype(df[c]) else False), df, groups,
                 lambda i: f"has {df[c].iloc[i]} in column {c!r}: values must be finite. Fill, interpolate or drop such rows.")
     return df[columns].to_numpy(np.float64)
+
+def _targets(df, columns, groups):
+    values = _values(df, columns, groups)
+    if not all(pd.api.types.is_integer_dtype(df[c]) for c in columns): return values
+    classes = df[columns].to_numpy(np.int64)
+    return classes[:,0] if len(columns)==1 else classes
 
 def group_sequences(
     df:pd.DataFrame, # One row per step
@@ -46,9 +52,12 @@ def group_sequences(
     y, # Column of the targets, or a list of columns
     group=None, # Column, or list of columns, that says which sequence a row belongs to; default: all rows are one sequence
     time:str=None, # Column to sort by within a group; default: rows are in order
-)->dict: # For each group, in the order they first appear: x `(time, channels)`, y `(time, channels)`, and the index of its rows
+)->dict: # For each group, in the order they first appear: x `(time, channels)`, y `(time, channels)`, or `(time,)` for one column of classes, and the index of its rows
     "Take a data frame apart into one sequence for each group; what cannot be a sequence is refused with its group and row"
+    if not isinstance(df, pd.DataFrame): raise TypeError(f"df is a {type(df).__name__}; expected a pandas DataFrame with a row for each step.")
     x,y = _as_list(x),_as_list(y)
+    if not x or not y: raise ValueError(f"x is {x} and y is {y}: expected at least one column for each.")
+    if not df.columns.is_unique: raise ValueError(f"The data frame has columns of the same name: {list(df.columns[df.columns.duplicated()])}. Rename them.")
     by = [] if group is None else _as_list(group)
     unknown = [c for c in [*x, *y, *by, *([] if time is None else [time])] if c not in df.columns]
     if unknown: raise KeyError(f"The data frame has no column {unknown[0]!r}; it has {list(df.columns)}.")
@@ -57,7 +66,7 @@ def group_sequences(
     if len(twice): raise ValueError(f"The index of the data frame has {_plain(twice[0])!r} more than once, so predictions could not be put back. Use df.reset_index(drop=True).")
     for c in by: _refuse(df[c].isna(), df, None, lambda i: f"has no group: its {c!r} is missing. Fill or drop such rows.")
     groups = None if group is None else df[by[0]] if len(by)==1 else pd.Series(list(df[by].itertuples(index=False, name=None)), index=df.index)
-    xs,ys = _values(df, x, groups),_values(df, y, groups)
+    xs,ys = _values(df, x, groups),_targets(df, y, groups)
     order = np.arange(len(df))
     if time is not None:
         times = _times(df, time, groups)

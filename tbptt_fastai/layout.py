@@ -70,7 +70,7 @@ def assign_rows(
         heapreplace(work, (load+n_blocks[seq], row))
     return [np.array(sorted(row, key=rank.__getitem__), dtype=int) for row in rows]
 
-# %% ../nbs/02c_layout.ipynb #e5f60abe
+# %% ../nbs/02c_layout.ipynb #9ef02e47
 class Layout:
     "Sequences end to end in the rows of a stream: an iterable of `Block`s"
     def __init__(self,
@@ -121,6 +121,11 @@ class Layout:
             np.add.at(heard, begin+n, -1)
             silent &= heard.cumsum()[:-1]==0
         return int((~silent).sum())
+
+    @property
+    def uneven(self):
+        "May rows have padding, or begin their sequences in different steps?"
+        return len(self.rows)>0 and (self.lengths.min()!=self.lengths.max() or len(self.lengths)%len(self.rows)!=0)
 
     @property
     def waste(self):

@@ -38,7 +38,7 @@ def check_carried(
         dtypes = {t.dtype for t in tree_leaves(state)}
         if dtypes != {x.dtype}: raise ValueError(f"The carried hidden state is {dtypes.pop()}, the input {x.dtype}. Call `reset()` before changing the type of a model or its data.")
 
-# %% ../nbs/01_rnn.ipynb #42fe8364
+# %% ../nbs/01_rnn.ipynb #5c7ac819
 class InitialState(nn.Module):
     "First states, one for all sequences or one for each group; those that are parameters are learned"
     def __init__(self,
@@ -58,9 +58,13 @@ class InitialState(nn.Module):
     ):
         "The first state of each row"
         unknown = [] if self.rows is None else [o for o in groups if o not in self.rows]
-        if unknown: raise ValueError(f"There is no first state for group {unknown[0]!r}; the groups are {list(self.rows)}. (None: the loader does not tell; a `StreamDL` does.)")
+        if unknown: raise ValueError(f"There is no first state for group {unknown[0]!r}; the groups are {list(self.rows)}. (None: the loader does not tell. A `StreamDL` over Sequences(..., groups=...) does.)")
         rows = torch.tensor([0 if self.rows is None else self.rows[o] for o in groups], device=self.tensors[0].device)
         return tree_unflatten([o.index_select(self.batch_dim, rows) for o in self.tensors], self._form)
+
+    def get_extra_state(self): return list(self.rows or [])
+    def set_extra_state(self, groups):
+        if groups!=self.get_extra_state(): raise ValueError(f"The saved first states are those of the groups {groups}, not of {self.get_extra_state()}.")
 
 def learned_state(
     rnn:nn.RNNBase, # `nn.RNN`, `nn.GRU` or `nn.LSTM`
@@ -71,7 +75,7 @@ def learned_state(
     h,c = (nn.Parameter(w.new_zeros(layers, rows, size)) for size in (rnn.proj_size or rnn.hidden_size, rnn.hidden_size))
     return InitialState((h,c) if isinstance(rnn, nn.LSTM) else h, groups, batch_dim=1)
 
-# %% ../nbs/01_rnn.ipynb #dd519ebb
+# %% ../nbs/01_rnn.ipynb #6fb5bd7e
 class StatefulRNN(nn.Module):
     "Wrap a recurrent module so that, in training, each call starts from the state the last one ended in, detached"
     carry_in_evaluation = False # set by `carry_state`: while a window is evaluated in pieces, and for a layer that is frozen in evaluation mode
@@ -112,10 +116,15 @@ class StatefulRNN(nn.Module):
         groups:list=None, # The group of each row, for `initial`
     ):
         "Forget the state: the next call starts a new window, in all rows or in some"
-        if rows is not None and self.initial is None and not isinstance(self.rnn, nn.RNNBase):
+        if rows is not None and not self.begins_rows:
             raise ValueError(f"Some rows begin a new sequence, but the first state of a {type(self.rnn).__name__} is not known: give StatefulRNN an `initial`, such as InitialState(torch.zeros(1, ...)).")
         if rows is None: self._state = None
         self._begins,self._groups = rows if rows is None else torch.as_tensor(rows),groups
+
+    @property
+    def begins_rows(self):
+        "Can it begin anew in single rows? Then it is known what with"
+        return self.initial is not None or isinstance(self.rnn, nn.RNNBase)
 
     @property
     def state(self):

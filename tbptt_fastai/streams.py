@@ -74,7 +74,7 @@ def transform_block(
             f"The batch transform {type(tfm).__name__} draws random numbers, other ones in each sub-window of a window. Make it a RandTransform that draws in `before_call`: that is done once per window.")
     return batch
 
-# %% ../nbs/03c_streams.ipynb #98581259
+# %% ../nbs/03c_streams.ipynb #7afc8dba
 class StreamView(SubWindows):
     "A view of a `StreamDL`, for one run over it, that yields its blocks; `sub_window` says which steps of which sequences were yielded last"
     evaluation,seen = False,None # evaluation: is every block yielded, also without a loss? seen: the last block that the model has seen
@@ -91,16 +91,17 @@ class StreamView(SubWindows):
     def __iter__(self):
         self.seen,self.warm_up = None,[]
         for block,batch in self.dl.read_blocks(self.layout):
+            if (block.start==0).all(): self.window = block
             if block.weight==0 and not self.evaluation: self.warm_up.append((block, batch[:self._n_inp(batch)]))
             else:
                 self.sub_window,self.plan = block,[block]
-                if (block.start==0).all(): self.window = block
                 yield batch
                 self.warm_up = []
 
-    def __len__(self): return self.layout.n_counted() if self.n_skip and not self.evaluation else self.dl.n_blocks(self.sub_seq_len)
-
-    n_windows = property(__len__)
+    @cached_property
+    def n_windows(self):
+        "Steps of the run: blocks that have a loss, or all of them in evaluation"
+        return self.layout.n_counted() if self.n_skip and not self.evaluation else self.dl.n_blocks(self.sub_seq_len)
     n_sub = 1
 
     @property
@@ -118,7 +119,7 @@ class StreamView(SubWindows):
             short = self.dl.dataset.groups_of(np.flatnonzero(lengths<=n_skip))
             warnings.warn(f"{len(short)} of {len(lengths)} sequences are not longer than n_skip={n_skip}, so none of their steps counts in the loss: {short[:10]}{'…' if len(short)>10 else ''}.", stacklevel=2)
 
-# %% ../nbs/03c_streams.ipynb #29cac1b8
+# %% ../nbs/03c_streams.ipynb #4eb8e8c4
 class StreamDL(TbpttDL):
     "A loader that lays sequences end to end in `bs` rows and yields their sub-windows, read one step ahead; in training and in evaluation"
     view = StreamView
@@ -132,6 +133,8 @@ class StreamDL(TbpttDL):
         **kwargs
     ):
         if not isinstance(dataset, Sequences): raise TypeError(f"A StreamDL reads Sequences or SequenceWindows, not a {type(dataset).__name__}. Use TbpttDL for other datasets.")
+        for name in ('n', 'get_idxs', 'sample', 'create_batches', 'create_item'):
+            if kwargs.get(name) is not None: raise ValueError(f"{name} is given, but a StreamDL reads all steps of all sequences, in an order of its own.")
         if num_workers: raise ValueError(f"num_workers is {num_workers}: a StreamDL reads by a thread of its own. Leave it 0.")
         if drop_last: raise ValueError("drop_last is True, but a StreamDL leaves no step out: rows without a sequence are padding, which does not count.")
         super().__init__(dataset, bs=check_steps('bs', bs), sub_seq_len=sub_seq_len, num_workers=0, **kwargs)
@@ -139,8 +142,16 @@ class StreamDL(TbpttDL):
             if getattr(self, name).fs: raise ValueError(f"{name} is {getattr(self, name)}, but a StreamDL reads sub-windows, not items. Transform the sequences beforehand, or use after_batch.")
 
     def sub_windows(self):
-        "The view that is iterated"
+        "A view of one run over the data, which knows what its batches are"
         return self.view(self, self.sub_seq_len)
+
+    def __iter__(self):
+        view = self.sub_windows()
+        if view.layout.uneven: warnings.warn("Batches of a StreamDL have padding at the end of rows, and sequences begin in any of them. A Learner needs a TbpttResetCB to know where; "
+                                            "without a Learner, iterate dl.sub_windows() and look at its sub_window.", stacklevel=2)
+        return iter(view)
+
+    def __repr__(self): return f'{type(self).__name__}: {self.dataset!r}, {min(self.bs, self.n)} rows, sub-windows of {self.sub_seq_len} steps'
 
     def layout(self,
         sub_seq_len:int=None, # Steps of a sub-window
@@ -214,7 +225,7 @@ class StreamDL(TbpttDL):
         "A copy with some arguments changed; of a dataset whose sequences are all shorter than `sub_seq_len`, it is the longest"
         if issubclass(cls or type(self), StreamDL):
             if kwargs.pop('get_idxs', None) is not None: kwargs['shuffle'] = False # as `get_preds` asks for it
-            if dataset is not None and self.sub_seq_len is not None: kwargs.setdefault('sub_seq_len', min(self.sub_seq_len, int(np.max(dataset.lengths, initial=0)) or self.sub_seq_len))
+            if isinstance(dataset, Sequences) and self.sub_seq_len is not None: kwargs.setdefault('sub_seq_len', min(self.sub_seq_len, int(np.max(dataset.lengths, initial=0)) or self.sub_seq_len))
         return super().new(dataset, cls, **kwargs)
 
     def by_sequence(self,

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['TextRows', 'TextRNN', 'sample_text']
 
-# %% ../nbs/03e_text.ipynb #916b3f70
+# %% ../nbs/03e_text.ipynb #1a9171a0
 import numpy as np
 import torch
 from fastai.losses import CrossEntropyLossFlat
 from torch import nn
-from .carry import carry_state
+from .carry import carry_state, reset_own_state
 from .rnn import StatefulRNN, rnn_types
 from .truncation import check_steps
 from .windows import Sequences
 
-# %% ../nbs/03e_text.ipynb #20ef85cb
+# %% ../nbs/03e_text.ipynb #b1ef985e
 class TextRows(Sequences):
     "A text in `bs` contiguous rows, as inputs and next tokens; no token is left out"
     def __init__(self,
@@ -41,7 +41,7 @@ class TextRows(Sequences):
     def join(self, ids):
         "Tokens as text: characters side by side, words with blanks in between"
         tokens = [self.vocab[i] for i in ids]
-        return ('' if all(len(o)==1 for o in self.vocab) else ' ').join(map(str, tokens))
+        return ('' if all(isinstance(o, str) and len(o)==1 for o in self.vocab) else ' ').join(map(str, tokens))
 
 # %% ../nbs/03e_text.ipynb #bf100807
 class TextRNN(nn.Module):
@@ -69,7 +69,7 @@ class TextRNN(nn.Module):
         "Forget the carried state"
         self.rnn.reset()
 
-# %% ../nbs/03e_text.ipynb #ac8a7392
+# %% ../nbs/03e_text.ipynb #ecdd310c
 @torch.no_grad()
 def sample_text(
     learn, # Learner on the loaders of `SequenceDataLoaders.from_text`
@@ -78,7 +78,8 @@ def sample_text(
     temperature:float=1., # Below 1: likely tokens become likelier; 0: always the likeliest
 ): # As the prompt: a string or a list
     "`prompt`, gone on with by a model of text; torch's random generator draws"
-    vocab,model = learn.dls.vocab,learn.model
+    vocab,model = getattr(learn.dls, 'vocab', None),learn.model
+    if vocab is None: raise TypeError("The learner has no vocabulary: its loaders are not those of SequenceDataLoaders.from_text.")
     number = {o:i for i,o in enumerate(vocab)}
     unknown = [o for o in prompt if o not in number]
     if unknown or not len(prompt): raise ValueError(f"The prompt {prompt!r} {f'has {unknown[0]!r}, which is not in the vocabulary' if unknown else 'is empty: expected at least one token'}.")
@@ -86,12 +87,16 @@ def sample_text(
     device,training,drawn = next(model.parameters()).device,model.training,[]
     x = torch.tensor([[number[o] for o in prompt]], device=device)
     model.eval()
+    reset_own_state(model)
     try:
         with carry_state(model, evaluation=True):
             for _ in range(check_steps('n', n, least=0)):
-                scores = model(x)[0,-1].float()
+                scores = model(x)
+                scores = (scores[0] if isinstance(scores, tuple) else scores)[0,-1].float() # the models of fastai.text return more
                 token = scores.argmax() if temperature==0 else torch.multinomial((scores/temperature).softmax(0), 1)[0]
                 drawn.append(vocab[int(token)])
                 x = token.view(1, 1)
-    finally: model.train(training)
+    finally:
+        model.train(training)
+        reset_own_state(model)
     return prompt+''.join(drawn) if isinstance(prompt, str) else [*prompt, *drawn]

@@ -15,7 +15,7 @@ from .arrays import FileArray, as_sequences, check_finite
 from .plot import plot_windows
 from .truncation import check_steps
 
-# %% ../nbs/03a_windows.ipynb #fc0dbbd5
+# %% ../nbs/03a_windows.ipynb #2e64595f
 class Sequences:
     "Sequences of inputs and targets, of any length, in memory or in files"
     n_inp,split_idx = 1,None
@@ -113,7 +113,7 @@ class Sequences:
     def new_empty(self):
         "The same settings without the data, as `Learner.export` needs it"
         empty = object.__new__(type(self))
-        empty.__dict__ = {**self.__dict__, 'arrays': [[seqs[0][:0].clone()] for seqs in self.arrays], 'steps': np.zeros(0, int), 'groups': []}
+        empty.__dict__ = {**self.__dict__, 'index': None, 'arrays': [[seqs[0][:0].clone()] for seqs in self.arrays], 'steps': np.zeros(0, int), 'groups': []}
         return empty
 
     def __repr__(self):

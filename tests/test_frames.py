@@ -96,6 +96,19 @@ def test_what_is_missing_is_named_by_group_and_row(make, match):
     with pytest.raises(ValueError, match=match.format(row=df.index[5], group=df.name.iloc[5])): from_df(df)
 
 
+def test_integer_targets_are_classes():
+    df = frame([12, 8]).assign(label=lambda o: o.t%3, twice=lambda o: o.t*2)
+    assert from_df(df, y='label').train_ds[0][1].dtype==torch.int64 and from_df(df, y='label').train_ds[0][1].ndim==1
+    assert from_df(df, y=['label','twice']).train_ds[0][1].shape[1]==2
+    assert from_df(df, y=['label','y']).train_ds[0][1].dtype==torch.float32
+
+
+def test_long_groups_in_parts():
+    dls = from_df(frame([40, 25]), win_sz=10, sub_seq_len=5)
+    assert sum(dls.train_ds.lengths)==32+20 and max(dls.train_ds.lengths)==10 and len(dls.train_ds)==4+2
+    assert len(dls.valid_ds.index)==13
+
+
 def test_what_else_is_refused():
     df = frame([12, 8])
     twice = df.copy()
@@ -107,6 +120,10 @@ def test_what_else_is_refused():
                          (dict(valid_groups='z'), ValueError, "no group 'z' to hold back"), (dict(valid_groups=['a','b']), ValueError, 'no group is left for training'), (dict(valid_groups=[]), ValueError, 'none is held back'),
                          (dict(valid_pct=1.5), ValueError, 'valid_pct is 1.5'), (dict(sub_seq_len=100), ValueError, 'sub_seq_len is 100, but the longest sequence has 10 steps'), (dict(win_size=3), TypeError, "win_size")]:
         with pytest.raises(exc, match=match): from_df(df, **kw)
+    with pytest.raises(TypeError, match='df is a dict'): from_df(dict(u=[1.]))
+    with pytest.raises(ValueError, match='expected at least one column'): from_df(df, x=[])
+    with pytest.raises(ValueError, match=r"columns of the same name: \['u'\]"): from_df(pd.concat([df, df[['u']]], axis=1))
+    with pytest.raises(TypeError, match="Column 'u' is of type complex128"): from_df(df.assign(u=df.u*1j))
     with pytest.raises(ValueError, match='no rows'): from_df(df.iloc[:0])
     with pytest.raises(ValueError, match='has 1003 more than once.*reset_index'): from_df(pd.concat([df, df.loc[[1003]]]))
     with pytest.raises(ValueError, match="text that is no time"): from_df(df.assign(day='monday'))

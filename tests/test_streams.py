@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException
+from fastai.callback.core import Callback, FetchPredsCallback, CancelBatchException, CancelEpochException, CancelFitException
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -91,7 +91,7 @@ def test_every_step_once_in_order_and_rows_as_by_hand(lengths, bs, sub_seq_len, 
     assert layout.n_counted()==sum(b.weight>0 for b in blocks)
     if n_skip<max(lengths): assert max(b.weight for b in blocks)<=1
     padding = 1-sum(lengths)/sum(b.steps*len(b.seq) for b in blocks)
-    assert layout.waste==pytest.approx(padding)
+    assert layout.waste==pytest.approx(padding) and (layout.uneven or padding==0)
 
 
 @unhurried(max_examples=40)
@@ -393,17 +393,102 @@ def test_losses_and_metrics_are_means_over_real_steps():
     assert len(learn.dls.train)==len(learn.recorder.losses)
 
 
-def test_gradient_accumulation_counts_steps():
+@pytest.mark.parametrize('n_skip', [0, 9])
+def test_gradient_accumulation_counts_steps(n_skip):
+    "The gradient of a step is the sum over all real steps since the last one, divided by `n_acc`"
+    xs,ys = sequences(LENGTHS)
+    rnn,head = recurrent_and_head(nn.GRU)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*not longer than n_skip')
+        learn = learner(loaders(xs, ys, shuffle=False), stateful(rnn, head), cbs=GradientAccumulation(40), n_skip=n_skip, opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
+        fit(learn, 1, .1)
+    params = [*rnn.parameters(), *head.parameters()]
+    opt,count,states = torch.optim.SGD(params, lr=.1),0,{}
+    for step in stream_by_hand(LENGTHS, 3, 7, range(len(xs))):
+        losses = []
+        for i,a,b in filter(None, step):
+            out,h = rnn(xs[i][None,a:b], states.get(i))
+            states[i] = h.detach()
+            losses.append((head(out)[0]-ys[i][a:b]).abs()[max(n_skip-a, 0):])
+        losses = torch.cat(losses)
+        if not len(losses): continue
+        (losses.sum()/40).backward()
+        count += len(losses)
+        if count>=40:
+            opt.step()
+            opt.zero_grad()
+            count = 0
+    for a,b in zip(learn.model.parameters(), params, strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_the_smoothed_training_loss_counts_steps():
+    "... and is what fastai smooths, if all blocks are full"
+    xs,ys = sequences([7, 7, 30, 2, 40, 3])
+    rnn,head = recurrent_and_head()
+    learn = learner(loaders(xs, ys, bs=2), stateful(rnn, head), cbs=(seen := Seen()))
+    fit(learn, 1, 0.)
+    losses,weights = [],[]
+    for preds in seen.preds:
+        n = len(preds)
+        targets = torch.stack([ys[s][t] for s,t in seen.steps[:n]])
+        del seen.steps[:n]
+        losses.append((preds-targets).abs().mean().item()); weights.append(n)
+    beta = learn.recorder.beta if hasattr(learn.recorder, 'beta') else .98
+    w = [k*beta**(len(weights)-1-i) for i,k in enumerate(weights)]
+    expected = sum(a*b for a,b in zip(w, losses))/sum(w)
+    assert learn.recorder.values[-1][0]==pytest.approx(expected, abs=1e-6)
+    full = [loaders(*sequences([28]*4), bs=2) for _ in range(2)]
+    by_steps,plain = learner(full[0], stateful(rnn, head)),learner(full[1], stateful(rnn, head))
+    fit(by_steps, 1)
+    plain.dls = DataLoaders(*(TbpttDL(SequenceWindows(*sequences([28]*4)), bs=2, sub_seq_len=7, num_workers=0) for _ in range(2)))
+    fit(plain, 1)
+    assert type(by_steps.recorder.smooth_loss).__name__=='StepSmoothLoss' and type(plain.recorder.smooth_loss).__name__=='AvgSmoothLoss'
+
+
+def test_a_row_that_has_ended_cannot_spoil_the_gradient():
+    "Its state would grow on padding beyond all bounds"
+    torch.manual_seed(0)
+    rnn,head = nn.RNN(2, 2, nonlinearity='relu', batch_first=True),nn.Linear(2, 1)
+    with torch.no_grad():
+        rnn.weight_ih_l0.copy_(torch.eye(2))
+        rnn.weight_hh_l0.copy_(torch.eye(2)*1.3)
+        rnn.bias_hh_l0.fill_(.1)
+    xs,ys = sequences([5, 600])
+    xs[1] = xs[1]-3 # keeps this one small
+    class Plain(nn.Module):
+        def __init__(self): super().__init__(); self.rnn,self.head = copy.deepcopy(rnn),copy.deepcopy(head)
+        def forward(self, x): return self.head(self.rnn(x)[0])
+    for model in (stateful(rnn, head), Plain()):
+        learn = learner(loaders(xs, ys, bs=2, sub_seq_len=100, shuffle=False), model)
+        fit(learn, 1, 1e-6)
+        assert all(p.isfinite().all() for p in learn.model.parameters())
+
+
+def test_the_layout_is_made_once_for_a_run(monkeypatch):
+    xs,ys = sequences([30]*20)
+    made = []
+    class Counted(Layout):
+        def __init__(self, *args, **kwargs):
+            made.append(1)
+            super().__init__(*args, **kwargs)
+    monkeypatch.setattr('tbptt_fastai.streams.Layout', Counted)
+    few,many = [],[]
+    for n,count in ((4, few), (20, many)):
+        learn = learner(loaders(xs[:n], ys[:n]), stateful(*recurrent_and_head(nn.GRU)))
+        made.clear()
+        fit(learn, 1)
+        count.append(len(made))
+    assert few==many
+
+
+def test_predictions_fetched_within_a_fit():
     xs,ys = sequences(LENGTHS)
     rnn,head = recurrent_and_head()
-    steps = []
-    learn = learner(loaders(xs, ys), stateful(rnn, head), cbs=[GradientAccumulation(40), Callback(after_step=lambda self: steps.append(self.learn.iter))])
-    fit(learn, 1)
-    count,expected = 0,[]
-    for k,b in enumerate(learn.dls.train.new(shuffle=False).layout(7)):
-        count += b.n.sum()
-        if count>=40: count = 0; expected.append(k)
-    assert 0<len(steps)<len(learn.dls.train)
+    fetch = FetchPredsCallback(ds_idx=1)
+    learn = learner(loaders(xs, ys), stateful(rnn, head), cbs=fetch)
+    fit(learn, 1, 0.)
+    torch.testing.assert_close(fetch.preds[0], torch.cat(alone(rnn, head, xs)), rtol=0, atol=1e-6)
+    assert 'all_batches' not in vars(learn)
 
 
 # What is shown, saved, copied
@@ -438,7 +523,7 @@ def test_new_data_of_one_length_is_predicted_whole():
     xs,ys = sequences(LENGTHS)
     dls = SequenceDataLoaders.from_arrays(xs, ys, valid=(xs, ys), bs=3, sub_seq_len=7)
     assert isinstance(dls.train, StreamDL)
-    assert len(dls.train)==len(dls.valid)==len(list(dls.valid)) and next(iter(dls.valid))[0].shape==(3,7,2)
+    assert len(dls.train)==len(dls.valid)==len(list(dls.valid.sub_windows())) and next(iter(dls.valid.sub_windows()))[0].shape==(3,7,2)
     learn = learner(dls, stateful(*recurrent_and_head()))
     with learn.no_bar():
         expected = learn.get_preds()[0]
@@ -462,6 +547,10 @@ def test_refused():
         'reads sub-windows, not items': lambda: StreamDL(ds, after_item=lambda o: o),
         'n_skip is 46, the longest': lambda: learner(loaders(xs, ys), stateful(*recurrent_and_head()), n_skip=46),
         '2 sequences and 3 groups': lambda: Sequences(xs[:2], groups=list('abc')),
+        'n is given, but a StreamDL reads all': lambda: StreamDL(ds, n=3),
+        'get_idxs is given': lambda: StreamDL(ds, get_idxs=lambda: [0]),
+        'y is None': lambda: SequenceDataLoaders.from_arrays(xs, None),
+        'give win_sz as well': lambda: SequenceDataLoaders.from_arrays(xs, ys, stp_sz=3),
         'bidirectional': lambda: learner(loaders(xs, ys), nn.LSTM(2, 1, bidirectional=True, batch_first=True)),
     }.items():
         with pytest.raises((ValueError,TypeError), match=match): make()
@@ -483,12 +572,56 @@ class OwnState(nn.Module):
 def test_a_model_that_resets_all_rows_only():
     xs,ys = sequences(LENGTHS)
     with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'): learner(loaders(xs, ys), OwnState())
+    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'): learner(loaders(xs, ys), OwnState(), sub_seq_len=None) # validation goes by sub-windows
+    learn = learner(loaders(xs, ys, bs=7), OwnState())
+    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'), learn.no_bar(): learn.get_preds(dl=learn.dls.valid.new(bs=3))
     learn = learner(loaders(xs, ys, bs=7), OwnState()) # as many rows as sequences
     rnn,head = recurrent_and_head(nn.GRU)
     fit(learn)
     train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 7, 7, LR, nn.functional.l1_loss)
     assert_same(learn.model, rnn, head)
     with learn.no_bar(): torch.testing.assert_close(learn.get_preds()[0], torch.cat(alone(rnn, head, xs)), rtol=0, atol=1e-6)
+
+
+def test_a_learner_without_the_callback_is_warned():
+    xs,ys = sequences(LENGTHS)
+    class Plain(nn.Module):
+        def __init__(self): super().__init__(); self.rnn = nn.GRU(2, 1, batch_first=True)
+        def forward(self, x): return self.rnn(x)[0]
+    with pytest.warns(UserWarning, match='A Learner needs a TbpttResetCB'): fit(Learner(loaders(xs, ys), Plain(), loss_func=nn.L1Loss()), 1)
+
+
+def test_validation_sequences_have_names_of_their_own():
+    xs,ys = sequences([20, 30, 12])
+    dls = SequenceDataLoaders.from_arrays(xs, ys, valid=(xs, ys), groups=list('abc'), sub_seq_len=7)
+    assert dls.train_ds.groups==list('abc') and dls.valid_ds.groups==[0,1,2]
+    dls = SequenceDataLoaders.from_arrays(xs, ys, valid=(xs[:2], ys[:2]), groups=list('abc'), valid_groups=list('cb'), sub_seq_len=7)
+    assert dls.valid_ds.groups==list('cb')
+    assert SequenceDataLoaders.from_arrays(xs, ys, groups=list('abc'), sub_seq_len=7).valid_ds.groups==list('abc')
+    ds = Sequences(xs, ys)
+    dls = SequenceDataLoaders.from_sequences(ds, ds, sub_seq_len=7)
+    assert (dls.train_ds.split_idx,dls.valid_ds.split_idx,ds.split_idx)==(0,1,None)
+
+
+def test_saved_first_states_are_those_of_their_groups():
+    a,b = (learned_state(nn.GRU(2, 3), groups) for groups in (['x','y'], ['y','x']))
+    a.load_state_dict(learned_state(nn.GRU(2, 3), ['x','y']).state_dict())
+    with pytest.raises(ValueError, match=r"groups \['x', 'y'\], not of \['y', 'x'\]"): b.load_state_dict(a.state_dict())
+
+
+def test_mixup_draws_once_for_windows_of_a_stream():
+    "... also if their first sub-windows have no loss"
+    u = torch.randn(120, 2)
+    ds = SequenceWindows(u, u[:,:1], win_sz=30)
+    drawn = []
+    for n_skip in (0, 16):
+        dl = StreamDL(ds, bs=2, sub_seq_len=8)
+        note = Callback(after_pred=lambda self: drawn.append(self.learn.mix_up.lam[:1].tolist()) if self.training else None)
+        learn = learner(DataLoaders(dl, dl), stateful(*recurrent_and_head(nn.GRU)), n_skip=n_skip, cbs=[once_per_window(MixUp()), note])
+        fit(learn, 1)
+    first,second,third,fourth = drawn[:4],drawn[4:8],drawn[8:10],drawn[10:]
+    for window in (first, second, third, fourth): assert all(o==window[0] for o in window)
+    assert first[0]!=second[0] and third[0]!=fourth[0] and len(fourth)==2
 
 
 def test_refused_in_use():

@@ -1,5 +1,6 @@
 "Text: contiguous rows, the state of each carried through the whole epoch, and new text from the model"
 import copy
+from types import SimpleNamespace
 import pytest
 import torch
 from fastai.learner import load_learner
@@ -112,6 +113,38 @@ def test_sampling_leaves_the_model_as_it_was(training):
     assert model.training==training and model.rnn.state is state and not model.rnn._forward_pre_hooks
 
 
+def test_a_model_with_a_state_of_its_own_begins_each_text_anew():
+    class Own(nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.embedding,self.rnn,self.head = nn.Embedding(n, 8),nn.GRU(8, 8, batch_first=True),nn.Linear(8, n)
+            self.reset()
+        def reset(self): self.h = None
+        def forward(self, x):
+            out,h = self.rnn(self.embedding(x), self.h)
+            self.h = h.detach()
+            return self.head(out),out # and more, as the models of fastai.text
+    dls,_ = make()
+    learn = TbpttLearner(dls, Own(len(dls.vocab)))
+    learn.model.h = torch.full((1,1,8), 9.)
+    texts = []
+    for _ in range(2):
+        set_seed(0)
+        texts.append(sample_text(learn, 'the', n=30))
+    assert texts[0]==texts[1] and learn.model.h is None
+
+
+def test_tokens_of_any_kind_are_shown(capsys):
+    for text in ('the end '*40, ('the end '*40).split(), [1,2,3]*60):
+        dls = SequenceDataLoaders.from_text(text, bs=2, sub_seq_len=5, valid_pct=.2)
+        dls.show_batch(max_n=1)
+        shown = capsys.readouterr().out
+        assert shown.splitlines()[0].startswith('text') and repr(dls.train_ds.join(dls.one_batch()[0][0])) in shown
+    learn = TbpttLearner(dls)
+    with learn.no_bar(): learn.show_results(max_n=1)
+    assert 'predicted' in capsys.readouterr().out
+
+
 def test_texts_of_their_own_and_a_vocabulary(tmp_path):
     dls = SequenceDataLoaders.from_text(TEXT, valid=TEXT[:200]+'X', bs=4, val_bs=2, sub_seq_len=25)
     assert 'X' in dls.vocab and len(dls.valid_ds)==2 and isinstance(dls.valid, StreamDL)
@@ -132,6 +165,8 @@ def test_refused():
         'sub_seq_len is 0': lambda: SequenceDataLoaders.from_text(TEXT, sub_seq_len=0),
         "prompt 'X' has 'X'": lambda: sample_text(learn, 'X'),
         "prompt '' is empty": lambda: sample_text(learn, ''),
+        'use sample_text': lambda: learn.predict('the'),
+        'no vocabulary': lambda: sample_text(SimpleNamespace(dls=SimpleNamespace(), model=model), 'the'),
         'temperature is -1': lambda: sample_text(learn, 'the', temperature=-1),
         'expected a string or a list of tokens': lambda: SequenceDataLoaders.from_text(5),
         "rnn_type is 'lstmm'": lambda: TextRNN(5, rnn_type='lstmm'),
