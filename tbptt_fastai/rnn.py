@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .state import check_state, detach_state, where_state
 
-# %% ../nbs/01_rnn.ipynb #154536f5
+# %% ../nbs/01_rnn.ipynb #658cd22c
 def refuse_bidirectional(
     module:nn.Module, # A recurrent layer, or a module with such layers inside
     name:str='', # Its name in the model, for the message
@@ -28,7 +28,7 @@ def check_carried(
     rnn:nn.Module, # The module that is about to be called
     x, # Its input
     state, # The state carried so far; `None` at the start of a window
-    batch_dim:int=1, # Which dimension of the state's tensors is the batch
+    batch_dim=1, # Which dimension of the state's tensors is the batch, see `batch_dims`
 ):
     "Refuse an input that a carried state does not belong to: another batch size, device or type, or a packed sequence"
     if isinstance(x, PackedSequence): raise TypeError("A state can be carried over padded tensors, not over a PackedSequence: packing reorders the batch and so the state.")
@@ -75,13 +75,13 @@ def learned_state(
     h,c = (nn.Parameter(w.new_zeros(layers, rows, size)) for size in (rnn.proj_size or rnn.hidden_size, rnn.hidden_size))
     return InitialState((h,c) if isinstance(rnn, nn.LSTM) else h, groups, batch_dim=1)
 
-# %% ../nbs/01_rnn.ipynb #6fb5bd7e
+# %% ../nbs/01_rnn.ipynb #2432a01f
 class StatefulRNN(nn.Module):
     "Wrap a recurrent module so that, in training, each call starts from the state the last one ended in, detached"
     carry_in_evaluation = False # set by `carry_state`: while a window is evaluated in pieces, and for a layer that is frozen in evaluation mode
     def __init__(self,
-        rnn:nn.Module, # `nn.RNN`, `nn.GRU`, `nn.LSTM`, or any module with `forward(x, state) -> (out, state)` that takes `None` as first state
-        batch_dim:int=None, # Which dimension of the state's tensors is the batch; default: 1 for the layers of `torch.nn`, else 0
+        rnn:nn.Module, # `nn.RNN`, `nn.GRU`, `nn.LSTM`, or any module with `forward(x, state) -> (out, state)` that has `initial_state(bs, device, dtype)`, or takes `None` as first state
+        batch_dim=None, # Which dimension of the state's tensors is the batch, one number or a nest of them (see `batch_dims`); default: 1 for the layers of `torch.nn`, else 0
         initial=None, # First state: a function of the groups of a batch's rows, such as an `InitialState`; default: the module's own
     ):
         super().__init__()
@@ -108,8 +108,14 @@ class StatefulRNN(nn.Module):
     def _begin(self, x, state):
         "The first state, in all rows or in those that begin anew"
         bs = x.shape[0 if getattr(self.rnn, 'batch_first', True) else 1]
-        initial = None if self.initial is None else self.initial([None]*bs if self._groups is None else self._groups)
+        if self.initial is not None: initial = self.initial([None]*bs if self._groups is None else self._groups)
+        elif hasattr(self.rnn, 'initial_state'): initial = self.rnn.initial_state(bs, x.device, self._dtype(x))
+        else: initial = None
         return initial if state is None else where_state(self._begins, initial, state, self.batch_dim)
+
+    def _dtype(self, x):
+        "Of a first state: that of the input, or of the parameters if the input is made of integers"
+        return x.dtype if x.is_floating_point() else next((p.dtype for p in self.rnn.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
     def reset(self,
         rows=None, # bool `(bs,)`: the rows that begin a new window; default: all
@@ -117,14 +123,14 @@ class StatefulRNN(nn.Module):
     ):
         "Forget the state: the next call starts a new window, in all rows or in some"
         if rows is not None and not self.begins_rows:
-            raise ValueError(f"Some rows begin a new sequence, but the first state of a {type(self.rnn).__name__} is not known: give StatefulRNN an `initial`, such as InitialState(torch.zeros(1, ...)).")
+            raise ValueError(f"Some rows begin a new sequence, but the first state of a {type(self.rnn).__name__} is not known: give it an `initial_state(bs, device, dtype)`, or StatefulRNN an `initial`, such as InitialState(torch.zeros(1, ...)).")
         if rows is None: self._state = None
         self._begins,self._groups = rows if rows is None else torch.as_tensor(rows),groups
 
     @property
     def begins_rows(self):
         "Can it begin anew in single rows? Then it is known what with"
-        return self.initial is not None or isinstance(self.rnn, nn.RNNBase)
+        return self.initial is not None or isinstance(self.rnn, nn.RNNBase) or hasattr(self.rnn, 'initial_state')
 
     @property
     def state(self):

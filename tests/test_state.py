@@ -1,0 +1,104 @@
+"States of any nesting: detached, checked, begun anew in single rows"
+import dataclasses
+from collections import namedtuple
+import pytest
+import torch
+from torch import nn
+from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.state import batch_dims, check_state, detach_state, state_batch_size, state_leaves, where_state
+
+Pair = namedtuple('Pair', 'h c')
+
+@dataclasses.dataclass
+class Memory:
+    slots: torch.Tensor
+    age: torch.Tensor
+    note: object = None
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    inner: Memory
+    twice: torch.Tensor = dataclasses.field(init=False)
+    def __post_init__(self): object.__setattr__(self, 'twice', self.inner.slots*2)
+
+
+def tensors(bs=3, requires_grad=False): return [torch.randn(bs, 2, requires_grad=requires_grad) for _ in range(3)]
+
+NESTS = dict(
+    tensor=lambda a,b,c: a,
+    tuple=lambda a,b,c: (a, (b, c)),
+    namedtuple=lambda a,b,c: Pair(a, [b, None, c]),
+    dict=lambda a,b,c: {'x': a, 'more': {'y': b, 'z': (c, 7, 'name', True)}},
+    dataclass=lambda a,b,c: Memory(a, b, [c]),
+    frozen=lambda a,b,c: (Frozen(Memory(a, b)), {'c': c}),
+    numbers=lambda a,b,c: (a, torch.arange(3), torch.tensor([True,False,True]), torch.tensor(5)),
+)
+
+@pytest.mark.parametrize('nest', NESTS.values(), ids=NESTS)
+def test_detached_state_keeps_values_and_form_and_no_history(nest):
+    state = nest(*[o*1 for o in tensors(requires_grad=True)])
+    cut = detach_state(state)
+    before,after = state_leaves(state),state_leaves(cut)
+    assert type(cut) is type(state) and len(before)==len(after)
+    for a,b in zip(before, after):
+        if isinstance(a, torch.Tensor): assert torch.equal(a, b) and not b.requires_grad
+        else: assert a is b
+
+
+@pytest.mark.parametrize('nest', NESTS.values(), ids=NESTS)
+@pytest.mark.parametrize('zeros', [True, False])
+def test_rows_begin_anew(nest, zeros):
+    old,new = nest(*tensors()),nest(*tensors())
+    rows = torch.tensor([True, False, True])
+    state = where_state(rows, None if zeros else new, old)
+    assert type(state) is type(old)
+    for a,o,n in zip(state_leaves(state), state_leaves(old), state_leaves(new), strict=True):
+        if not isinstance(o, torch.Tensor) or o.ndim==0: assert a is o
+        else:
+            assert a.dtype==o.dtype and torch.equal(a[1], o[1])
+            assert torch.equal(a[[0,2]], torch.zeros_like(o[[0,2]]) if zeros else n[[0,2]])
+
+
+def test_what_has_no_batch_is_declared():
+    state = {'slots': torch.randn(4, 3), 'mean': torch.randn(7), 'layers': Pair(torch.randn(2, 4), 3)}
+    dims = {'slots': 0, 'mean': None, 'layers': Pair(1, None)}
+    assert batch_dims(state, dims)==[0, None, 1, None] and state_batch_size(state, dims)==4
+    check_state(state, 4, torch.device('cpu'), dims)
+    begun = where_state(torch.tensor([True,False,False,False]), None, state, dims)
+    assert torch.equal(begun['mean'], state['mean']) and (begun['slots'][0]==0).all() and (begun['layers'].h[:,0]==0).all() and torch.equal(begun['layers'].h[:,1:], state['layers'].h[:,1:])
+    with pytest.raises(ValueError, match='disagree about the batch size'): state_batch_size(state)
+    with pytest.raises(ValueError, match='has not the form of the state'): batch_dims(state, {'slots': 0})
+    with pytest.raises(ValueError, match='batch size 4, the input 5'): check_state(state, 5, torch.device('cpu'), dims)
+    with pytest.raises(ValueError, match='expected the same form'): where_state(torch.tensor([True]*4), (torch.zeros(4, 3),), state, dims)
+
+
+class Counting(nn.Module):
+    "A leaky sum in a dataclass, with a count of steps for each row and statistics that all rows share"
+    def __init__(self): super().__init__(); self.leak = nn.Parameter(torch.tensor(.9))
+    def initial_state(self, bs, device, dtype): return {'memory': Memory(torch.ones(bs, 2, device=device, dtype=dtype), torch.zeros(bs, dtype=torch.int64, device=device)), 'seen': torch.zeros(3)}
+    def forward(self, x, state):
+        m,out = state['memory'],[]
+        h = m.slots
+        for t in range(x.shape[1]):
+            h = self.leak*h+x[:,t]
+            out.append(h)
+        return torch.stack(out, 1),{'memory': Memory(h, m.age+x.shape[1]), 'seen': state['seen']+1}
+
+DIMS = {'memory': Memory(0, 0), 'seen': None}
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_a_module_with_a_first_state_of_its_own(dtype):
+    torch.manual_seed(0)
+    core = Counting().to(dtype)
+    rnn,x = StatefulRNN(core, batch_dim=DIMS),torch.randn(3, 20, 2, dtype=dtype)
+    whole = core(x, core.initial_state(3, x.device, dtype))[0]
+    parts = torch.cat([rnn(o) for o in x.split(6, 1)], 1)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6 if dtype==torch.float32 else 1e-12)
+    assert rnn.state['memory'].age.tolist()==[20]*3 and not rnn.state['memory'].slots.requires_grad and rnn.state['memory'].slots.dtype==dtype
+    rnn.reset(torch.tensor([False, True, False]))
+    y = rnn(x)
+    torch.testing.assert_close(y[1], whole[1])
+    assert rnn.state['memory'].age.tolist()==[40, 20, 40] and rnn.state['seen'].tolist()==[5]*3
+    rnn.eval()
+    torch.testing.assert_close(rnn(x), whole)
+    with pytest.raises(ValueError, match='batch size 3, the input 2'): rnn.train()(x[:2])
