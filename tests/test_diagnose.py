@@ -1,0 +1,154 @@
+"check_memory_grads tells the mistakes apart; check_sub_windows names the layer that cannot be carried"
+import numpy as np
+import pytest
+import torch
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import set_seed
+from functools import partial
+from torch import nn
+from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.learner import TbpttLearner
+from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.text import TextRNN
+import tbptt_fastai.diagnose # noqa: it adds methods to Learner
+
+
+def loaders(signals, sub_seq_len=20, **kwargs):
+    set_seed(0)
+    u,y = signals
+    return SequenceDataLoaders.from_arrays(u, y, win_sz=100, sub_seq_len=sub_seq_len, bs=4, **kwargs)
+
+def lstm(**kwargs): return nn.Sequential(StatefulRNN(nn.LSTM(2, 6, batch_first=True)), nn.Linear(6, 1))
+
+
+class Slots(nn.Module):
+    "What is written is read in later steps only: its write has a gradient through the memory alone"
+    def __init__(self, early=False, frozen=False):
+        super().__init__()
+        self.write,self.read,self.unused,self.early = nn.Linear(2, 4),nn.Linear(2, 4),nn.Linear(2, 2),early
+        if frozen: self.write.requires_grad_(False)
+    def initial_state(self, bs, device, dtype): return torch.zeros(bs, 4, device=device, dtype=dtype)
+    def forward(self, x, memory):
+        out = []
+        for xt in x.unbind(1):
+            out.append(memory*self.read(xt).sigmoid())
+            memory = .9*memory+self.write(xt).tanh()
+            if self.early: memory = memory.detach()
+        return torch.stack(out, 1),memory
+
+def slots(**kwargs): return nn.Sequential(StatefulRNN(Slots(**kwargs)), nn.Linear(4, 1))
+
+class Leaky(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn,self.out,self.h = nn.GRU(2, 6, batch_first=True),nn.Linear(6, 1),None
+    def forward(self, x):
+        if self.h is not None and self.h.shape[1]!=len(x): self.h = None
+        out,h = self.rnn(x, self.h)
+        self.h = h.detach()
+        return self.out(out)
+
+class Feedforward(nn.Module):
+    def __init__(self): super().__init__(); self.out = nn.Linear(2, 1)
+    def reset(self): pass
+    def forward(self, x): return self.out(x)
+
+
+@pytest.mark.parametrize('model,sub_seq_len,verdict', [
+    (lstm, 20, 'healthy'), (lstm, None, 'healthy'), (slots, 20, 'healthy'),
+    (lstm, 1, 'sub-window of one step'), (slots, 1, 'sub-window of one step'),
+    (partial(slots, early=True), 20, 'detached too early'), (Leaky, 20, 'forgotten boundaries'), (Feedforward, 20, 'no memory'),
+])
+def test_verdicts(signals, model, sub_seq_len, verdict):
+    torch.manual_seed(0)
+    learn = TbpttLearner(loaders(signals, sub_seq_len), model())
+    assert learn.check_memory_grads().attrs['verdict'].startswith(verdict)
+
+
+def test_norms_are_those_of_a_loop_by_hand(signals):
+    torch.manual_seed(0)
+    learn = TbpttLearner(loaders(signals, shuffle=False, dtype=torch.float64), lstm().double(), loss_func=nn.MSELoss())
+    rnn,head = learn.model[0].rnn,learn.model[1]
+    table = learn.check_memory_grads(steps=30)
+    x,y = (o[:,:30].double() for o in learn.dls.train.one_batch())
+    params,grads = [*rnn.parameters(), *head.parameters()],[]
+    for cut in (False, True):
+        state,out = None,[]
+        for t in range(30):
+            o,state = rnn(x[:,t:t+1], state)
+            if cut: state = tuple(s.detach() for s in state)
+            out.append(o)
+        grads.append(torch.autograd.grad(nn.functional.mse_loss(head(torch.cat(out, 1)), y), params))
+    np.testing.assert_allclose(table.norm, [g.norm() for g in grads[0]], rtol=1e-5)
+    np.testing.assert_allclose(table['through memory'][:4], [(g-d).norm() for g,d in zip(*grads)][:4], rtol=1e-4)
+    assert (table['through memory'][4:]<1e-8).all()
+
+
+def test_parameters_are_told_apart(signals):
+    torch.manual_seed(0)
+    table = TbpttLearner(loaders(signals), slots()).check_memory_grads()
+    assert table.verdict['0.rnn.write.weight']=='through the memory' and table.share['0.rnn.write.weight']==1 # it has no other gradient
+    assert table.verdict['0.rnn.read.weight']=='directly only' and table.verdict['0.rnn.unused.weight']=='not in the graph' and table.verdict['1.weight']=='directly only'
+    table = TbpttLearner(loaders(signals), slots(frozen=True)).check_memory_grads()
+    assert table.verdict['0.rnn.write.weight']=='frozen'
+
+
+def test_nothing_is_left_behind(signals):
+    "The next fit is the same, bit by bit"
+    def trained(look):
+        torch.manual_seed(0)
+        model = nn.Sequential(StatefulRNN(nn.LSTM(2, 6, num_layers=2, dropout=.5, batch_first=True)), nn.Linear(6, 1))
+        learn = TbpttLearner(loaders(signals), model, opt_func=partial(OptimWrapper, opt=torch.optim.Adam))
+        set_seed(1)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1, 1e-2)
+            modes = [m.training for m in model.modules()]
+            if look:
+                learn.check_memory_grads()
+                learn.check_sub_windows()
+                assert [m.training for m in model.modules()]==modes
+            learn.fit(1, 1e-2)
+        return list(model.parameters())
+    for a,b in zip(trained(True), trained(False), strict=True): assert torch.equal(a, b)
+
+
+def test_on_streams_and_text(signals):
+    u,y = signals
+    learn = TbpttLearner(SequenceDataLoaders.from_arrays([u[:300], u[300:900]], [y[:300], y[300:900]], sub_seq_len=20, bs=2), lstm())
+    assert learn.check_memory_grads().attrs['verdict'].startswith('healthy')
+    learn.check_sub_windows()
+    dls = SequenceDataLoaders.from_text('the quick brown fox '*40, bs=4, sub_seq_len=10)
+    learn = TbpttLearner(dls, TextRNN(len(dls.vocab), hidden_size=8))
+    table = learn.check_memory_grads()
+    assert table.attrs['verdict'].startswith('healthy') and table.verdict['embedding.weight']=='through the memory'
+    learn.check_sub_windows()
+
+
+class Beside(nn.Module):
+    "A recurrent layer, and another on the way"
+    def __init__(self, layer, swap=True):
+        super().__init__()
+        self.layer,self.rnn,self.out,self.swap = layer,nn.GRU(2, 6, batch_first=True),nn.Linear(6, 1),swap
+    def forward(self, x):
+        x = self.layer(x.transpose(1, 2)).transpose(1, 2) if self.swap else self.layer(x)
+        return self.out(self.rnn(x)[0])
+
+class Attend(nn.Module):
+    def __init__(self): super().__init__(); self.att = nn.MultiheadAttention(2, 1, batch_first=True)
+    def forward(self, x): return self.att(x, x, x)[0]
+
+class OverTime(nn.Module):
+    def forward(self, x): return x-x.mean(1, keepdim=True)
+
+@pytest.mark.parametrize('layer,swap,name', [(lambda: nn.Conv1d(2, 2, 3, padding=1), True, r'Conv1d \(layer\)'), (lambda: nn.GroupNorm(1, 2), True, r'GroupNorm \(layer\)'),
+                                             (Attend, False, r'MultiheadAttention \(layer.att\)'), (OverTime, False, r'OverTime \(layer\)')])
+def test_a_layer_that_looks_along_time_is_named(signals, layer, swap, name):
+    torch.manual_seed(0)
+    for sub_seq_len in ('dls', None):
+        learn = TbpttLearner(loaders(signals), Beside(layer(), swap), sub_seq_len=sub_seq_len)
+        with pytest.raises(ValueError, match=f'first layer that differs is ({name}).*sub_seq_len=None'): learn.check_sub_windows()
+
+
+@pytest.mark.parametrize('layer,swap', [(lambda: nn.Conv1d(2, 2, 1), True), (lambda: nn.BatchNorm1d(2), True), (lambda: nn.LayerNorm(2), False), (lambda: nn.Dropout(.5), False)])
+def test_a_layer_that_does_not_is_no_harm(signals, layer, swap):
+    TbpttLearner(loaders(signals), Beside(layer(), swap)).check_sub_windows()
