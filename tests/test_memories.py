@@ -70,6 +70,7 @@ def test_output_of_sub_windows_is_that_of_the_window(kind, dtype, sizes):
     torch.testing.assert_close(rnn.state, end, rtol=0, atol=TOL[dtype])
     assert whole.dtype==dtype and all(o.requires_grad is False and o.dtype in (dtype, dtype.to_complex(), torch.int64) for o in tree_leaves(rnn.state))
     torch.testing.assert_close(rnn.eval()(x), whole, rtol=0, atol=TOL[dtype])
+    assert [(o.shape,o.dtype) for o in tree_leaves(core.initial_state(3, x.device, dtype))]==[(o.shape,o.dtype) for o in tree_leaves(end)]
 
 
 @each_memory
@@ -93,6 +94,7 @@ def test_attention_equals_one_step_and_head_after_the_other(kind):
                 score = torch.stack([query[b,t,c]@key[b,s,c]/n**.5+core.bias[h,t-s] for s in past])
                 reads[b,t,c] = sum(w*value[b,s,c] for w,s in zip(score.softmax(0), past))
     torch.testing.assert_close(core(x)[0], core.out(torch.cat([x, reads], -1)), rtol=0, atol=1e-10)
+    assert core(x)[1]['valid'].tolist()==[core.mem_len]*3 and core(x[:,:1])[1]['valid'].tolist()==[1]*3
 
 
 def test_linear_recurrence_equals_a_loop():
@@ -104,6 +106,38 @@ def test_linear_recurrence_equals_a_loop():
         h = eigenvalue*h+(1-eigenvalue.abs()**2).sqrt()*torch.complex(u[...,0], u[...,1])
         outs.append(core.out(torch.cat([x[:,t], torch.view_as_real(h).flatten(1)], -1)))
     torch.testing.assert_close(core(x)[0], torch.stack(outs, 1), rtol=0, atol=1e-10)
+
+
+def slots_by_hand(core, x):
+    "One row, one slot after the other"
+    sigmoid,n,slots,outs = torch.sigmoid,core.n_mem,[torch.zeros(core.n_mem, dtype=x.dtype)]*core.slots,[]
+    for t,o in enumerate(x):
+        score = lambda key: torch.stack([key@(s+a)/n**.5 for s,a in zip(slots, core.address)])
+        weights = score(core.query(o)).softmax(0)
+        outs.append(core.out(torch.cat([o, sum(w*s for w,s in zip(weights, slots))])))
+        w = core.write(o)
+        key,value,erase,gate = w[:n],w[n:2*n],sigmoid(w[2*n:3*n]),sigmoid(w[-1])
+        prefer = torch.stack([core.turn if i==t%core.slots else core.turn*0 for i in range(core.slots)])
+        slots = [s*(1-gate*p*erase)+gate*p*value for s,p in zip(slots, (score(key)+prefer).softmax(0))]
+    return torch.stack(outs)
+
+def fast_by_hand(core, x):
+    "The delta rule as a product of matrices, W(I-rate*k*k')+rate*v*k'"
+    n,fast,outs = core.n_mem,torch.zeros(core.n_mem, core.n_mem, dtype=x.dtype),[]
+    for o in x:
+        w,query = core.write(o),core.query(o)
+        key,value,rate = w[:n]/w[:n].norm(),w[n:2*n],torch.sigmoid(w[-1])
+        fast = torch.sigmoid(core.decay)*fast@(torch.eye(n, dtype=x.dtype)-rate*torch.outer(key, key))+rate*torch.outer(value, key)
+        outs.append(core.out(torch.cat([o, fast@(query/query.norm())])))
+    return torch.stack(outs)
+
+@pytest.mark.parametrize('kind,by_hand', [('slots',slots_by_hand), ('fast',fast_by_hand)])
+def test_output_and_gradients_of_slots_and_fast_weights_equal_loops(kind, by_hand):
+    core,_ = memory_and_head(kind, torch.float64)
+    x = torch.randn(3, 20, 2, dtype=torch.float64)
+    out,expected = core(x)[0],torch.stack([by_hand(core, o) for o in x])
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+    for a,b in zip(*[torch.autograd.grad(o.square().mean(), [*core.parameters()]) for o in (out, expected)]): torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
 # Training
