@@ -124,7 +124,7 @@ class CachedAttention(nn.Module):
         read = F.scaled_dot_product_attention(query, key, value, bias.to(query.dtype)).transpose(1, 2).flatten(2)
         return self.out(torch.cat([x, read], -1)),dict(cache=cache[:,-self.mem_len:], valid=(valid+steps).clamp(max=self.mem_len))
 
-# %% ../nbs/12_memories.ipynb #f9d8b996
+# %% ../nbs/12_memories.ipynb #93fe828a
 class LRU(nn.Module):
     "Linear recurrent unit: a diagonal complex linear recurrence, stable by its parametrization (Orvieto et al. 2023, arXiv:2303.06349)"
     def __init__(self,
@@ -143,8 +143,8 @@ class LRU(nn.Module):
         self.write,self.out = nn.Linear(n_in, 2*n_mem, bias=False),nn.Linear(n_in+2*n_mem, n_out) # real and imaginary parts
 
     def initial_state(self, bs, device, dtype):
-        "Complex zeros"
-        return torch.zeros(bs, self.n_mem, device=device, dtype=dtype.to_complex())
+        "Complex zeros, of single precision at least"
+        return torch.zeros(bs, self.n_mem, device=device, dtype=torch.promote_types(dtype, torch.float32).to_complex())
 
     def forward(self,
         x, # `(batch, time, n_in)`
@@ -154,7 +154,7 @@ class LRU(nn.Module):
         if state is None: state = self.initial_state(len(x), x.device, x.dtype)
         rate = torch.complex(-self.nu.exp(), self.theta.exp()) # the logarithm of the eigenvalues
         scale = (1-(2*rate.real).exp()).sqrt()
-        h = torch.view_as_complex(self.write(x).unflatten(-1, (self.n_mem,2)))*scale
+        h = torch.view_as_complex(self.write(x).to(scale.dtype).unflatten(-1, (self.n_mem,2)))*scale
         h = torch.cat([h[:,:1]+rate.exp()*state[:,None], h[:,1:]], 1)
         lag = 1
         while lag<x.shape[1]: # each pass doubles the number of steps that h sums up
