@@ -22,4 +22,5 @@ from tbptt_fastai.once import *
 from tbptt_fastai.learner import *
 from tbptt_fastai.memory import *
 from tbptt_fastai.diagnose import *
+from tbptt_fastai.memories import *
 from tbptt_fastai.datasets import *
