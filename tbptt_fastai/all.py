@@ -22,3 +22,5 @@ from tbptt_fastai.once import *
 from tbptt_fastai.learner import *
 from tbptt_fastai.memory import *
 from tbptt_fastai.datasets import *
+from tbptt_fastai.inference import *
+from tbptt_fastai.onnx import *
