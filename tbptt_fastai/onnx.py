@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_onnx']
 
-# %% ../nbs/09b_onnx.ipynb #113de242
+# %% ../nbs/09b_onnx.ipynb #cfff4a7e
 import copy, shutil, tempfile, warnings
 from pathlib import Path
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .inference import StreamPredictor
 from .rnn import StatefulRNN
-from .state import batch_dims, state_leaves
+from .state import batch_dims, detach_state, state_leaves
 
-# %% ../nbs/09b_onnx.ipynb #fc626aa8
+# %% ../nbs/09b_onnx.ipynb #1f31610d
 class _Step(nn.Module):
     "A model as a function of a chunk and the tensors of its state"
     def __init__(self, model, states):
@@ -26,6 +26,7 @@ class _Step(nn.Module):
     def _carry(self, name, m):
         stateful = isinstance(m, StatefulRNN)
         call = m.rnn if stateful else m.forward
+        if stateful: m.initial = None # not called, and the names of its groups are no tensors
         def forward(input, hx=None):
             out,self.states[name] = call(input, self.states[name])
             return out if stateful else (out, self.states[name])
@@ -39,7 +40,7 @@ class _Step(nn.Module):
 
 def _first_states(predictor, modules, x):
     "The states that `x` is begun with, of the layers that it is carried through"
-    firsts,hooks = {},[m.rnn.register_forward_pre_hook(lambda _,args,name=name: firsts.update({name:args[1]})) for name,m in modules.items() if isinstance(m, StatefulRNN)]
+    firsts,hooks = {},[m.rnn.register_forward_pre_hook(lambda _,args,name=name: firsts.update({name:detach_state(args[1])})) for name,m in modules.items() if isinstance(m, StatefulRNN)]
     try: y = predictor.stream(x)
     finally:
         for o in hooks: o.remove()
