@@ -54,7 +54,7 @@ def _first_states(predictor, modules, x):
         if describe(firsts[name])!=describe(last): raise ValueError(f"The state of {name or 'the model'} was {describe(firsts[name])} and became {describe(last)}; expected tensors of constant shape and type, and numbers that do not change.")
     return {name:firsts[name] for name in predictor._states},y
 
-# %% ../nbs/09b_onnx.ipynb #8b4100fb
+# %% ../nbs/09b_onnx.ipynb #e9c04c1d
 def to_onnx(
     model, # Model, learner or `StreamPredictor`; it is copied
     path, # The file to write
@@ -102,7 +102,7 @@ def _check_onnx(session, predictor, x, inputs, dynamic, groups, tol):
             u = torch.randn(shape, generator=drawn, dtype=x.dtype)*(1+x.std(correction=0))+x.mean() if x.is_floating_point() else x.flatten()[torch.randint(x.numel(), shape, generator=drawn)]
             expected = predictor.stream(u)
             try: y,*new = session.run(None, {'x':u.numpy(), **{k:v for k,v in state.items() if k in {o.name for o in session.get_inputs()}}})
-            except Exception as e: raise ValueError(f"onnxruntime cannot run the exported model on a chunk of shape {shape}; the example has {tuple(x.shape)}. Leave sizes that are fixed out of `dynamic`.") from e
+            except Exception as e: raise ValueError(f"onnxruntime cannot run the exported model on a chunk of shape {shape}; the example has {tuple(x.shape)}. Leave sizes that are fixed out of `dynamic`; use model.float() where it has no double. It says: {e}") from e
             state = dict(zip(state, new))
             error = (torch.from_numpy(y)-expected).abs().max().item() if y.shape==tuple(expected.shape) else float('inf')
             if not error<=tol*max(1, expected.abs().max().item()): raise ValueError(f"The exported model differs by {error:.2g} from the model in chunk {chunk} of shape {shape}; tol is {tol}, the example has {tuple(x.shape)}. A loop over steps or a condition in Python is fixed by the example: leave 'steps' or 'streams' out of `dynamic`, or write it in torch.")

@@ -301,6 +301,7 @@ def test_onnx_of_groups_and_what_it_refuses():
     class Counting(Memory):
         def initial_state(self, *args): return 0
         def forward(self, x, state): return x+state,state+1
+    with pytest.raises(ValueError, match='use model.float.*does not support double'): to_onnx(nn.Sequential(StatefulRNN(nn.LSTM(2, 2, batch_first=True))).double(), 'm.onnx', x)
     with pytest.raises(ValueError, match='numbers that do not change'): to_onnx(StatefulRNN(Counting()), 'm.onnx', x)
 
 
