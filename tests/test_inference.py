@@ -321,6 +321,11 @@ def test_a_trace_that_is_wrong_elsewhere_is_found():
             self.rnn = StatefulRNN(nn.GRU(2, 3, batch_first=True))
         def forward(self, x): return self.rnn(x)*(2 if x[0,0,0]>0 else 1)
     with pytest.warns(torch.jit.TracerWarning, match='Python boolean'), pytest.raises(ValueError, match='differs by .* from the model in chunk'): to_onnx(Condition(), 'm.onnx', torch.ones(3, 20, 2)/100)
+    class Share(Condition):
+        def forward(self, x): return self.rnn(x)/int(x.shape[0])
+    with pytest.warns(torch.jit.TracerWarning, match='Python integer'), pytest.raises(ValueError, match='differs by'): to_onnx(Share(), 'm.onnx', torch.ones(3, 20, 2), dynamic=('streams',))
+    assert not Path('m.onnx').exists()
+    with pytest.warns(torch.jit.TracerWarning, match='Python integer'): to_onnx(Share(), 'm.onnx', torch.ones(3, 20, 2), dynamic=('steps',))
 
 
 def test_the_extra_is_named(monkeypatch):
