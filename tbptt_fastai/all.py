@@ -24,3 +24,5 @@ from tbptt_fastai.memory import *
 from tbptt_fastai.diagnose import *
 from tbptt_fastai.memories import *
 from tbptt_fastai.datasets import *
+from tbptt_fastai.inference import *
+from tbptt_fastai.onnx import *
