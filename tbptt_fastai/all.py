@@ -21,4 +21,6 @@ from tbptt_fastai.evaluation import *
 from tbptt_fastai.once import *
 from tbptt_fastai.learner import *
 from tbptt_fastai.memory import *
+from tbptt_fastai.find import *
+from tbptt_fastai.health import *
 from tbptt_fastai.datasets import *
