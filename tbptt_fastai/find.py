@@ -99,7 +99,7 @@ def _unchanged(learn):
         if rng: rng.setstate(drawn)
         for g,state in generators.items(): g.set_state(state)
 
-# %% ../nbs/08b_find.ipynb #33335dab
+# %% ../nbs/08b_find.ipynb #c6aa6051
 def _windows(dl, limit, n_inp, timed):
     "Training windows; of a `StreamDL` the first steps of those sequences that are long enough"
     view = SubWindows(dl, n_inp=n_inp)
@@ -117,8 +117,8 @@ def _stream_starts(dl, limit):
 def _plain(o): return cast(o, Tensor) if isinstance(o, TensorBase) else o
 
 def _gradients(learn, window, n_inp, start, n_blocks, step, n_lags, ends):
-    "Of the losses at the end of some blocks: `(n_lags,)` mean norms, and `(n_lags, units)` mean gradients"
-    model,loss_func,states,phi,total = learn.model,learn.loss_func,[],0,0
+    "Of the losses at the end of some blocks, for each lag: the mean norm of a row's gradient, and the norm of the mean gradient of all lags up to it"
+    model,loss_func,states,phi,norms = learn.model,learn.loss_func,[],0,0
     device = next(model.parameters()).device
     timed = not window.targets_timed or any(window.targets_timed)
     with _KeepGraph(model) as carried:
@@ -138,12 +138,12 @@ def _gradients(learn, window, n_inp, start, n_blocks, step, n_lags, ends):
                 n,scale = len(flat)//n_lags,1 if getattr(loss_func, 'reduction', 'mean')=='sum' else bs # the gradient of a row's own loss
                 by_lag = [torch.cat(rows[i:i+n], 1).double()*scale for i in reversed(range(0, len(rows), n))] # (row, unit) each
                 phi = phi+torch.stack([o.norm(dim=1).mean() for o in by_lag])/len(ends)
-                total = total+torch.stack([o.mean(0) for o in by_lag])/len(ends)
+                norms = norms+torch.stack([o.mean(0) for o in by_lag]).cumsum(0).norm(dim=1)/len(ends)
             states.append(carried.leaves())
             if not states[0]: raise ValueError(f"No state of {type(get_model(model)).__name__} has a gradient: its recurrent layers are frozen, or it carries its state by itself, detached. Unfreeze it, or carry the state in a StatefulRNN.")
-    return phi.cpu().numpy(),total.cpu().numpy()
+    return phi.cpu().numpy(),norms.cpu().numpy()
 
-# %% ../nbs/08b_find.ipynb #188d8e68
+# %% ../nbs/08b_find.ipynb #7b0ccd9a
 @dataclass
 class TbpttFind:
     "What `Learner.tbptt_find` has measured"
@@ -174,17 +174,17 @@ class TbpttFind:
         ax.plot(self.lags, mean.clip(tiny), label='mean')
         low,high = mean[0]*1e-4,mean[0]*10
         if np.isfinite(mean).all() and mean[0]>0:
-            bottom,top = max(min(mean.min()/3, low/10), mean[0]*1e-12),max(self.phi.max()*3, high*3)
+            bottom,top = max(min(mean.min()/3, low/10), mean[0]*1e-12),max(self.phi.max()*3, high*8)
             ax.set_ylim(bottom, top)
             ax.axhspan(bottom, low, color='0.5', alpha=.15, lw=0)
             ax.axhspan(high, top, color='C3', alpha=.15, lw=0)
-            for y,text in ((low,'vanishing'), (high,'exploding')): ax.annotate(text, (1, y), xycoords=('axes fraction','data'), xytext=(-4, -3 if y==low else 3), textcoords='offset points', ha='right', va='top' if y==low else 'bottom', color='0.3')
+            for y,text in ((bottom,'vanishing'), (high,'exploding')): ax.annotate(text, (1, y), xycoords=('axes fraction','data'), xytext=(-4,2), textcoords='offset points', ha='right', va='bottom', color='0.3')
         if self.suggestion is not None: ax.axvline(self.suggestion, color='C1', ls='-' if self.reached else '--', label=f'suggested: {self.suggestion}' if self.reached else f'at least {self.suggestion}')
         ax.set(xlabel='lag [steps]', ylabel='gradient norm', title=f'$\\beta$ = {self.beta:.4g}')
         ax.legend(frameon=False, loc='best')
         return ax
 
-# %% ../nbs/08b_find.ipynb #5b5ff2b1
+# %% ../nbs/08b_find.ipynb #65def689
 @patch
 def tbptt_find(self:Learner,
     bias:float=.1, # Largest relative bias of the gradient
@@ -218,9 +218,9 @@ def tbptt_find(self:Learner,
                 if phis: continue # a shorter window
                 raise ValueError(f"A window has {window.steps} steps, of which {cb.n_skip} are washout: no loss has {n_lags*step} steps before it. Use longer windows, or a smaller max_lag.")
             ends = {int(o) for o in np.linspace(low, n_blocks-1, n_losses).round()} if timed else {n_blocks-1}
-            phi,total = _gradients(self, window, n_inp, 0 if timed else window.steps-n_blocks*step, n_blocks, step, n_lags, ends)
+            phi,norm = _gradients(self, window, n_inp, 0 if timed else window.steps-n_blocks*step, n_blocks, step, n_lags, ends)
             phis.append(phi)
-            norms.append(np.linalg.norm(total.cumsum(0), axis=1))
+            norms.append(norm)
             if len(phis)==n_batches: break
         if not phis: raise ValueError("The training loader has no batches.")
         lags,phi = np.arange(1, n_lags+1)*step,np.stack(phis)

@@ -15,7 +15,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip
 from torch.nn.utils import get_total_norm
 
-# %% ../nbs/08c_health.ipynb #9b75a745
+# %% ../nbs/08c_health.ipynb #29148169
 class GradientHealth(Callback):
     "Record the gradient norm of each optimizer step, before clipping, and warn once if it vanishes and once if it explodes"
     order,run_valid = MixedPrecision.order+.5,False # after MixedPrecision (10), which unscales; before GradientClip (11). GradientAccumulation (6) lets only real steps come here
@@ -70,7 +70,7 @@ class GradientHealth(Callback):
         ax = ax or plt.subplots(figsize=(6,3), layout='constrained')[1]
         norms = self.norms
         ax.plot(norms, lw=.8, label='before clipping' if np.isfinite(self._limits).any() else 'norm')
-        if np.isfinite(self._limits).any(): ax.plot(self._limits, color='C1', lw=1, label=f'clipped at ({self.clipped:.0%} of steps)')
+        if np.isfinite(self._limits).any(): ax.plot(self._limits, color='C1', lw=1, label=f'largest norm ({self.clipped:.0%} of steps were clipped)')
         if (norms>0).any(): ax.set_yscale('log')
         ax.set(xlabel='step', ylabel='gradient norm')
         ax.legend(frameon=False, loc='best')
