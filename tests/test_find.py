@@ -118,6 +118,18 @@ def test_a_linear_network_in_closed_form(rho):
     assert res.memory>0 and res.seconds>0
 
 
+def test_gradients_that_cancel_make_the_estimate_larger():
+    "Those of neighbouring lags (rho<0), and of rows that err in opposite directions"
+    rho,k = -.9,np.arange(1, 101)
+    learn = leaky(rho)
+    x,y = data(6, 200, 1)[0],torch.tensor([1e30, 1e30, -1e30], dtype=torch.float64).repeat(2)[:,None,None].expand(6, 200, 1)
+    learn.dls = loaders(x, y)
+    res = learn.tbptt_find(show=False)
+    left,norm = .9**k/.1,np.abs(rho*(1-rho**k)/(1-rho))/3
+    np.testing.assert_allclose(res.phi[0], .9**k, rtol=1e-9)
+    np.testing.assert_allclose(res.delta, left/np.max(norm-left*.9), rtol=1e-6)
+
+
 @pytest.mark.parametrize('rho', [1., 1.05, 30.])
 def test_no_suggestion_without_a_decay(rho):
     with pytest.warns(UserWarning, match='do not fall'): res = leaky(rho).tbptt_find()
@@ -163,16 +175,19 @@ def test_losses_in_the_washout_do_not_count():
     np.testing.assert_allclose(res.phi[0], phi_by_hand(rnn, head, x[:3], y[:3], range(1, 7), range(11, 14)), rtol=1e-8)
 
 
-def test_one_label_per_window():
+@pytest.mark.parametrize('step', [1, 2])
+def test_one_label_per_window(step):
     x,_ = data()
-    label = torch.randn(9, 1, dtype=torch.float64)
+    label = torch.randn(9, 2, dtype=torch.float64)
     class Last(Plain):
         def forward(self, x): return super().forward(x)[:,-1]
-    model = Last(nn.GRU(2, 4, batch_first=True)).double()
+    model = Last(nn.GRU(2, 4, batch_first=True))
+    model.head = nn.Linear(4, 2) # as many labels as a block may have steps
+    model = model.double()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
-        res = TbpttLearner(loaders(x, label), model, sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(n_batches=1, show=False)
-    expected = phi_by_hand(model.rnn, model.head, x[:3], label[:3,None].expand(-1, 14, -1), range(1, 8), [13])
+        res = TbpttLearner(loaders(x, label), model, sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(n_batches=1, step=step, show=False)
+    expected = phi_by_hand(model.rnn, model.head, x[:3], label[:3,None].expand(-1, 14, -1), res.lags, [13])
     np.testing.assert_allclose(res.phi[0], expected, rtol=1e-8)
 
 
