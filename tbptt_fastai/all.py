@@ -23,6 +23,8 @@ from tbptt_fastai.learner import *
 from tbptt_fastai.memory import *
 from tbptt_fastai.diagnose import *
 from tbptt_fastai.memories import *
+from tbptt_fastai.find import *
+from tbptt_fastai.health import *
 from tbptt_fastai.datasets import *
 from tbptt_fastai.inference import *
 from tbptt_fastai.onnx import *

@@ -1,0 +1,96 @@
+"Gradient norms against those computed by hand, warnings once each"
+import warnings
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.core import DataLoaders
+from fastai.torch_core import set_seed
+from torch import nn
+from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.health import GradientHealth
+from tbptt_fastai.learner import RNNLearner
+from tbptt_fastai.streams import StreamDL
+from tbptt_fastai.windows import Sequences
+
+class ByHand(Callback):
+    "The norm before clipping (order 10.4) of all gradients in one vector, fetched at once"
+    order,run_valid = 10.4,False
+    def before_fit(self): self.norms = []
+    def before_step(self): self.norms.append(float(torch.cat([p.grad.flatten() for p in self.learn.model.parameters() if p.grad is not None]).norm()))
+
+def learner(signals, *cbs, stream=False, **kwargs):
+    set_seed(0)
+    u,y = signals
+    if stream:
+        dl = StreamDL(Sequences([u[:300],u[300:350],u[350:]], [y[:300],y[300:350],y[350:]]), bs=2, sub_seq_len=40)
+        dls = DataLoaders(dl, dl)
+    else: dls = SequenceDataLoaders.from_arrays(u, y, win_sz=100, sub_seq_len=40, bs=4, valid_pct=.25)
+    return RNNLearner(dls, hidden_size=4, loss_func=nn.MSELoss(), cbs=[*cbs, ByHand()], **kwargs)
+
+def fit(learn, *args):
+    with learn.no_bar(), learn.no_logging(): learn.fit(*args)
+
+@pytest.mark.parametrize('every', [1, 4, 1000])
+@pytest.mark.parametrize('stream', [False, True])
+def test_norms_before_clipping(signals, every, stream):
+    clip = .05
+    learn = learner(signals, health := GradientHealth(every=every), stream=stream, grad_clip=clip)
+    fit(learn, 2, 1e-2)
+    np.testing.assert_allclose(health.norms, learn.by_hand.norms, rtol=1e-5)
+    assert len(health.norms)==len(learn.recorder.losses)
+    assert health.clipped==np.mean(np.array(learn.by_hand.norms)>clip) and 0<health.clipped<1
+    plain = learner(signals, stream=stream, grad_clip=clip)
+    fit(plain, 2, 1e-2)
+    for a,b in zip(plain.model.parameters(), learn.model.parameters()): assert torch.equal(a, b) # it changes nothing
+
+def test_order(): assert MixedPrecision.order<GradientHealth.order<GradientClip.order
+
+def test_accumulated_gradients_are_one_step(signals):
+    learn = learner(signals, health := GradientHealth(), GradientAccumulation(8))
+    fit(learn, 1)
+    assert 0<len(health.norms)<len(learn.recorder.losses) and health.clipped==0
+    np.testing.assert_allclose(health.norms, learn.by_hand.norms, rtol=1e-5)
+    fit(learn, 2)
+    assert len(health.norms)==len(learn.by_hand.norms) # those of the last fit
+
+class Scale(Callback):
+    order,run_valid = 5,False
+    def __init__(self, by): self.by = by
+    def after_loss(self): self.learn.loss_grad = self.loss_grad*self.by
+
+@pytest.mark.parametrize('by,every,kind', [(1e-12, 1, 'vanishing'), (1e-12, 1000, 'vanishing'), (1e9, 2, 'exploding'), (float('nan'), 1, 'exploding'), (float('inf'), 1, 'exploding')])
+def test_one_warning(signals, by, every, kind):
+    learn = learner(signals, health := GradientHealth(every=every), Scale(by))
+    for _ in range(2): # once in each fit
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter('always')
+            fit(learn, 2)
+        ours = [str(o.message) for o in seen if 'Gradients are' in str(o.message)]
+        assert len(ours)==1 and kind in ours[0] and 'at step 0' in ours[0]
+
+def test_thresholds_are_arguments(signals):
+    with pytest.warns(UserWarning, match='above high=1e-05'): fit(learner(signals, GradientHealth(high=1e-5, low=0.)), 1)
+    with pytest.warns(UserWarning, match='below low=1e\\+06'): fit(learner(signals, GradientHealth(low=1e6, high=1e9)), 1)
+    fit(learner(signals, GradientHealth()), 1) # no warning, which would be an error
+
+def test_the_host_waits_once_in_many_steps(signals, monkeypatch):
+    learn,looks = learner(signals, health := GradientHealth(every=4)),[]
+    look = health._look
+    monkeypatch.setattr(health, '_look', lambda: (looks.append(len(health._waiting)), look()))
+    fit(learn, 1)
+    assert max(looks)==4 and sum(looks)==len(health.norms)
+
+def test_plot_and_refusals(signals):
+    learn = learner(signals, health := GradientHealth(), grad_clip=.05)
+    assert np.isnan(health.clipped) and len(health.norms)==0
+    fit(learn, 1)
+    ax = health.plot()
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), health.norms)
+    assert f'{health.clipped:.0%}' in ax.lines[1].get_label()
+    plt.close('all')
+    with pytest.raises(ValueError, match='low is 1, high is 0.5'): GradientHealth(1, .5)
+    with pytest.raises(ValueError, match='every is 0'): GradientHealth(every=0)
