@@ -22,7 +22,7 @@ from .loader import Window, inner_loader
 from .truncation import check_steps
 from .windows import Sequences
 
-# %% ../nbs/08b_diagnose.ipynb #539a0dfb
+# %% ../nbs/08b_diagnose.ipynb #4a25e46a
 def _plain(o): return cast(o, Tensor) if isinstance(o, TensorBase) else o
 
 def reads_steps(
@@ -62,6 +62,8 @@ def _untouched(model):
         for p,grad in grads.items(): p.grad = grad
         reset_own_state(model)
 
+def _first(o): return o[0] if isinstance(o, tuple) else o # the models of fastai.text return more than predictions
+
 def run_in_parts(
     model:nn.Module, # Any model
     xb:tuple, # Inputs of a window
@@ -70,9 +72,9 @@ def run_in_parts(
     "Predictions with the state carried from part to part, detached"
     window = Window(xb, len(xb))
     reset_own_state(model)
-    with carry_state(model, evaluation=True): return [model(*window.cut(a, min(a+sub_seq_len, window.steps))) for a in range(0, window.steps, sub_seq_len)]
+    with carry_state(model, evaluation=True): return [_first(model(*window.cut(a, min(a+sub_seq_len, window.steps)))) for a in range(0, window.steps, sub_seq_len)]
 
-# %% ../nbs/08b_diagnose.ipynb #4c9d74a6
+# %% ../nbs/08b_diagnose.ipynb #6803b1e3
 def _outputs(model, run):
     "What each layer gives in a run, in the order in which they end"
     seen,hooks = {},[]
@@ -103,14 +105,14 @@ def check_sub_windows(self:Learner,
     sub = max(min(steps//3 if sub_seq_len is None else check_steps('sub_seq_len', sub_seq_len), steps-1), 1)
     with _untouched(self.model):
         reset_own_state(self.model)
-        whole,each = _outputs(self.model, lambda: self.model(*xb))
+        whole,each = _outputs(self.model, lambda: _first(self.model(*xb)))
         parts,each_part = _outputs(self.model, lambda: run_in_parts(self.model, xb, sub))
     if not (_difference(parts, whole, steps) or 0)>tol: return
     guilty = next((f'{kind} ({name})' for (name,kind),o in each.items() if len(o)==1 and (_difference(each_part.get((name, kind), []), o[0], steps) or 0)>tol), type(self.model).__name__)
     raise ValueError(f"A window of {steps} steps in sub-windows of {sub} gives other predictions than in one piece, by {_difference(parts, whole, steps):.0%}; the first layer that differs is {guilty}. It looks ahead, "
                      "or along time without carrying what it has seen: give it a state by StatefulRNN, or train whole windows (sub_seq_len=None).")
 
-# %% ../nbs/08b_diagnose.ipynb #62f68964
+# %% ../nbs/08b_diagnose.ipynb #a62fc5c9
 def _grads(model, params, loss_func, preds, yb):
     grads = torch.autograd.grad(loss_func(preds, *yb), params, allow_unused=True)
     return [None if g is None else g.detach().double() for g in grads]
@@ -119,15 +121,17 @@ def _norm(g): return 0. if g is None else g.norm().item()
 
 @patch
 def check_memory_grads(self:Learner,
-    steps:int=None, # Steps of the window that is tried; default: those of a sub-window, and no more than 100
+    steps:int=None, # Steps of the window that is tried; default: those of a sub-window, and no more than 100; 20 for a sub-window of one step
     tol:float=1e-6, # A share below this is none: rounding
 )->pd.DataFrame: # A row for each parameter: norm of its gradient, norm of the part that came through the state, share of that part, verdict
     "Which parameters learn through the memory? The verdict on the model, and its cause, are in `.attrs['verdict']` of the table"
     setting = resolve_sub_seq_len(self.tbptt_reset_cb.sub_seq_len, self.dls.train)
     model,loss_func = self.model,self.loss_func
-    given = min(setting or 100, 100) if steps is None else check_steps('steps', steps)
-    xb,yb = a_window(self, max(given, 20))
-    names,params = zip(*((k,p) for k,p in model.named_parameters() if p.requires_grad))
+    given = 20 if setting==1 and steps is None else min(setting or 100, 100) if steps is None else check_steps('steps', steps, 2)
+    xb,yb = a_window(self, given)
+    named = [(k,p) for k,p in model.named_parameters() if p.requires_grad]
+    if not named: raise ValueError("All parameters are frozen: there is nothing that could learn.")
+    names,params = zip(*named)
     with _untouched(model):
         def run(n): return torch.cat(run_in_parts(model, xb, n), 1)
         n = Window(xb, len(xb)).steps
@@ -136,6 +140,7 @@ def check_memory_grads(self:Learner,
         alone = torch.cat([o for k in range(n) for o in run_in_parts(model, Window(xb, len(xb)).cut(k, k+1), 1)], 1)
         remembers = not torch.allclose(whole, alone, rtol=tol, atol=tol*whole.abs().max().item())
         leaks = _leaks(model, xb)
+        with torch.no_grad(): carried = (_difference([run(1)], whole, n) or 0)<=1e-4
         grads,direct = (_grads(model, params, loss_func, run(k), yb) for k in (n, 1))
     rows = {}
     for name,g,d in zip(names, grads, direct):
@@ -144,7 +149,8 @@ def check_memory_grads(self:Learner,
         rows[name] = (total, through, share, 'not in the graph' if g is None else 'no gradient' if total==0 else 'through the memory' if share>tol else 'directly only')
     rows |= {k: (0., 0., 0., 'frozen') for k,p in model.named_parameters() if not p.requires_grad}
     table = pd.DataFrame.from_dict({k: rows[k] for k,_ in model.named_parameters()}, orient='index', columns=['norm','through memory','share','verdict'])
-    table.attrs['verdict'] = _verdict(remembers, (table.verdict=='through the memory').any(), leaks, setting)
+    if not carried: table[['through memory','share']] = float('nan')
+    table.attrs['verdict'] = _verdict(remembers, (table.verdict=='through the memory').any(), leaks, setting, carried)
     return table
 
 def _leaks(model, xb):
@@ -155,11 +161,13 @@ def _leaks(model, xb):
             model(*window.cut(0, steps))
             reset_own_state(model)
             carried.reset()
-            return model(*xb)
-    with torch.no_grad(): return not torch.allclose(after(1), after(window.steps//2))
+            return _first(model(*xb))
+    with torch.no_grad(): a,b = after(1),after(window.steps)
+    return not torch.allclose(a, b, rtol=0, atol=1e-6*a.abs().max().item())
 
-def _verdict(remembers, learns, leaks, sub_seq_len):
+def _verdict(remembers, learns, leaks, sub_seq_len, carried):
     if leaks: return "forgotten boundaries: a state is left over where a window starts. Give the model a `reset()` that forgets it, or carry it in a StatefulRNN."
+    if not carried: return "not carried: single steps give other predictions than the whole window, so what comes through the memory cannot be told. `check_sub_windows` names the layer."
     if not remembers: return "no memory: predictions do not depend on earlier steps."
     if not learns: return "detached too early: predictions depend on earlier steps, but no gradient comes from later ones. Detach the state between sub-windows (StatefulRNN does), not within `forward`."
     if sub_seq_len==1: return "sub-window of one step: the state is detached after each step, so nothing learns what to remember. Use a larger sub_seq_len."

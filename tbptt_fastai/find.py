@@ -52,7 +52,7 @@ def relative_bias(
     step,i = lags[1]-lags[0],int(np.searchsorted(lags, tau))
     rate = beta**step
     left = phi[::-1].cumsum()[::-1]+phi[-1]*rate/(1-rate)
-    left[i:] = np.maximum(left[i:], phi[i]*rate**np.arange(len(lags)-i)/(1-rate))
+    left[i:] = np.where(left[i:]>0, np.maximum(left[i:], phi[i]*rate**np.arange(len(lags)-i)/(1-rate)), 0.) # 0: a memory that reaches no further
     left[:i] = left[i]+phi[:i][::-1].cumsum()[::-1]
     whole = np.max(norms-np.append(left[1:], left[-1]*rate))
     return left/whole if whole>0 else np.full(len(lags), np.inf)
@@ -135,6 +135,7 @@ def _gradients(learn, window, n_inp, start, n_blocks, step, n_lags, ends):
                 flat = [o for back in states[-n_lags:] for o in back]
                 grads = torch.autograd.grad(loss, [t for t,_ in flat], retain_graph=True, allow_unused=True)
                 rows = [torch.zeros(bs, 1, device=device) if g is None else g.movedim(d, 0).flatten(1) if d is not None else g.flatten().expand(bs, -1)/bs for g,(_,d) in zip(grads, flat)]
+                rows = [torch.view_as_real(o).flatten(1) if o.is_complex() else o for o in rows] # a complex number is two units
                 n,scale = len(flat)//n_lags,1 if getattr(loss_func, 'reduction', 'mean')=='sum' else bs # the gradient of a row's own loss
                 by_lag = [torch.cat(rows[i:i+n], 1).double()*scale for i in reversed(range(0, len(rows), n))] # (row, unit) each
                 phi = phi+torch.stack([o.norm(dim=1).mean() for o in by_lag])/len(ends)

@@ -13,6 +13,7 @@ from fastai.torch_core import get_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from .carry import carry_state
+from .checks import check_states
 from .rnn import StatefulRNN
 from .state import state_leaves
 
@@ -60,7 +61,7 @@ class StreamPredictor:
         if x.ndim not in (ndim-1, ndim) or 0 in x.shape: raise ValueError(f"The chunk has shape {tuple(x.shape)}; expected (streams, time, ...) with {ndim} dimensions, or {ndim-1} for one stream, and none of them empty. Other models: StreamPredictor(..., ndim=...).")
         return (x[None],True) if x.ndim<ndim else (x,False)
 
-    def stream(self,
+    def __call__(self,
         x_chunk, # Tensor or array `(streams, time, ...)`, or `(time, ...)` of one stream; any number of steps
     ): # The model's output for the chunk, on its device, or arrays for an array; no activation or decoding of a learner is applied
         "Predict the next chunk of every stream"
@@ -76,10 +77,13 @@ class StreamPredictor:
                 elif name in states: carry.states[m] = states[name]
             if self._begins is not None: carry.reset(self._begins, self._groups)
             y = self.model(x)
+            check_states(self.model, carry, len(x), x.shape[1])
             states = {name:m._state if isinstance(m, StatefulRNN) else carry.states.get(m) for name,m in modules.items()}
         self._states = tree_map(lambda o: o.clone() if isinstance(o, Tensor) else o, {k:v for k,v in states.items() if v is not None}) # it may be a view of a chunk
         self.n_streams,self._begins = len(x),None
-        out = lambda o: (o[0] if one else o) if isinstance(x_chunk, Tensor) else (o[0] if one else o).cpu().numpy()
+        def out(o):
+            if one and o.ndim and len(o)==1: o = o[0]
+            return o if isinstance(x_chunk, Tensor) else o.cpu().numpy()
         return tree_map(lambda o: out(o) if isinstance(o, Tensor) else o, y)
 
     def reset(self,

@@ -152,15 +152,16 @@ class LRU(nn.Module):
     ):
         "Output `(batch, time, n_out)` and the next state"
         if state is None: state = self.initial_state(len(x), x.device, x.dtype)
-        rate = torch.complex(-self.nu.exp(), self.theta.exp()) # the logarithm of the eigenvalues
-        scale = (1-(2*rate.real).exp()).sqrt()
+        dtype = torch.promote_types(self.nu.dtype, torch.float32) # there are no complex numbers of half precision
+        rate = torch.complex(-self.nu.to(dtype).exp(), self.theta.to(dtype).exp()) # the logarithm of the eigenvalues
+        scale = (-(2*rate.real).expm1()).sqrt()
         h = torch.view_as_complex(self.write(x).to(scale.dtype).unflatten(-1, (self.n_mem,2)))*scale
         h = torch.cat([h[:,:1]+rate.exp()*state[:,None], h[:,1:]], 1)
         lag = 1
         while lag<x.shape[1]: # each pass doubles the number of steps that h sums up
             h = torch.cat([h[:,:lag], h[:,lag:]+(lag*rate).exp()*h[:,:-lag]], 1)
             lag *= 2
-        return self.out(torch.cat([x, torch.view_as_real(h).flatten(-2)], -1)),h[:,-1]
+        return self.out(torch.cat([x, torch.view_as_real(h).flatten(-2).to(x.dtype)], -1)),h[:,-1]
 
 # %% ../nbs/12_memories.ipynb #00b96ac7
 class CausalConv(nn.Module):

@@ -41,7 +41,7 @@ class _Step(nn.Module):
 def _first_states(predictor, modules, x):
     "The states that `x` is begun with, of the layers that it is carried through"
     firsts,hooks = {},[m.rnn.register_forward_pre_hook(lambda _,args,name=name: firsts.update({name:detach_state(args[1])})) for name,m in modules.items() if isinstance(m, StatefulRNN)]
-    try: y = predictor.stream(x)
+    try: y = predictor(x)
     finally:
         for o in hooks: o.remove()
     if not isinstance(y, Tensor): raise TypeError(f"{type(predictor.model).__name__} gives a {type(y).__name__}; expected one tensor.")
@@ -100,7 +100,7 @@ def _check_onnx(session, predictor, x, inputs, dynamic, groups, tol):
         for chunk in range(3):
             shape = (len(rows), x.shape[1]+(chunk+1 if more and 'steps' in dynamic else 0), *x.shape[2:])
             u = torch.randn(shape, generator=drawn, dtype=x.dtype)*(1+x.std(correction=0))+x.mean() if x.is_floating_point() else x.flatten()[torch.randint(x.numel(), shape, generator=drawn)]
-            expected = predictor.stream(u)
+            expected = predictor(u)
             try: y,*new = session.run(None, {'x':u.numpy(), **{k:v for k,v in state.items() if k in {o.name for o in session.get_inputs()}}})
             except Exception as e: raise ValueError(f"onnxruntime cannot run the exported model on a chunk of shape {shape}; the example has {tuple(x.shape)}. Leave sizes that are fixed out of `dynamic`; use model.float() where it has no double. It says: {e}") from e
             state = dict(zip(state, new))

@@ -82,7 +82,15 @@ def check_state(
         raise ValueError(f"The carried hidden state has batch size {state_bs}, the input {bs}: they cannot be parts of the same windows. "
                          "Call `reset()` where a window starts (`TbpttResetCB` does).")
 
-# %% ../nbs/00_state.ipynb #ebca160d
+# %% ../nbs/00_state.ipynb #a3aa3c02
+def _in_order(new, like):
+    "Entries of dicts in the order of another nest, in which leaves are counted"
+    if isinstance(new, dict) and isinstance(like, dict):
+        if new.keys()!=like.keys(): raise ValueError(f"The first state has {list(new)}, the state {list(like)}: expected the same form.")
+        return {k: _in_order(new[k], o) for k,o in like.items()}
+    if isinstance(new, (tuple,list)) and isinstance(like, (tuple,list)) and len(new)==len(like): return [_in_order(*o) for o in zip(new, like)]
+    return new
+
 def where_state(
     rows:Tensor, # bool `(bs,)`: which rows begin anew
     initial, # State they begin with, of the same form; `None`: zeros
@@ -95,6 +103,6 @@ def where_state(
         if dim is None: return old
         chosen = rows.to(old.device).view([-1 if i==dim else 1 for i in range(old.ndim)])
         return torch.where(chosen, torch.zeros_like(old) if new is None else new.to(old.dtype), old)
-    news = [None]*len(leaves) if initial is None else state_leaves(initial)
+    news = [None]*len(leaves) if initial is None else state_leaves(_in_order(initial, state))
     if len(news)!=len(leaves): raise ValueError(f"The first state has {len(news)} tensors and numbers, the state {len(leaves)}: expected the same form.")
     return tree_unflatten([choose(*o) for o in zip(leaves, news, batch_dims(state, batch_dim))], form)

@@ -65,6 +65,40 @@ def test_verdicts(signals, model, sub_seq_len, verdict):
     assert learn.check_memory_grads().attrs['verdict'].startswith(verdict)
 
 
+class Tuple(nn.Module):
+    def __init__(self, flip=False): super().__init__(); self.rnn,self.out,self.flip = nn.GRU(2, 6, batch_first=True),nn.Linear(6, 1),flip
+    def forward(self, x):
+        out,h = self.rnn(x)
+        return self.out(out).flip(1) if self.flip else self.out(out),h
+
+class OwnZeros(nn.Module):
+    def __init__(self): super().__init__(); self.rnn,self.out = nn.GRU(2, 6, batch_first=True),nn.Linear(6, 1)
+    def forward(self, x): return self.out(self.rnn(x, torch.zeros(1, len(x), 6))[0])
+
+class Tiny(Leaky):
+    def forward(self, x): return super().forward(x)*1e-9
+
+def test_what_looks_healthy_and_is_not(signals):
+    torch.manual_seed(0)
+    table = TbpttLearner(loaders(signals), OwnZeros()).check_memory_grads()
+    assert table.attrs['verdict'].startswith('not carried') and table.share.isna().all()
+    conv = TbpttLearner(loaders(signals, None), Beside(nn.Conv1d(2, 2, 3, padding=1)))
+    assert conv.check_memory_grads().attrs['verdict'].startswith('not carried')
+    assert TbpttLearner(loaders(signals), Tiny()).check_memory_grads().attrs['verdict'].startswith('forgotten boundaries')
+    loss = lambda p,y: nn.functional.l1_loss(p[0] if isinstance(p, tuple) else p, y)
+    assert TbpttLearner(loaders(signals), Tuple(), loss_func=loss).check_memory_grads().attrs['verdict'].startswith('healthy')
+    with pytest.raises(ValueError, match='gives other predictions'): TbpttLearner(loaders(signals), Tuple(flip=True), loss_func=loss).check_sub_windows()
+    with pytest.raises(ValueError, match='All parameters are frozen'): TbpttLearner(loaders(signals), lstm().requires_grad_(False)).check_memory_grads()
+
+
+def test_the_steps_are_those_of_a_sub_window(signals):
+    torch.manual_seed(0)
+    model = lstm()
+    def share(sub_seq_len, **kwargs): return TbpttLearner(loaders(signals, sub_seq_len), model).check_memory_grads(**kwargs).share['0.rnn.weight_hh_l0']
+    assert share(2)==share(20, steps=2)<share(5)<share(20)
+    assert share(1)==share(20)
+
+
 def test_norms_are_those_of_a_loop_by_hand(signals):
     torch.manual_seed(0)
     learn = TbpttLearner(loaders(signals, shuffle=False, dtype=torch.float64), lstm().double(), loss_func=nn.MSELoss())

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.find import decay_rate, relative_bias
 from tbptt_fastai.learner import TbpttLearner
+from tbptt_fastai.memories import LRU
 from tbptt_fastai.rnn import StatefulRNN
 from tbptt_fastai.streams import StreamDL
 from tbptt_fastai.windows import Sequences
@@ -47,7 +48,7 @@ def phi_by_hand(rnn, head, x, y, lags, ends, loss=torch.nn.functional.mse_loss):
                 state = tree_map(lambda o: o.clone().requires_grad_(), state)
                 out,_ = rnn(x[row:row+1,s-k+1:s+1], state)
                 grads = torch.autograd.grad(loss(head(out[:,-1:]), y[row:row+1,s:s+1]), tree_leaves(state))
-                res[i] += sum(float(g.square().sum()) for g in grads)**.5/len(x)/len(ends)
+                res[i] += sum(float(g.abs().square().sum()) for g in grads)**.5/len(x)/len(ends)
     return res
 
 
@@ -70,6 +71,27 @@ def test_phi_is_what_a_loop_by_hand_gives(make, step, stateful):
     ends = range(6, 12) if step==1 else (7, 9, 11) # limit: twice max_lag
     expected = [phi_by_hand(rnn, head, x[b:b+3], y[b:b+3], res.lags, ends) for b in (0,3)]
     np.testing.assert_allclose(res.phi, expected, rtol=1e-8)
+
+
+def test_a_complex_state_has_two_units_for_each_number():
+    x,y = data()
+    torch.manual_seed(0)
+    rnn,head = LRU(2, 4).double(),nn.Linear(4, 1).double()
+    learn = TbpttLearner(loaders(x, y), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5, loss_func=nn.MSELoss())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        res = learn.tbptt_find(max_lag=6, n_batches=2, n_losses=99, show=False)
+    expected = [phi_by_hand(rnn, head, x[b:b+3], y[b:b+3], res.lags, range(6, 12)) for b in (0,3)]
+    np.testing.assert_allclose(res.phi, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize('growth', [1., 1.3])
+def test_a_memory_that_reaches_no_further_needs_no_more(growth):
+    "Nothing is left out from lag 9 on"
+    lags = np.arange(1, 31)
+    phi = np.where(lags<=8, growth**lags, 0.)
+    delta = relative_bias(lags, phi, phi.cumsum(), beta=.9)
+    assert (delta[8:]==0).all() and (delta[:8]>.1).any()
 
 
 def test_a_summed_loss_and_several_layers():

@@ -69,44 +69,44 @@ def whole(model, x):
 def test_chunks_give_what_the_whole_gives(name, sizes, dtype):
     model,x = build(name, dtype)
     predictor = StreamPredictor(model)
-    y = torch.cat([predictor.stream(o) for o in x.split(sizes, 1)], 1)
+    y = torch.cat([predictor(o) for o in x.split(sizes, 1)], 1)
     torch.testing.assert_close(y, whole(model, x), rtol=0, atol=1e-5 if dtype==torch.float32 else 1e-10)
     assert not y.requires_grad and y.dtype==dtype
     predictor.reset()
-    one = torch.cat([predictor.stream(o) for o in x[1].split(sizes)])
+    one = torch.cat([predictor(o) for o in x[1].split(sizes)])
     torch.testing.assert_close(one, y[1], rtol=0, atol=1e-5 if dtype==torch.float32 else 1e-10)
 
 
 def test_arrays_in_arrays_out_and_the_number_of_streams():
     model,x = build('lstm')
     predictor,arrays = StreamPredictor(model),x.double().numpy()
-    y = [predictor.stream(o) for o in np.split(arrays, [5], axis=1)]
+    y = [predictor(o) for o in np.split(arrays, [5], axis=1)]
     assert isinstance(y[0], np.ndarray) and y[0].dtype==np.float32
     np.testing.assert_allclose(np.concatenate(y, 1), whole(model, x), atol=1e-5)
-    with pytest.raises(ValueError, match='has 2 streams; expected 3, as many as before'): predictor.stream(x[:2])
-    with pytest.raises(ValueError, match='has 1 streams; expected 3'): predictor.stream(x[0])
-    with pytest.raises(ValueError, match='3 dimensions, or 2 for one stream'): predictor.stream(x[0,0])
-    with pytest.raises(ValueError, match='none of them empty'): predictor.stream(x[:,:0])
+    with pytest.raises(ValueError, match='has 2 streams; expected 3, as many as before'): predictor(x[:2])
+    with pytest.raises(ValueError, match='has 1 streams; expected 3'): predictor(x[0])
+    with pytest.raises(ValueError, match='3 dimensions, or 2 for one stream'): predictor(x[0,0])
+    with pytest.raises(ValueError, match='none of them empty'): predictor(x[:,:0])
     predictor.reset()
-    assert predictor.stream(x[:2]).shape==(2,220,3)
-    assert StreamPredictor(nn.Sequential(nn.Flatten(2), StatefulRNN(nn.GRU(6, 2, batch_first=True))), ndim=4).stream(torch.randn(5, 2, 3)).shape==(5,2)
+    assert predictor(x[:2]).shape==(2,220,3)
+    assert StreamPredictor(nn.Sequential(nn.Flatten(2), StatefulRNN(nn.GRU(6, 2, batch_first=True))), ndim=4)(torch.randn(5, 2, 3)).shape==(5,2)
 
 
 @pytest.mark.parametrize('name', ['lstm', 'plain', 'mixed', 'text', 'memory'])
 def test_some_streams_begin_anew(name):
     model,x = build(name)
     predictor,full = StreamPredictor(model),whole(model, x)
-    predictor.stream(x[:,:50])
+    predictor(x[:,:50])
     predictor.reset([False, True, False])
     predictor.reset(torch.tensor([False, False, True])) # both
-    y = predictor.stream(x[:,50:120])
+    y = predictor(x[:,50:120])
     torch.testing.assert_close(y[0], full[0,50:120], rtol=0, atol=1e-5)
     torch.testing.assert_close(y[1:], whole(model, x[1:,50:120]), rtol=0, atol=1e-5)
-    torch.testing.assert_close(predictor.stream(x[:,120:])[1:], whole(model, x[1:,50:])[:,70:], rtol=0, atol=1e-5) # once
+    torch.testing.assert_close(predictor(x[:,120:])[1:], whole(model, x[1:,50:])[:,70:], rtol=0, atol=1e-5) # once
     for rows in ([True], [0, 1, 1]):
         with pytest.raises(ValueError, match='expected bool with one value for each of 3 streams'): predictor.reset(rows)
     predictor.reset()
-    torch.testing.assert_close(predictor.stream(x), full, rtol=0, atol=1e-5)
+    torch.testing.assert_close(predictor(x), full, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match='each of 0 streams'): StreamPredictor(model).reset([True])
 
 
@@ -114,16 +114,16 @@ def test_some_streams_begin_anew(name):
 def test_a_saved_state_is_gone_back_to(name):
     model,x = build(name)
     predictor = StreamPredictor(model)
-    predictor.stream(x[:,:50])
+    predictor(x[:,:50])
     predictor.reset([False, True, False])
     saved,file = predictor.state_dict(),io.BytesIO()
     torch.save(saved, file)
     file.seek(0)
-    y = predictor.stream(x[:,50:])
+    y = predictor(x[:,50:])
     for state in (saved, torch.load(file)):
         for other in (predictor, StreamPredictor(copy.deepcopy(model))):
             other.load_state_dict(state)
-            assert torch.equal(other.stream(x[:,50:]), y)
+            assert torch.equal(other(x[:,50:]), y)
     with pytest.raises(ValueError, match="saved state is of"): StreamPredictor(nn.Sequential(nn.Identity(), nn.Identity(), nn.Sequential(nn.GRU(2, 2)))).load_state_dict(saved)
 
 
@@ -137,14 +137,14 @@ def test_neither_saved_nor_kept_states_are_views():
     y = []
     for chunk in x.split(10, 1): # a buffer that is filled again and again
         buffer.copy_(chunk)
-        y.append(predictor.stream(buffer))
+        y.append(predictor(buffer))
     assert torch.equal(torch.cat(y, 1)[:,1:], x[:,:-1])
     saved = predictor.state_dict()
     saved['states'][''][0].fill_(5)
-    assert torch.equal(predictor.stream(x)[:,0], x[:,-1])
+    assert torch.equal(predictor(x)[:,0], x[:,-1])
     predictor.load_state_dict(saved)
     saved['states'][''][0].fill_(6)
-    assert (predictor.stream(x)[:,0]==5).all()
+    assert (predictor(x)[:,0]==5).all()
 
 
 def test_a_failed_call_changes_nothing():
@@ -152,13 +152,13 @@ def test_a_failed_call_changes_nothing():
     predictor,full = StreamPredictor(model),whole(model, x)
     model.train()
     model[1].norm.eval()
-    predictor.stream(x[:,:50])
-    with pytest.raises(RuntimeError): predictor.stream(torch.randn(3, 5, 9))
+    predictor(x[:,:50])
+    with pytest.raises(RuntimeError): predictor(torch.randn(3, 5, 9))
     hook = model[1].c.register_forward_hook(lambda *_: 1/0)
-    with pytest.raises(ZeroDivisionError): predictor.stream(x[:,50:60])
+    with pytest.raises(ZeroDivisionError): predictor(x[:,50:60])
     hook.remove()
     assert model.training and model[1].drop.training and not model[1].norm.training and model[0].state is None
-    torch.testing.assert_close(predictor.stream(x[:,50:]), full[:,50:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(predictor(x[:,50:]), full[:,50:], rtol=0, atol=1e-5)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -171,7 +171,7 @@ class Predicting(Callback):
         modes = [m.training for m in self.model.modules()]
         self.predictor.reset()
         with torch.no_grad(): expected = copy.deepcopy(self.model).eval()(self.x)
-        y = torch.cat([self.predictor.stream(o) for o in self.x.split(25, 1)], 1)
+        y = torch.cat([self.predictor(o) for o in self.x.split(25, 1)], 1)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-5)
         assert modes==[m.training for m in self.model.modules()]
         self.seen.append((self.training, y[0,-1,0].item()))
@@ -201,7 +201,7 @@ def test_within_a_carried_evaluation():
     model.eval()
     with torch.no_grad(), carry_state(model, evaluation=True):
         for a,b in ((0,100),(100,220)):
-            torch.testing.assert_close(predictor.stream(x.flip(0)[:,a:b]), full.flip(0)[:,a:b], rtol=0, atol=1e-5)
+            torch.testing.assert_close(predictor(x.flip(0)[:,a:b]), full.flip(0)[:,a:b], rtol=0, atol=1e-5)
             torch.testing.assert_close(model(x[:,a:b]), full[:,a:b], rtol=0, atol=1e-5)
 
 
@@ -219,19 +219,19 @@ def test_first_states_of_groups():
     torch.manual_seed(0)
     model,x = Grouped(),torch.randn(3, 60, 2)
     predictor = StreamPredictor(model)
-    with pytest.raises(ValueError, match='no first state for group None'): predictor.stream(x)
+    with pytest.raises(ValueError, match='no first state for group None'): predictor(x)
     predictor.reset(groups=list('bab'))
-    with pytest.raises(ValueError, match='has 2 streams; expected 3, as many as groups'): predictor.stream(x[:2])
-    y = torch.cat([predictor.stream(o) for o in x.split(13, 1)], 1)
+    with pytest.raises(ValueError, match='has 2 streams; expected 3, as many as groups'): predictor(x[:2])
+    y = torch.cat([predictor(o) for o in x.split(13, 1)], 1)
     torch.testing.assert_close(y, model.whole(x, 'bab'), rtol=0, atol=1e-5)
     predictor.reset([True, True, False], groups=list('aaa'))
     state = predictor.state_dict()
-    y = predictor.stream(x)
+    y = predictor(x)
     torch.testing.assert_close(y[:2], model.whole(x[:2], 'aa'), rtol=0, atol=1e-5)
     predictor.load_state_dict(state)
-    assert torch.equal(predictor.stream(x), y)
+    assert torch.equal(predictor(x), y)
     predictor.reset([False, False, True]) # of the group it had
-    torch.testing.assert_close(predictor.stream(x)[2], model.whole(x[2:], 'b')[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(predictor(x)[2], model.whole(x[2:], 'b')[0], rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match='There are 2 groups'): predictor.reset([True]*3, groups=['a','b'])
 
 
@@ -256,9 +256,9 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match='LSTM .0. is bidirectional'): StreamPredictor(nn.Sequential(nn.LSTM(2, 2, bidirectional=True)))
     with pytest.raises(TypeError, match='Linear has no recurrent layer'): StreamPredictor(nn.Linear(2, 2))
     predictor,x = StreamPredictor(StatefulRNN(NoFirst())),torch.randn(2, 9, 2)
-    predictor.stream(x)
+    predictor(x)
     with pytest.raises(ValueError, match='first state of a NoFirst is not known'): predictor.reset([True, False])
-    torch.testing.assert_close(predictor.stream(x)[:,-1], 2*x.sum(1))
+    torch.testing.assert_close(predictor(x)[:,-1], 2*x.sum(1))
 
 
 def run_onnx(path, state, x, sizes):
@@ -331,3 +331,21 @@ def test_a_trace_that_is_wrong_elsewhere_is_found():
 def test_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     with pytest.raises(ImportError, match=r'pip install tbptt_fastai\[onnx\]'): to_onnx(MODELS['gru'](), 'm.onnx', torch.ones(1, 5, 2))
+
+
+class OwnFirst(nn.Module):
+    "Gives its layer zeros in every call, so that nothing is carried"
+    def __init__(self, batch_first=True):
+        super().__init__()
+        self.rnn,self.head,self.own = nn.GRU(2, 4, batch_first=batch_first),nn.Linear(4, 1),batch_first
+    def forward(self, x): return self.head(self.rnn(x, torch.zeros(1, len(x), 4))[0] if self.own else self.rnn(x)[0])
+
+@pytest.mark.parametrize('batch_first,match', [(True, 'a state of its own in every call'), (False, 'took the 10 steps for a batch')])
+def test_a_model_that_carries_nothing_is_refused(batch_first, match):
+    with pytest.raises(ValueError, match=match): StreamPredictor(OwnFirst(batch_first))(torch.randn(3, 10, 2))
+
+
+def test_layers_of_a_state_that_is_returned_are_kept():
+    "For one stream only what has one row loses its batch dimension"
+    out = StreamPredictor(nn.GRU(1, 4, 2, batch_first=True))(torch.randn(5, 1))
+    assert out[0].shape==(5,4) and out[1].shape[0]==2

@@ -251,3 +251,20 @@ def test_a_model_in_the_middle_of_a_window_is_copied_without_its_memory(kind):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh):
         assert other[0].state is None and torch.equal(other(x), whole)
     torch.testing.assert_close(model(x[:,7:]), whole[:,7:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('nu', [-18.5, -25.])
+def test_the_slowest_modes_of_an_lru_have_a_finite_gradient(nu):
+    m = LRU(3, 5)
+    with torch.no_grad(): m.nu[0] = nu
+    m(torch.randn(2, 30, 3))[0].sum().backward()
+    assert m.nu.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_an_lru_in_half_precision(dtype):
+    torch.manual_seed(0)
+    m,x = LRU(3, 5),torch.randn(2, 30, 3)
+    out,state = copy.deepcopy(m).to(dtype)(x.to(dtype))
+    assert out.dtype==dtype and state.dtype==torch.complex64
+    torch.testing.assert_close(out.float(), m(x)[0], rtol=0, atol=.05)

@@ -72,6 +72,13 @@ def test_what_has_no_batch_is_declared():
     with pytest.raises(ValueError, match='expected the same form'): where_state(torch.tensor([True]*4), (torch.zeros(4, 3),), state, dims)
 
 
+def test_dicts_may_come_in_any_order():
+    initial,state = {'h': torch.zeros(1,2), 'c': (torch.ones(1,2), {'a': torch.full((1,2), 2.), 'b': 0})},{'c': (torch.full((2,2), 5.), {'b': 1, 'a': torch.full((2,2), 6.)}), 'h': torch.full((2,2), 7.)}
+    begun = where_state(torch.tensor([True,False]), initial, state)
+    assert begun['h'].tolist()==[[0,0],[7,7]] and begun['c'][0].tolist()==[[1,1],[5,5]] and begun['c'][1]['a'].tolist()==[[2,2],[6,6]]
+    with pytest.raises(ValueError, match='expected the same form'): where_state(torch.tensor([True,False]), {'h': torch.zeros(1,2)}, {'c': torch.zeros(2,2)})
+
+
 class Counting(nn.Module):
     "A leaky sum in a dataclass, with a count of steps for each row and statistics that all rows share"
     def __init__(self): super().__init__(); self.leak = nn.Parameter(torch.tensor(.9))
