@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['TbpttResetCB']
 
-# %% ../nbs/06_callback.ipynb #2195aa02
+# %% ../nbs/06_callback.ipynb #e435a063
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
-from fastai.torch_core import TensorBase, cast, find_bs, find_device, get_model, to_device
+from fastai.torch_core import find_bs, find_device, get_model
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .carry import carry_state, reset_own_state
 from .checks import check_carries, check_states, check_stream, resets_itself, resolve_sub_seq_len, stateful_modules
-from .loader import SubWindows, inner_loader, view_of
+from .loader import SubWindows, inner_loader, plain_batch, view_of
 from .metrics import StepSmoothLoss
 from .streams import StreamDL, StreamView
 from .truncation import SubWindow, check_steps
@@ -36,7 +36,7 @@ class _CarryingRun:
             raise
         finally: cb._carried = outer
 
-# %% ../nbs/06_callback.ipynb #464e3550
+# %% ../nbs/06_callback.ipynb #4639920c
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window or sequence starts, and evaluate whole windows; sequences of a `StreamDL` in sub-windows too"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -116,7 +116,7 @@ class TbpttResetCB(Callback):
             f"The rows of this StreamDL begin their sequences at different times, but the reset() of {type(get_model(self.model)).__name__} resets all rows. Carry its state in a StatefulRNN.")
         if resets_itself(self.model) and rows is None: get_model(self.model).reset()
         for m in stateful_modules(self.model): m.reset(rows, groups)
-        if self._carried is not None: self._carried.reset(rows, groups)
+        if self._carried is not None: self._carried.reset_layers(rows)
 
     def before_batch(self):
         if self.carries and not self._carrying: raise RuntimeError(
@@ -133,7 +133,7 @@ class TbpttResetCB(Callback):
 
     def _warm_up(self, xb):
         "Bring the state through steps that have no loss and get no gradient"
-        with torch.no_grad(): self.model(*to_device(tree_map(lambda o: cast(o, Tensor) if isinstance(o, TensorBase) else o, xb), find_device(self.xb)))
+        with torch.no_grad(): self.model(*plain_batch(xb, find_device(self.xb)))
 
     def _begin_rows(self):
         "Reset the rows of a stream in which a sequence begins"

@@ -5,26 +5,23 @@
 # %% auto #0
 __all__ = ['reads_steps', 'a_window', 'run_in_parts']
 
-# %% ../nbs/08b_diagnose.ipynb #56ef845f
+# %% ../nbs/08b_diagnose.ipynb #ada489f3
 from contextlib import contextmanager
 import numpy as np
 import pandas as pd
 import torch
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.torch_core import TensorBase, cast, no_random, to_device
+from fastai.torch_core import no_random
 from fastcore.basics import first, patch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from .carry import carry_state, reset_own_state
 from .checks import resolve_sub_seq_len
-from .loader import Window, inner_loader
+from .loader import Window, inner_loader, plain_batch
 from .truncation import check_steps
 from .windows import Sequences
 
-# %% ../nbs/08b_diagnose.ipynb #4a25e46a
-def _plain(o): return cast(o, Tensor) if isinstance(o, TensorBase) else o
-
+# %% ../nbs/08b_diagnose.ipynb #c0c06527
 def reads_steps(
     dl, # Any loader
 )->bool:
@@ -47,7 +44,7 @@ def a_window(
     n_inp = getattr(learn.dls, 'n_inp', max(len(batch)-1, 1))
     window = Window(batch, n_inp)
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
-    part = to_device(tree_map(_plain, window.cut(0, min(steps, window.steps))), device)
+    part = plain_batch(window.cut(0, min(steps, window.steps)), device)
     return part[:n_inp],part[n_inp:]
 
 @contextmanager
@@ -112,8 +109,8 @@ def check_sub_windows(self:Learner,
     raise ValueError(f"A window of {steps} steps in sub-windows of {sub} gives other predictions than in one piece, by {_difference(parts, whole, steps):.0%}; the first layer that differs is {guilty}. It looks ahead, "
                      "or along time without carrying what it has seen: give it a state by StatefulRNN, or train whole windows (sub_seq_len=None).")
 
-# %% ../nbs/08b_diagnose.ipynb #a62fc5c9
-def _grads(model, params, loss_func, preds, yb):
+# %% ../nbs/08b_diagnose.ipynb #fa66f882
+def _grads(params, loss_func, preds, yb):
     grads = torch.autograd.grad(loss_func(preds, *yb), params, allow_unused=True)
     return [None if g is None else g.detach().double() for g in grads]
 
@@ -140,8 +137,9 @@ def check_memory_grads(self:Learner,
         alone = torch.cat([o for k in range(n) for o in run_in_parts(model, Window(xb, len(xb)).cut(k, k+1), 1)], 1)
         remembers = not torch.allclose(whole, alone, rtol=tol, atol=tol*whole.abs().max().item())
         leaks = _leaks(model, xb)
-        with torch.no_grad(): carried = (_difference([run(1)], whole, n) or 0)<=1e-4
-        grads,direct = (_grads(model, params, loss_func, run(k), yb) for k in (n, 1))
+        single = run(1)
+        carried = (_difference([single], whole, n) or 0)<=1e-4
+        grads,direct = (_grads(params, loss_func, preds, yb) for preds in (whole, single))
     rows = {}
     for name,g,d in zip(names, grads, direct):
         total,through = _norm(g),0. if g is None else _norm(g-d if d is not None else g)

@@ -14,7 +14,7 @@ import torch
 import matplotlib.pyplot as plt
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.torch_core import TensorBase, cast, get_model, get_random_states, set_random_states, to_device
+from fastai.torch_core import get_model, get_random_states, set_random_states, to_device
 from fastcore.basics import patch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -22,7 +22,7 @@ from .callback import TbpttResetCB
 from .carry import carry_state
 from .checks import check_carries, check_states, stateful_modules
 from .layout import Block
-from .loader import SubWindows, Window, inner_loader
+from .loader import SubWindows, Window, inner_loader, plain_batch
 from .memory import activation_memory
 from .state import batch_dims, state_leaves
 from .streams import StreamDL, transform_block
@@ -114,8 +114,6 @@ def _stream_starts(dl, limit):
         batch = dl._read(Block(block.seq[rows], block.start[rows], block.n[rows]))
         yield transform_block(dl.after_batch, batch if dl.device is None else to_device(batch, dl.device), begins=True)
 
-def _plain(o): return cast(o, Tensor) if isinstance(o, TensorBase) else o
-
 def _gradients(learn, window, n_inp, start, n_blocks, step, n_lags, ends):
     "Of the losses at the end of some blocks, for each lag: the mean norm of a row's gradient, and the norm of the mean gradient of all lags up to it"
     model,loss_func,states,phi,norms = learn.model,learn.loss_func,[],0,0
@@ -124,7 +122,7 @@ def _gradients(learn, window, n_inp, start, n_blocks, step, n_lags, ends):
     with _KeepGraph(model) as carried:
         carried.reset()
         for j in range(n_blocks):
-            batch = tree_map(_plain, to_device(window.cut(start+j*step, start+(j+1)*step), device))
+            batch = plain_batch(window.cut(start+j*step, start+(j+1)*step), device)
             pred = model(*batch[:n_inp])
             bs = next(len(o) for o in state_leaves(batch) if isinstance(o, Tensor))
             if j==0: check_states(model, carried, bs, step)
@@ -211,7 +209,7 @@ def tbptt_find(self:Learner,
             if first is None:
                 n_lags = (min(steps//2, 500) if max_lag is None else max_lag)//step
                 if n_lags<2 or n_lags*step>=steps: raise ValueError(f"A window has {window.steps} steps: too short for {'two lags' if max_lag is None else f'max_lag={max_lag}'} with step={step}. Use longer windows{'' if max_lag is None else ', or a smaller max_lag'}{'' if step==1 else ', or a smaller step'}.")
-                first = tree_map(_plain, to_device(window.batch[:n_inp], next(self.model.parameters()).device))
+                first = plain_batch(window.batch[:n_inp], next(self.model.parameters()).device)
             n_blocks = steps//step
             low = max(n_lags, -(-(cb.n_skip+1)//step)-1)
             timed = not window.targets_timed or any(window.targets_timed)

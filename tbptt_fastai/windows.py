@@ -120,8 +120,24 @@ class Sequences:
         least,most = (f(self.lengths) if len(self) else 0 for f in (min, max))
         return f"{type(self).__name__}: {len(self)} of {least if least==most else f'{least} to {most}'} steps"
 
-# %% ../nbs/03a_windows.ipynb #48b0e707
-class SequenceWindows(Sequences):
+# %% ../nbs/03a_windows.ipynb #cc09b746
+class _Pieces(Sequences):
+    "Pieces of sequences, every `stp_sz` steps, found by arithmetic"
+    def _count(self, counts): self._counts,self._ends = counts,counts.cumsum()
+
+    def __len__(self): return int(self._ends[-1])
+
+    def _locate(self, idxs):
+        seq = self._ends.searchsorted(idxs, side='right')
+        return seq,(idxs-self._ends[seq]+self._counts[seq])*self.stp_sz
+
+    def new_empty(self):
+        "The same settings without the data, as `Learner.export` needs it"
+        empty = super().new_empty()
+        empty._count(np.zeros(1, int))
+        return empty
+
+class SequenceWindows(_Pieces):
     "Windows of `win_sz` steps, every `stp_sz` steps, over one or several sequences of inputs and targets"
     def __init__(self,
         x, # Inputs: array `(time,)` or `(time, ...)`, or a list of such
@@ -140,17 +156,10 @@ class SequenceWindows(Sequences):
         if self.win_sz>lengths.min():
             short = [self.groups[i] for i in np.flatnonzero(lengths<self.win_sz)]
             warnings.warn(f"{len(short)} of {len(lengths)} sequences are shorter than win_sz={self.win_sz} and give no window: {short[:10]}{'…' if len(short)>10 else ''}.", stacklevel=2)
-        self._counts = np.maximum((lengths-self.win_sz)//self.stp_sz+1, 0)
-        self._ends = self._counts.cumsum()
-
-    def __len__(self): return int(self._ends[-1])
+        self._count(np.maximum((lengths-self.win_sz)//self.stp_sz+1, 0))
 
     @property
     def lengths(self): return np.broadcast_to(self.win_sz, len(self)) # takes no memory
-
-    def _locate(self, idxs):
-        seq = self._ends.searchsorted(idxs, side='right')
-        return seq,(idxs-self._ends[seq]+self._counts[seq])*self.stp_sz
 
     def gather(self,
         idxs, # Numbers of windows
@@ -169,16 +178,10 @@ class SequenceWindows(Sequences):
 
     def __getitem__(self, i): return super().__getitem__(i) if self.in_files or not hasattr(i, '__index__') else tuple(b[0] for b in self.gather([index(i)]))
 
-    def new_empty(self):
-        "The same settings without the data, as `Learner.export` needs it"
-        empty = super().new_empty()
-        empty._counts,empty._ends = np.zeros(1, int),np.zeros(1, int)
-        return empty
-
     def __repr__(self): return f'{type(self).__name__}: {len(self)} windows of {self.win_sz} steps, every {self.stp_sz}, over {len(self.steps)} sequences'
 
-# %% ../nbs/03a_windows.ipynb #d900f969
-class SequenceParts(Sequences):
+# %% ../nbs/03a_windows.ipynb #556a40e1
+class SequenceParts(_Pieces):
     "Consecutive parts of `win_sz` steps; the last part of each sequence has what is left"
     def __init__(self,
         x, # Inputs: array `(time,)` or `(time, ...)`, or a list of such
@@ -187,22 +190,15 @@ class SequenceParts(Sequences):
         **kwargs # As for `Sequences`
     ):
         super().__init__(x, y, **kwargs)
-        self.win_sz = check_steps('win_sz', win_sz)
-        self._counts = -(-self.steps//self.win_sz)
-        self._ends = self._counts.cumsum()
+        self.win_sz = self.stp_sz = check_steps('win_sz', win_sz)
+        self._count(-(-self.steps//self.win_sz))
         self._lengths = np.full(len(self), self.win_sz)
         self._lengths[self._ends-1] -= self._counts*self.win_sz-self.steps
-
-    def __len__(self): return int(self._ends[-1])
 
     @property
     def lengths(self): return self._lengths
 
-    def _locate(self, idxs):
-        seq = self._ends.searchsorted(idxs, side='right')
-        return seq,(idxs-self._ends[seq]+self._counts[seq])*self.win_sz
-
     def new_empty(self):
         empty = super().new_empty()
-        empty._counts,empty._ends,empty._lengths = np.zeros(1, int),np.zeros(1, int),np.zeros(0, int)
+        empty._lengths = np.zeros(0, int)
         return empty

@@ -153,17 +153,23 @@ def test_a_failing_model_is_left_as_it_was(xy, exc):
     for a,b in zip(model.parameters(), fresh.model.parameters()): assert torch.equal(a, b)
 
 
-def test_a_copy_made_in_mid_fit_carries_nothing(xy):
+def pickled(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, pickled])
+def test_a_copy_made_in_mid_fit_carries_nothing(xy, copied):
     class Copy(Callback):
         order = 99
-        def after_batch(self):
-            if self.training: self.learn.copied = copy.deepcopy(self.model)
-    learn = learner(xy, Plain())
+        def after_batch(self): copies[self.training] = copied(self.model)
+    copies,learn = {},learner(xy, Plain())
     learn.add_cb(Copy())
     fit(learn, 1)
     x = torch.randn(4, 20, 2)
-    first = learn.copied.train()(x)
-    assert torch.equal(learn.copied(x), first)
+    for training in (True, False):
+        first = copies[training].train()(x)
+        assert torch.equal(copies[training](x), first)
 
 
 def test_saved_files_are_those_of_the_plain_model(xy, tmp_path):
@@ -203,21 +209,6 @@ def test_evaluation_in_pieces_leaves_the_training_state_alone():
     torch.testing.assert_close(parts, whole)
     assert torch.equal(model[0].state, state)
     torch.testing.assert_close(model(x), whole)
-
-
-def test_a_model_pickled_in_mid_fit_carries_nothing(xy):
-    class Pickle(Callback):
-        order = 99
-        def after_batch(self):
-            buffer = io.BytesIO()
-            torch.save(self.model, buffer)
-            self.learn.pickled = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
-    learn = learner(xy, Plain())
-    learn.add_cb(Pickle())
-    fit(learn, 1)
-    x = torch.randn(4, 20, 2)
-    first = learn.pickled.train()(x)
-    assert torch.equal(learn.pickled(x), first)
 
 
 @pytest.mark.parametrize('stateful', [True,False])
