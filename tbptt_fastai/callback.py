@@ -36,7 +36,7 @@ class _CarryingRun:
             raise
         finally: cb._carried = outer
 
-# %% ../nbs/06_callback.ipynb #4639920c
+# %% ../nbs/06_callback.ipynb #f4efbb69
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window or sequence starts, and evaluate whole windows; sequences of a `StreamDL` in sub-windows too"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -141,7 +141,7 @@ class TbpttResetCB(Callback):
             idle = block.n==0
             rows = block.begins(self.dl.seen)|idle
             if not rows.any(): return
-            groups = self.dl.dataset.groups_of(block.seq.clip(0))
+            groups = self.dl.groups(block)
             if not (self._carrying or self.training): # whole sequences in evaluation, which leaves the training state alone
                 reset_own_state(self.model)
                 for m in stateful_modules(self.model): m._groups = groups

@@ -48,6 +48,7 @@ def relative_bias(
     tau:int=1, # Lag from which on they do
 )->np.ndarray: # For each lag; infinite where nothing can be said
     "Estimate of the relative bias of a gradient of so many steps"
+    if phi[-1]==0 and not beta<1: beta = 0. # a memory that reaches no further
     if not beta<1: return np.full(len(lags), np.inf)
     step,i = lags[1]-lags[0],int(np.searchsorted(lags, tau))
     rate = beta**step
@@ -228,10 +229,10 @@ def tbptt_find(self:Learner,
         beta = decay_rate(lags, phi.mean(0), tau)
         delta = relative_bias(lags, phi.mean(0), np.mean(norms, 0), beta, tau)
         res = TbpttFind(lags, phi, delta, beta, tau, bias)
-        below = np.flatnonzero(delta<bias)
+        below,ends_there = np.flatnonzero(delta<bias),phi.any() and not phi[:,-1].any()
         if not np.isfinite(phi).all(): warnings.warn("Gradients are not finite: they explode within the lags measured. No sub_seq_len is suggested; use a smaller max_lag, or a model that is stable.", stacklevel=2)
-        elif beta!=beta: warnings.warn(f"Fewer than two lags from {tau} on have any gradient: nothing reaches that far back. No sub_seq_len is suggested; use a smaller max_lag or tau.", stacklevel=2)
-        elif beta>=1: warnings.warn(f"Gradients do not fall over {lags[-1]} steps (beta={beta:.4g}): either they explode, or the window is too short to see the decay. No sub_seq_len is suggested; use longer windows and a larger max_lag.", stacklevel=2)
+        elif beta!=beta and not ends_there: warnings.warn(f"Fewer than two lags from {tau} on have any gradient: nothing reaches that far back. No sub_seq_len is suggested; use a smaller max_lag or tau.", stacklevel=2)
+        elif beta>=1 and not ends_there: warnings.warn(f"Gradients do not fall over {lags[-1]} steps (beta={beta:.4g}): either they explode, or the window is too short to see the decay. No sub_seq_len is suggested; use longer windows and a larger max_lag.", stacklevel=2)
         else:
             res.reached,res.suggestion = bool(len(below)),int(lags[below[0] if len(below) else -1])
             if not res.reached: warnings.warn(f"No lag up to {lags[-1]} has a relative bias below {bias}: the suggestion is the largest one. Use longer windows and a larger max_lag, or a larger bias.", stacklevel=2)

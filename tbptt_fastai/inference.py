@@ -105,14 +105,14 @@ class StreamPredictor:
     def state_dict(self)->dict: # Copies on the CPU, for `torch.save`
         "Where the streams are"
         keep = lambda o: o.to('cpu', copy=True) if isinstance(o, Tensor) else o
-        return dict(states=tree_map(keep, self._states), n_streams=self.n_streams, begins=tree_map(keep, self._begins), groups=copy.copy(self._groups))
+        return dict(layers=list(self._carried()[1]), states=tree_map(keep, self._states), n_streams=self.n_streams, begins=tree_map(keep, self._begins), groups=copy.copy(self._groups))
 
     def load_state_dict(self,
         state:dict, # From `state_dict`, of a predictor with the same layers
     ):
         "Go on from there"
         names = list(self._carried()[1])
-        if unknown := [o for o in state['states'] if o not in names]: raise ValueError(f"The saved state is of {unknown[0]!r}; the layers of this model are {names}.")
+        if state['layers']!=names: raise ValueError(f"The saved state is of the layers {state['layers']}; those of this model are {names}.")
         state = copy.deepcopy(state)
         state_leaves(state['states']) # registers dataclasses
         self._states,self.n_streams,self._begins,self._groups = (state[o] for o in ('states', 'n_streams', 'begins', 'groups'))

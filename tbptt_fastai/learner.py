@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scaling_from_data', 'default_loss', 'TbpttLearner', 'RNNLearner']
 
-# %% ../nbs/07_learner.ipynb #70bcd756
+# %% ../nbs/07_learner.ipynb #80073bd8
 from fastai.callback.training import GradientClip
 from fastai.callback.schedule import ParamScheduler # with it come fit_flat_cos, fit_one_cycle and lr_find
 from fastai.callback.progress import ProgressCallback # shown by default once imported
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .arrays import channel_stats
 from .callback import TbpttResetCB
 from .loader import first_item
+from .parts import SubWindowCheckCB
 from .rnn import SequenceRNN, Standardize
 from .text import TextRNN, TextRows
 from .windows import Sequences
@@ -52,7 +53,7 @@ def default_loss(
     if isinstance(y, Tensor) and y.is_floating_point(): return nn.L1Loss()
     raise ValueError(f"No default loss for targets of type {y.dtype if isinstance(y, Tensor) else type(y).__name__}: pass loss_func, such as CrossEntropyLossFlat().")
 
-# %% ../nbs/07_learner.ipynb #0c82e081
+# %% ../nbs/07_learner.ipynb #78b8321e
 @delegates(Learner.__init__)
 def TbpttLearner(
     dls, # `DataLoaders` of windows `(batch, time, ...)`
@@ -67,7 +68,7 @@ def TbpttLearner(
     "A `Learner` that trains by truncated backpropagation through time; all its methods are fastai's own"
     own = dict(sub_seq_len=sub_seq_len, n_skip=n_skip, grad_clip=grad_clip, loss_func=loss_func, cbs=cbs)
     if model is None: return RNNLearner(dls, **own, **kwargs)
-    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip)
+    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip)+SubWindowCheckCB()
     if grad_clip is not None:
         if not grad_clip>0: raise ValueError(f"grad_clip is {grad_clip}; expected the largest norm of the gradient, above 0, or None.")
         cbs += GradientClip(grad_clip)

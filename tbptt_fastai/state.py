@@ -55,7 +55,7 @@ def batch_dims(
     declared,form = tree_flatten(batch_dim)
     if len(declared)==1 and isinstance(batch_dim, int): declared = declared*len(leaves)
     elif form!=tree_flatten(state)[1]: raise ValueError(f"batch_dim is {batch_dim}, which has not the form of the state: {tree_map(lambda o: 'tensor' if isinstance(o, Tensor) else o, state)}.")
-    return [dim if isinstance(o, Tensor) and dim is not None and o.ndim>dim else None for o,dim in zip(leaves, declared)]
+    return [dim%o.ndim if isinstance(o, Tensor) and dim is not None and -o.ndim<=dim<o.ndim else None for o,dim in zip(leaves, declared)]
 
 def state_batch_size(
     state, # Hidden state of any nesting

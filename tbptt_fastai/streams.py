@@ -74,7 +74,7 @@ def transform_block(
             f"The batch transform {type(tfm).__name__} draws random numbers, other ones in each sub-window of a window. Make it a RandTransform that draws in `before_call`: that is done once per window.")
     return batch
 
-# %% ../nbs/03c_streams.ipynb #7afc8dba
+# %% ../nbs/03c_streams.ipynb #bd8c6b8a
 class StreamView(SubWindows):
     "A view of a `StreamDL`, for one run over it, that yields its blocks; `sub_window` says which steps of which sequences were yielded last"
     evaluation,seen = False,None # evaluation: is every block yielded, also without a loss? seen: the last block that the model has seen
@@ -106,6 +106,12 @@ class StreamView(SubWindows):
 
     @property
     def is_first(self): return self.seen is None
+
+    def groups(self,
+        block:Block, # A block of this run
+    )->list:
+        "The group of each row's sequence"
+        return self.dl.dataset.groups_of(block.seq.clip(0))
 
     def check(self):
         "A `ValueError` if sub-window or washout are too long for the longest sequence"

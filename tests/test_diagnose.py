@@ -186,3 +186,62 @@ def test_a_layer_that_looks_along_time_is_named(signals, layer, swap, name):
 @pytest.mark.parametrize('layer,swap', [(lambda: nn.Conv1d(2, 2, 1), True), (lambda: nn.BatchNorm1d(2), True), (lambda: nn.LayerNorm(2), False), (lambda: nn.Dropout(.5), False)])
 def test_a_layer_that_does_not_is_no_harm(signals, layer, swap):
     TbpttLearner(loaders(signals), Beside(layer(), swap)).check_sub_windows()
+
+
+@pytest.mark.parametrize('bad_first', [True, False])
+def test_one_memory_that_is_detached_beside_a_healthy_one(signals, bad_first):
+    torch.manual_seed(0)
+    class Cell(nn.Module):
+        def __init__(self): super().__init__(); self.cell = nn.GRUCell(2, 2)
+        def forward(self, x, h=None):
+            out = []
+            for xt in x.unbind(1):
+                h = self.cell(xt, h)
+                out.append(h)
+                h = h.detach()
+            return torch.stack(out, 1),h
+    layers = [StatefulRNN(Cell()), StatefulRNN(nn.GRU(2, 2, batch_first=True))]
+    model = nn.Sequential(*(layers if bad_first else layers[::-1]), nn.Linear(2, 1))
+    verdict = TbpttLearner(loaders(signals), model).check_memory_grads().attrs['verdict']
+    assert verdict.startswith(f'detached too early in {0 if bad_first else 1}: ')
+    model = nn.Sequential(*layers[1:], StatefulRNN(Slots()), nn.Linear(4, 1))
+    assert TbpttLearner(loaders(signals), model).check_memory_grads().attrs['verdict'].startswith('healthy')
+
+
+def test_a_memory_of_tokens_that_is_detached():
+    class Tokens(nn.Module):
+        def __init__(self, early): super().__init__(); self.embed,self.cell,self.early = nn.Embedding(30, 3),nn.GRUCell(3, 4),early
+        def forward(self, x, h=None):
+            out = []
+            for xt in x.unbind(1):
+                h = self.cell(self.embed(xt), h)
+                out.append(h)
+                if self.early: h = h.detach()
+            return torch.stack(out, 1),h
+    dls = SequenceDataLoaders.from_text('the quick brown fox '*40, bs=4, sub_seq_len=10)
+    for early,verdict in ((True, 'detached too early in 0'), (False, 'healthy')):
+        torch.manual_seed(0)
+        learn = TbpttLearner(dls, nn.Sequential(StatefulRNN(Tokens(early)), nn.Linear(4, len(dls.vocab))))
+        assert learn.check_memory_grads().attrs['verdict'].startswith(verdict)
+
+
+def doubled(x): return 2*x
+
+@pytest.mark.parametrize('tfms', [None, [doubled]])
+def test_first_states_of_groups(tfms):
+    from tbptt_fastai.rnn import learned_state
+    rng = np.random.default_rng(0)
+    xs,ys = ([rng.standard_normal((60,c)).astype(np.float32) for _ in range(4)] for c in (2,1))
+    dls = SequenceDataLoaders.from_arrays(xs, ys, sub_seq_len=20, bs=2, groups=['a','b','c','d'], **({} if tfms is None else dict(after_batch=tfms)))
+    rnn = nn.LSTM(2, 6, batch_first=True)
+    learn = TbpttLearner(dls, nn.Sequential(StatefulRNN(rnn, initial=learned_state(rnn, ['a','b','c','d'])), nn.Linear(6, 1)))
+    table = learn.check_memory_grads()
+    assert table.attrs['verdict'].startswith('healthy') and table.norm['0.initial.tensors.0']>0 # it was given the groups of its rows
+    learn.check_sub_windows()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+
+
+def test_predictions_that_are_not_finite_are_not_compared(signals):
+    model = lstm()
+    nn.init.constant_(model[1].bias, float('nan'))
+    with pytest.raises(ValueError, match='not finite'): TbpttLearner(loaders(signals), model).check_sub_windows()

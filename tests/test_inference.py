@@ -125,6 +125,9 @@ def test_a_saved_state_is_gone_back_to(name):
             other.load_state_dict(state)
             assert torch.equal(other(x[:,50:]), y)
     with pytest.raises(ValueError, match="saved state is of"): StreamPredictor(nn.Sequential(nn.Identity(), nn.Identity(), nn.Sequential(nn.GRU(2, 2)))).load_state_dict(saved)
+    one,two = nn.Sequential(StatefulRNN(nn.GRU(2, 2))),nn.Sequential(StatefulRNN(nn.GRU(2, 2)), StatefulRNN(nn.GRU(2, 2)))
+    for model,other in ((one, two), (two, one)):
+        with pytest.raises(ValueError, match='saved state is of the layers'): StreamPredictor(other).load_state_dict(StreamPredictor(model).state_dict())
 
 
 class Last(nn.Module):

@@ -63,6 +63,8 @@ def test_what_has_no_batch_is_declared():
     state = {'slots': torch.randn(4, 3), 'mean': torch.randn(7), 'layers': Pair(torch.randn(2, 4), 3)}
     dims = {'slots': 0, 'mean': None, 'layers': Pair(1, None)}
     assert batch_dims(state, dims)==[0, None, 1, None] and state_batch_size(state, dims)==4
+    assert batch_dims(torch.zeros(2, 3), -1)==[1] and batch_dims([torch.zeros(2, 3), torch.zeros(4)], -2)==[0, None]
+    assert where_state(torch.tensor([True, False]), None, torch.ones(3, 2), -1).tolist()==[[0., 1.]]*3
     check_state(state, 4, torch.device('cpu'), dims)
     begun = where_state(torch.tensor([True,False,False,False]), None, state, dims)
     assert torch.equal(begun['mean'], state['mean']) and (begun['slots'][0]==0).all() and (begun['layers'].h[:,0]==0).all() and torch.equal(begun['layers'].h[:,1:], state['layers'].h[:,1:])

@@ -1,0 +1,163 @@
+"Before the first step of a fit, TbpttLearner compares a sub-window in one piece with its halves, and leaves nothing behind"
+from functools import partial
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import set_seed
+from torch import nn
+from tbptt_fastai.callback import TbpttResetCB
+from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.evaluation import SubWindowEvalCB
+from tbptt_fastai.learner import TbpttLearner
+from tbptt_fastai.loader import Window
+from tbptt_fastai.parts import SubWindowCheckCB, compare_parts
+from tbptt_fastai.rnn import StatefulRNN, learned_state
+
+
+def loaders(signals, sub_seq_len=20, **kwargs):
+    set_seed(0)
+    u,y = signals
+    return SequenceDataLoaders.from_arrays(u, y, **{**dict(win_sz=100, sub_seq_len=sub_seq_len, bs=4), **kwargs})
+
+def fit(learn, n=1):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-2)
+
+class Flip(nn.Module):
+    "Bidirectional by hand"
+    def __init__(self):
+        super().__init__()
+        self.there,self.back,self.out = nn.GRU(2, 3, batch_first=True),nn.GRU(2, 3, batch_first=True),nn.Linear(6, 1)
+    def forward(self, x): return self.out(torch.cat([self.there(x)[0], self.back(x.flip(1))[0].flip(1)], -1))
+
+class TimeNorm(nn.Module):
+    "Over batch and time, also in evaluation"
+    def forward(self, x): return (x-x.mean((0,1)))/x.std((0,1))
+
+class Attend(nn.Module):
+    def __init__(self): super().__init__(); self.att = nn.MultiheadAttention(2, 1, batch_first=True)
+    def forward(self, x): return self.att(x, x, x)[0]
+
+class Chained(nn.Sequential):
+    "Layers along channels"
+    def forward(self, x): return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+def with_rnn(*layers): return nn.Sequential(*layers, StatefulRNN(nn.LSTM(2, 6, batch_first=True)), nn.Linear(6, 1))
+
+@pytest.mark.parametrize('make,name', [(Flip, r'GRU \(back\)'), (lambda: with_rnn(TimeNorm()), r'TimeNorm \(0\)'), (lambda: with_rnn(Attend()), r'MultiheadAttention \(0.att\)'),
+    (lambda: with_rnn(Chained(nn.Conv1d(2, 2, 3, padding=1))), r'Conv1d \(0.0\)'), (lambda: with_rnn(Chained(nn.InstanceNorm1d(2))), r'InstanceNorm1d \(0.0\)')])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_what_cannot_be_carried_is_named_before_it_learns(signals, make, name, dtype):
+    torch.manual_seed(0)
+    model = make().to(dtype)
+    before = {k:v.clone() for k,v in model.state_dict().items()}
+    learn = TbpttLearner(loaders(signals, dtype=dtype), model)
+    with pytest.raises(ValueError, match=f'first layer that differs is {name}.*sub_seq_len=None'): fit(learn)
+    for k,v in model.state_dict().items(): assert torch.equal(v, before[k])
+    assert all(p.grad is None for p in model.parameters()) and model.training
+    learn.remove_cb(SubWindowCheckCB)
+    fit(learn)
+    fit(TbpttLearner(loaders(signals, None, dtype=dtype), model)) # whole windows need nothing carried
+
+def test_a_bidirectional_layer_is_refused_when_the_learner_is_made(signals):
+    with pytest.raises(ValueError, match='bidirectional'): TbpttLearner(loaders(signals), nn.Sequential(nn.GRU(2, 3, batch_first=True, bidirectional=True)))
+
+
+class Counts(nn.Module):
+    "A state of its own, with a reset, and random numbers"
+    def __init__(self):
+        super().__init__()
+        self.rnn,self.drop,self.out,self.h = nn.GRU(2, 6, batch_first=True),nn.Dropout(.5),nn.Linear(6, 1),None
+    def reset(self): self.h = None
+    def forward(self, x):
+        out,h = self.rnn(x, torch.zeros(1, len(x), 6) if self.h is None else self.h)
+        self.h = h.detach()
+        return self.out(self.drop(out))
+
+def normed(): return nn.Sequential(Chained(nn.BatchNorm1d(2)), StatefulRNN(nn.LSTM(2, 6, 2, batch_first=True, dropout=.5)), nn.Linear(6, 1))
+def plain():
+    class Plain(nn.Module):
+        def __init__(self): super().__init__(); self.rnn,self.drop,self.out = nn.LSTM(2, 6, batch_first=True),nn.Dropout(.5),nn.Linear(6, 1)
+        def forward(self, x): return self.out(self.drop(self.rnn(x)[0]))
+    return Plain()
+
+@pytest.mark.parametrize('make', [Counts, normed, plain])
+@pytest.mark.parametrize('kwargs', [dict(), dict(n_skip=30), dict(n_skip=5), dict(stream=True)])
+def test_training_is_the_same_with_and_without(signals, make, kwargs):
+    "Bit by bit: parameters, buffers and random numbers; over two fits"
+    if make is Counts and 'stream' in kwargs: pytest.skip('its reset is for all rows')
+    def trained(check):
+        set_seed(0)
+        u,y = signals
+        dls = SequenceDataLoaders.from_arrays([u[:300], u[300:700], u[700:900]], [y[:300], y[300:700], y[700:900]], sub_seq_len=20, bs=2) if 'stream' in kwargs else loaders(signals)
+        learn = TbpttLearner(dls, make(), n_skip=kwargs.get('n_skip', 0), opt_func=partial(OptimWrapper, opt=torch.optim.Adam))
+        if not check: learn.remove_cb(SubWindowCheckCB)
+        set_seed(1)
+        fit(learn)
+        fit(learn)
+        return [*learn.model.state_dict().values(), torch.rand(3)]
+    for a,b in zip(trained(True), trained(False), strict=True): assert torch.equal(a, b)
+
+
+def test_it_runs_once_in_each_fit_and_not_in_evaluation(signals):
+    learn,seen = TbpttLearner(loaders(signals), with_rnn()),[]
+    learn.model.register_forward_pre_hook(lambda m,args: seen.append((m.training, args[0].shape[1])))
+    learn.validate()
+    evaluated = len(seen)
+    for _ in range(2):
+        seen.clear()
+        fit(learn, 2)
+        assert seen[:4]==[(False,20),(False,10),(False,10),(True,20)]
+        assert sum(not training for training,_ in seen)==3+2*evaluated
+
+def test_a_model_for_one_number_of_steps_is_left_alone(signals):
+    class Fixed(nn.Module):
+        def __init__(self): super().__init__(); self.mix = nn.Linear(20, 20)
+        def forward(self, x): return self.mix(x.transpose(1, 2)).transpose(1, 2)
+    fit(TbpttLearner(loaders(signals), with_rnn(Fixed()), cbs=SubWindowEvalCB(20)))
+
+def test_one_value_per_window_is_left_alone():
+    class Last(nn.Module):
+        def __init__(self): super().__init__(); self.rnn,self.out = nn.GRU(2, 6, batch_first=True),nn.Linear(6, 1)
+        def forward(self, x): return self.out(self.rnn(x)[0])[:,-1]
+    x = torch.randn(8, 40, 2)
+    from fastai.data.core import DataLoaders
+    dl = torch.utils.data.DataLoader(list(zip(x, x[:,0,:1])), 4)
+    fit(TbpttLearner(DataLoaders(dl, dl), Last(), sub_seq_len=10))
+
+def test_a_sub_window_of_one_step_is_left_alone(signals): fit(TbpttLearner(loaders(signals, 1, win_sz=4), with_rnn()))
+
+def test_learned_first_states_of_groups():
+    rng = np.random.default_rng(0)
+    xs,ys = ([rng.standard_normal((60,c)).astype(np.float32) for _ in range(4)] for c in (2,1))
+    dls = SequenceDataLoaders.from_arrays(xs, ys, sub_seq_len=20, bs=2, groups=list('abcd'))
+    rnn = nn.LSTM(2, 6, batch_first=True)
+    fit(TbpttLearner(dls, nn.Sequential(StatefulRNN(rnn, initial=learned_state(rnn, list('abcd'))), nn.Linear(6, 1))))
+
+def test_it_can_be_added_to_another_learner(signals):
+    learn = Learner(loaders(signals), with_rnn(TimeNorm()), nn.L1Loss(), cbs=[SubWindowCheckCB(), TbpttResetCB()])
+    with pytest.raises(ValueError, match='TimeNorm'): fit(learn)
+
+def test_half_precision_is_not_taken_for_an_error():
+    torch.manual_seed(0)
+    window = Window((torch.randn(3, 40, 2).bfloat16(),))
+    assert compare_parts(with_rnn().bfloat16(), window, 20)<.02
+    with pytest.raises(ValueError, match='other predictions'): compare_parts(with_rnn(TimeNorm()).bfloat16(), window, 20)
+
+def test_a_later_element_may_be_as_long(signals):
+    "timed says which elements are cut"
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.rnn,self.out = nn.GRU(2, 6, batch_first=True),nn.Linear(6, 1)
+        def forward(self, x, scale): return self.out(self.rnn(x)[0])*scale.mean(1)[:,None,None]
+    from fastai.data.core import DataLoaders
+    x = torch.randn(8, 20, 2)
+    dl = torch.utils.data.DataLoader(list(zip(x, torch.rand(8, 20), x[...,:1])), 4)
+    dls = DataLoaders(dl, dl)
+    dls.n_inp = 2
+    learn = Learner(dls, Two(), nn.L1Loss(), cbs=[TbpttResetCB(10, timed=(True, False, True)), SubWindowCheckCB()])
+    fit(learn)
+    learn.check_sub_windows()
+    learn = Learner(dls, Two(), nn.L1Loss(), cbs=[TbpttResetCB(10), SubWindowCheckCB()])
+    with pytest.raises(ValueError, match='other predictions'): fit(learn)
