@@ -18,13 +18,13 @@ from .checks import check_states
 from .loader import SubWindows, Window
 from .streams import StreamView
 
-# %% ../nbs/06d_parts.ipynb #840c480c
+# %% ../nbs/06d_parts.ipynb #8828e712
 @contextmanager
 def on_trial(
     model:nn.Module, # Any model
 ):
-    "In it, a model is in evaluation mode and full precision; modes, gradients and random generators are put back at the end"
-    modes,grads = {m: m.training for m in model.modules()},{p: p.grad for p in model.parameters()}
+    "In it, a model is in evaluation mode and full precision; modes and random generators are put back at the end, and a state of its own is reset"
+    modes = {m: m.training for m in model.modules()}
     device = next((p.device.type for p in model.parameters()), 'cpu')
     model.eval()
     try:
@@ -32,7 +32,6 @@ def on_trial(
         with no_random(), torch.backends.cudnn.flags(enabled=False), torch.autocast(device, enabled=False), torch.compiler.set_stance('force_eager'): yield
     finally:
         for m,training in modes.items(): m.training = training
-        for p,grad in grads.items(): p.grad = grad
         reset_own_state(model)
 
 def run_in_parts(
