@@ -245,3 +245,92 @@ def test_predictions_that_are_not_finite_are_not_compared(signals):
     model = lstm()
     nn.init.constant_(model[1].bias, float('nan'))
     with pytest.raises(ValueError, match='not finite'): TbpttLearner(loaders(signals), model).check_sub_windows()
+
+
+class Early(nn.Module):
+    "Detached after each step"
+    def __init__(self, n_in=2, size=16): super().__init__(); self.cell = nn.GRUCell(n_in, size)
+    def forward(self, x, h=None):
+        out = []
+        for xt in x.unbind(1):
+            h = self.cell(xt, h)
+            out.append(h)
+            h = h.detach()
+        return torch.stack(out, 1),h
+
+class NoGrad(nn.Module):
+    def __init__(self): super().__init__(); self.rnn = nn.GRU(2, 6, batch_first=True)
+    def forward(self, x, h=None):
+        with torch.no_grad(): return self.rnn(x, h)
+
+class Noise(nn.Module):
+    def forward(self, x): return x+torch.randn_like(x)
+
+def verdict(signals, model, sub_seq_len=20, **kwargs): return TbpttLearner(loaders(signals, sub_seq_len), model, **kwargs).check_memory_grads().attrs['verdict']
+
+def test_the_cause_is_not_always_the_detach(signals):
+    model = lstm()
+    model[0].requires_grad_(False)
+    assert verdict(signals, model).startswith('frozen: all 4 parameters') and not model[0].rnn.weight_hh_l0.requires_grad
+    assert verdict(signals, nn.Sequential(StatefulRNN(NoGrad(), batch_dim=1), nn.Linear(6, 1))).startswith('not in the graph: 0 runs')
+    assert verdict(signals, lstm(), loss_func=lambda p,y: (p-y).sum()*float('nan')).startswith('not finite')
+    assert verdict(signals, lstm(), loss_func=lambda p,y: (p-p).sum()).startswith('no gradient')
+    assert verdict(signals, lstm(), loss_func=lambda p,y: y.mean()).startswith('no gradient')
+    assert verdict(signals, lstm(), loss_func=nn.MSELoss(reduction='none')).startswith('healthy')
+    with pytest.raises(ValueError, match='other predictions each time'): verdict(signals, nn.Sequential(Noise(), *lstm()))
+    model = lstm()
+    nn.init.constant_(model[1].bias, float('nan'))
+    with pytest.raises(ValueError, match='not finite'): verdict(signals, model)
+    u,y = signals
+    with pytest.raises(ValueError, match='1 step'): TbpttLearner(SequenceDataLoaders.from_arrays(u, y, win_sz=1, sub_seq_len=1, bs=4), lstm()).check_memory_grads()
+
+def test_rounding_is_no_memory(signals):
+    "At the optimum of the head gradients cancel, and what is left of them is rounding"
+    torch.manual_seed(0)
+    learn = TbpttLearner(loaders(signals, 100, shuffle=False), nn.Sequential(StatefulRNN(Early()), nn.Linear(16, 1)), loss_func=nn.MSELoss())
+    x,y = learn.dls.train.one_batch()
+    with torch.no_grad():
+        h = learn.model[0](x)
+        h = torch.cat([h, torch.ones_like(h[...,:1])], -1).flatten(0, 1).double()
+        w = torch.linalg.lstsq(h, y.flatten(0, 1).double()).solution.float()
+        learn.model[1].weight.copy_(w[:-1].T)
+        learn.model[1].bias.copy_(w[-1])
+    learn.model[0].reset()
+    table = learn.check_memory_grads()
+    assert set(table.verdict)=={'directly only'} and table.attrs['verdict'].startswith('detached too early in 0')
+
+def test_the_verdict_is_shown(signals):
+    table = TbpttLearner(loaders(signals), lstm()).check_memory_grads()
+    assert 'healthy: ' in table._repr_html_() and 'healthy: ' in repr(table) and 'healthy' in repr(table[table.share>0])
+
+def test_a_state_that_was_never_detached(signals):
+    class Held(Leaky):
+        def forward(self, x):
+            out,self.h = self.rnn(x)
+            return self.out(out)
+    learn = TbpttLearner(loaders(signals), Held())
+    learn.model(torch.zeros(4, 5, 2))
+    with pytest.raises(TypeError, match='not detached'): learn.check_memory_grads()
+
+def test_without_the_callback(signals):
+    from fastai.learner import Learner
+    assert Learner(loaders(signals), lstm(), nn.L1Loss()).check_memory_grads().attrs['verdict'].startswith('healthy')
+
+@pytest.mark.parametrize('kind', ['torch', 'windows', 'stream', 'transformed'])
+def test_the_order_of_the_data_is_not_changed(signals, kind):
+    from fastai.data.core import DataLoaders
+    u,y = signals
+    def order(look):
+        set_seed(0)
+        if kind=='torch':
+            x = torch.randn(24, 40, 2)
+            dl = torch.utils.data.DataLoader(list(zip(x, x[...,:1])), 4, shuffle=True, generator=torch.Generator().manual_seed(1))
+            dls = DataLoaders(dl, dl)
+        elif kind=='stream': dls = SequenceDataLoaders.from_arrays([u[:300], u[300:900]], [y[:300], y[300:900]], sub_seq_len=20, bs=2)
+        else: dls = SequenceDataLoaders.from_arrays(u, y, win_sz=100, sub_seq_len=20, bs=4, **(dict(after_batch=[doubled]) if kind=='transformed' else {}))
+        learn = TbpttLearner(dls, lstm(), sub_seq_len=20, loss_func=nn.L1Loss())
+        if look:
+            learn.check_memory_grads()
+            learn.check_sub_windows()
+        return [b[0] for b in (dls.train.sub_windows() if kind=='stream' else dls.train)]
+    for a,b in zip(order(True), order(False), strict=True): assert torch.equal(a, b)

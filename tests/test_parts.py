@@ -177,3 +177,13 @@ def test_a_later_element_may_be_as_long(signals):
     learn.check_sub_windows()
     learn = Learner(dls, Two(), nn.L1Loss(), cbs=[TbpttResetCB(10), SubWindowCheckCB()])
     with pytest.raises(ValueError, match='other predictions'): fit(learn)
+
+def test_a_layer_made_for_a_window_is_named(signals):
+    learn = TbpttLearner(loaders(signals), with_rnn(nn.BatchNorm1d(100)))
+    for check in (lambda: fit(learn), learn.check_sub_windows):
+        with pytest.raises(ValueError, match=r'BatchNorm1d \(0\) cannot be run on (20|48) steps'): check()
+
+def test_random_numbers_in_evaluation_are_not_taken_for_an_error(signals):
+    class Noise(nn.Module):
+        def forward(self, x): return x+torch.randn_like(x)
+    fit(TbpttLearner(loaders(signals), with_rnn(Noise())))
