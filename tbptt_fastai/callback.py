@@ -5,22 +5,25 @@
 # %% auto #0
 __all__ = ['TbpttResetCB']
 
-# %% ../nbs/06_callback.ipynb #e435a063
+# %% ../nbs/06_callback.ipynb #2e16372c
+from functools import partial
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import find_bs, find_device, get_model
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from .carry import carry_state, reset_own_state
-from .checks import check_carries, check_states, check_stream, resets_itself, resolve_sub_seq_len, stateful_modules
-from .loader import SubWindows, inner_loader, plain_batch, view_of
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from .carry import reset_own_state
+from .checks import check_carries, check_states, check_stream, resets_itself, resolve_truncation, stateful_modules
+from .layout import BlockRun
+from .loader import SubWindows, Window, inner_loader, plain_batch, view_of
 from .metrics import StepSmoothLoss
+from .pieces import Piece, carry_pieces
 from .streams import StreamDL, StreamView
-from .truncation import SubWindow, check_steps
+from .truncation import SubWindow, Truncation, check_steps
 
-# %% ../nbs/06_callback.ipynb #161b2bc9
+# %% ../nbs/06_callback.ipynb #3593aafc
 class _CarryingRun:
     "What `Learner.all_batches` is for an epoch: the same, within `carry_state` if sub-windows are run"
     def __init__(self, cb): self.cb,self.learn = cb,cb.learn
@@ -30,13 +33,13 @@ class _CarryingRun:
         if cb.learn is not learn or not cb.carries: return type(learn).all_batches(learn) # cb.learn: the callback was removed
         outer = cb._carried
         try:
-            with carry_state(learn.model, evaluation=not learn.training) as cb._carried: type(learn).all_batches(learn)
+            with carry_pieces(learn.model, evaluation=not learn.training) as cb._carried: type(learn).all_batches(learn)
         except BaseException:
             vars(learn).pop('all_batches', None) # back to the method
             raise
         finally: cb._carried = outer
 
-# %% ../nbs/06_callback.ipynb #f4efbb69
+# %% ../nbs/06_callback.ipynb #7a52645b
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window or sequence starts, and evaluate whole windows; sequences of a `StreamDL` in sub-windows too"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -44,19 +47,27 @@ class TbpttResetCB(Callback):
         sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: the whole window; 'dls': as the training loader says
         n_skip:int=0, # Washout: first steps of each window or sequence that count neither in loss nor in metrics
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those that are as long as the first
+        truncation:Truncation=None, # Another scheme than sub-windows of one length, such as `Overlap`; what the loaders say is then for evaluation
     ):
-        self.sub_seq_len,self.n_skip,self.timed = sub_seq_len,check_steps('n_skip', n_skip, least=0),timed
+        if truncation is not None and sub_seq_len!='dls': raise ValueError(f"Two schemes are given: sub_seq_len={sub_seq_len} and truncation={truncation}. Leave one of them out.")
+        if truncation is not None and not isinstance(truncation, Truncation): raise TypeError(f"truncation is {truncation!r}; expected a scheme, such as Overlap(k1=20, k2=100). For sub-windows of one length: sub_seq_len.")
+        self.sub_seq_len,self.truncation,self.n_skip,self.timed = sub_seq_len,truncation,check_steps('n_skip', n_skip, least=0),timed
         self._carried,self._window = None,None
+
+    @property
+    def setting(self):
+        "What was asked for: a scheme, a number of steps, `None` or 'dls'"
+        return self.sub_seq_len if self.truncation is None else self.truncation
 
     def check(self):
         "Refuse settings that contradict each other, the data or the model"
         if len(self.learn._grab_cbs(TbpttResetCB))>1: raise ValueError("The learner has two TbpttResetCB: TbpttLearner adds one by itself. Remove yours, and give it sub_seq_len and n_skip.")
         train,*others = self.dls.loaders
-        steps = resolve_sub_seq_len(self.sub_seq_len, train)
-        view_of(train, steps, self.n_skip, self.timed).check()
+        scheme = resolve_truncation(self.setting, train)
+        view_of(train, scheme, self.n_skip, self.timed).check()
         for dl in others: view_of(dl, None, self.n_skip, self.timed).check()
-        if steps is not None: check_carries(self.model)
-        for dl in self.dls.loaders: check_stream(dl, self.model, steps)
+        if scheme is not None: check_carries(self.model)
+        for dl in self.dls.loaders: check_stream(dl, self.model, scheme)
     after_create = check
 
     def before_fit(self):
@@ -78,10 +89,11 @@ class TbpttResetCB(Callback):
         self.reset()
         self._window = None
 
-    def _view(self, sub_seq_len): return view_of(self.dl, sub_seq_len, self.n_skip, self.timed, vars(self.dls).get('n_inp'))
+    def _view(self, truncation): return view_of(self.dl, truncation, self.n_skip, self.timed, vars(self.dls).get('n_inp'))
 
     def before_train(self):
-        self.learn.dl = self._view(resolve_sub_seq_len(self.sub_seq_len, self.dl))
+        self._checked = False
+        self.learn.dl = self._view(resolve_truncation(self.setting, self.dl))
         if self.dl.n_windows==0: raise ValueError(f"The training loader has no batches: {getattr(self.dl, 'n', 0)} windows, bs={getattr(self.dl, 'bs', None)}, drop_last={getattr(self.dl, 'drop_last', None)}.")
 
     def before_validate(self):
@@ -97,7 +109,7 @@ class TbpttResetCB(Callback):
     @property
     def carries(self):
         "Does the state go from one batch to the next? In training by sub-windows, and in the evaluation of a stream"
-        return isinstance(self.dl, SubWindows) and self.dl.sub_seq_len is not None and (self.training or self._stream)
+        return isinstance(self.dl, SubWindows) and self.dl.truncation is not None and (self.training or self._stream)
 
     @property
     def _carrying(self): return self._carried is not None and self._carried.evaluation!=self.training
@@ -125,11 +137,21 @@ class TbpttResetCB(Callback):
         if not self.training: # all but a model's own state starts evaluation from the initial one by itself, and keeps that of the training
             return reset_own_state(self.model)
         window = self.dl.window if isinstance(self.dl, SubWindows) else None
-        if window is not None and window is self._window: return
-        self._window = window
-        self.reset()
-        if window is not None:
-            for xb in self.dl.warm_up: self._warm_up(xb)
+        if window is None or window is not self._window:
+            self._window = window
+            self.reset()
+            if window is not None:
+                for xb in self.dl.warm_up: self._warm_up(xb)
+        if self.carries: self._in_pieces([Piece(b-a, factor, keep=a==self.sub_window.carry) for a,b,factor in self.sub_window.pieces()])
+
+    def _in_pieces(self, pieces):
+        "Have the next call of the model run so"
+        plan = self.sub_window.plan if self._stream else self.sub_window
+        if len(pieces)==1 and plan.next_start==plan.stop: return pieces[0].begin and pieces[0].begin()
+        if resets_itself(self.model) and not stateful_modules(self.model): raise ValueError(
+            f"{type(get_model(self.model)).__name__} carries a state by itself, which cannot be kept at a step in the middle, nor with its graph, as {self.dl.truncation} asks for. Carry it in a StatefulRNN, or use sub-windows of one length.")
+        timed = self.timed and self.timed[:len(tree_leaves(self.xb))]
+        self._carried.in_pieces(pieces, lambda start,stop,xb: Window(xb, len(xb), timed).cut(start, stop), plan.next_start==plan.stop, self.dl.truncation.recompute)
 
     def _warm_up(self, xb):
         "Bring the state through steps that have no loss and get no gradient"
@@ -151,7 +173,14 @@ class TbpttResetCB(Callback):
             begin(block)
             self._warm_up(xb)
             self.dl.seen = block
-        begin(self.dl.sub_window)
+        if not isinstance(self.sub_window, BlockRun): return begin(self.sub_window)
+        before,run = self.dl.seen,self.sub_window
+        def begin_next(i):
+            if i: self.dl.seen = run.blocks[i-1]
+            begin(run.blocks[i])
+        self.sub_window.last_carried = run.blocks[run.plan.carry-1] if run.plan.carry else before
+        factors = dict(run.plan.cuts)
+        self._in_pieces([Piece(o.steps, factors.get(i, 1.), partial(begin_next, i), keep=i==run.plan.carry) for i,o in enumerate(run.blocks)])
 
     def _rest(self, idle, groups):
         "Rows without a sequence stay at their first state, as on padding a state may grow beyond all bounds, and the gradient of its row with it"
@@ -160,10 +189,11 @@ class TbpttResetCB(Callback):
             if m.begins_rows: m.reset(idle, groups)
 
     def after_pred(self):
-        if self._carried is not None and self.training and self.dl.is_first:
+        if self._carrying and self.training and not self._checked and self.sub_window.moves_on:
+            self._checked = True
             check_states(self.model, self._carried, find_bs(self.xb), self.sub_window.steps)
         if self._stream:
-            self.dl.seen = self.sub_window
+            self.dl.seen = getattr(self.sub_window, 'last_carried', self.sub_window)
             self.learn.pred,self.learn.yb = tree_map(self.sub_window.real_steps, (self.pred, self.yb))
         whole = self.pred,self.yb
         self._skip_washout()
@@ -184,6 +214,15 @@ class TbpttResetCB(Callback):
         if not isinstance(self.dl, SubWindows): return
         n,n_first = len(self.dl.plan),self.n_iter//self.dl.n_windows
         if n!=n_first: self.learn.pct_train += (n_first/n-1)/(self.n_iter*self.n_epoch) # fastai counts on windows as long as the first
+
+    def before_step(self):
+        if self.sub_window.lr==1: return
+        self._lrs = [o['lr'] for o in self.opt.hypers]
+        self.opt.set_hyper('lr', [lr*self.sub_window.lr for lr in self._lrs])
+
+    def after_step(self):
+        if '_lrs' in vars(self): self.opt.set_hyper('lr', vars(self).pop('_lrs'))
+    after_cancel_step = after_step
 
     def _step_losses(self):
         "The loss of every step of a stream, where losses are asked for one by one; NaN for those that do not count"

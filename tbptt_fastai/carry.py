@@ -28,9 +28,10 @@ def reset_own_state(
     model = get_model(model) # fastai gives a reset to every DistributedDataParallel
     if hasattr(model, 'reset') and not any(isinstance(m, StatefulRNN) for m in model.modules()): model.reset()
 
-# %% ../nbs/01b_carry.ipynb #5647a558
+# %% ../nbs/01b_carry.ipynb #2a3da5c6
 class carry_state:
     "Context within which recurrent layers that are called without a state start from the one they ended in, detached"
+    keep_graph = False # set by `carry_pieces`, between two pieces of one sub-window
     def __init__(self,
         model:nn.Module, # Its plain recurrent layers carry their state, and each `StatefulRNN` goes on doing so
         evaluation:bool=False, # Carry in evaluation mode, and leave the training state as it is, instead of in training mode?
@@ -101,6 +102,6 @@ class carry_state:
                          "defined. Use one layer for each of its roles, or give it a state of your own in every call.")
 
     def _after(self, layer, args, output):
-        if self._active and layer in self.carrying: self.states[layer] = detach_state(output[1])
+        if self._active and layer in self.carrying: self.states[layer] = output[1] if self.keep_graph else detach_state(output[1])
 
     def __reduce__(self): return type(self),(nn.Module(),self.evaluation) # hooks copied or pickled with a model find no layer of theirs

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['reads_steps', 'a_window', 'MemoryGrads']
 
-# %% ../nbs/08b_diagnose.ipynb #6c5dfec4
+# %% ../nbs/08b_diagnose.ipynb #b596ae10
 import copy
 from contextlib import contextmanager
 from html import escape
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from .callback import TbpttResetCB
 from .carry import carry_state, reset_own_state
-from .checks import resolve_sub_seq_len, stateful_modules
+from .checks import resolve_truncation, stateful_modules
 from .loader import Window, inner_loader, plain_batch
 from .parts import compare_parts, difference, on_trial, run_in_parts, unread
 from .streams import StreamDL, transform_block
@@ -65,7 +65,7 @@ def check_sub_windows(self:Learner,
     error = compare_parts(get_model(self.model), window, sub, groups, tol)
     if error is not None and not np.isfinite(error): raise ValueError(f"Predictions for a window of {window.steps} steps are not finite, so nothing can be compared. Look at the data and the weights.")
 
-# %% ../nbs/08b_diagnose.ipynb #f6cd2860
+# %% ../nbs/08b_diagnose.ipynb #38d84a72
 class MemoryGrads(pd.DataFrame):
     "A table that shows its verdict"
     @property
@@ -99,7 +99,8 @@ def check_memory_grads(self:Learner,
     tol:float=1e-6, # A share below this is none
 )->pd.DataFrame: # A row for each parameter: norm of its gradient, norm of the part that came through the state, share of that part, verdict
     "Which parameters learn through the memory? The verdict on the model, and its cause, are above the table, and in its `.attrs['verdict']`"
-    setting = resolve_sub_seq_len(next(iter(self._grab_cbs(TbpttResetCB)), TbpttResetCB()).sub_seq_len, self.dls.train)
+    scheme = resolve_truncation(next(iter(self._grab_cbs(TbpttResetCB)), TbpttResetCB()).setting, self.dls.train)
+    setting = scheme and scheme.sub_seq_len
     given = 20 if setting==1 and steps is None else min(setting or 100, 100) if steps is None else check_steps('steps', steps, 2)
     window,yb,groups = a_window(self, given)
     n,frozen = window.steps,{k for k,p in self.model.named_parameters() if not p.requires_grad}

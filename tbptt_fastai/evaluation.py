@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['SubWindowEvalCB']
 
-# %% ../nbs/06b_evaluation.ipynb #8189b26f
+# %% ../nbs/06b_evaluation.ipynb #1c28d59a
 import torch
 from fastai.callback.core import Callback
 from torch import Tensor
 from .carry import carry_state, reset_own_state
 from .loader import SubWindows, Window, inner_loader
 from .streams import StreamDL
-from .truncation import check_steps, fixed_truncation
+from .truncation import Fixed, check_steps
 
-# %% ../nbs/06b_evaluation.ipynb #1936c5b8
+# %% ../nbs/06b_evaluation.ipynb #218f8285
 class SubWindowEvalCB(Callback):
     "Evaluate each window in sub-windows, with the state carried from one to the next"
     order,run_train = 11,False # after MixedPrecision (10), before TbpttResetCB (12), which takes the washout from predictions of whole windows
@@ -35,7 +35,7 @@ class SubWindowEvalCB(Callback):
 
     def after_pred(self):
         "Predictions of the whole window in the place of those of its first sub-window"
-        model,plan = self.model,fixed_truncation(self._window.steps, self.sub_seq_len)
+        model,plan = self.model,Fixed(self.sub_seq_len).sub_windows(self._window.steps)
         reset_own_state(model)
         with carry_state(model, evaluation=True): preds = [model(*self._inputs(*sub_window[:2])) for sub_window in plan]
         if not all(isinstance(o, Tensor) for o in (self.pred, *preds)): raise TypeError(f"{type(model).__name__} gives a {type(preds[0]).__name__}; only one tensor of predictions can be joined.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scaling_from_data', 'default_loss', 'TbpttLearner', 'RNNLearner']
 
-# %% ../nbs/07_learner.ipynb #80073bd8
+# %% ../nbs/07_learner.ipynb #9d995426
 from fastai.callback.training import GradientClip
 from fastai.callback.schedule import ParamScheduler # with it come fit_flat_cos, fit_one_cycle and lr_find
 from fastai.callback.progress import ProgressCallback # shown by default once imported
@@ -21,6 +21,7 @@ from .loader import first_item
 from .parts import SubWindowCheckCB
 from .rnn import SequenceRNN, Standardize
 from .text import TextRNN, TextRows
+from .truncation import Truncation
 from .windows import Sequences
 
 # %% ../nbs/07_learner.ipynb #01f6bc67
@@ -53,12 +54,13 @@ def default_loss(
     if isinstance(y, Tensor) and y.is_floating_point(): return nn.L1Loss()
     raise ValueError(f"No default loss for targets of type {y.dtype if isinstance(y, Tensor) else type(y).__name__}: pass loss_func, such as CrossEntropyLossFlat().")
 
-# %% ../nbs/07_learner.ipynb #78b8321e
+# %% ../nbs/07_learner.ipynb #121472ab
 @delegates(Learner.__init__)
 def TbpttLearner(
     dls, # `DataLoaders` of windows `(batch, time, ...)`
     model:nn.Module=None, # Any model with recurrent or `StatefulRNN` layers; default: that of `RNNLearner`, whose arguments are then accepted too
     sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: whole windows (full backpropagation); 'dls': as the loaders say
+    truncation:Truncation=None, # Another scheme than sub-windows of one length: `Overlap`, `Jittered`, `RandomUnbiased`, `Exact`, or your own
     n_skip:int=0, # Washout: first steps of each window that count neither in loss nor in metrics
     grad_clip:float=None, # Largest norm of the gradient; default: no clipping
     loss_func=None, # Default: the dataset's own, or `nn.L1Loss()` for real targets
@@ -66,9 +68,9 @@ def TbpttLearner(
     **kwargs
 )->Learner:
     "A `Learner` that trains by truncated backpropagation through time; all its methods are fastai's own"
-    own = dict(sub_seq_len=sub_seq_len, n_skip=n_skip, grad_clip=grad_clip, loss_func=loss_func, cbs=cbs)
+    own = dict(sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, grad_clip=grad_clip, loss_func=loss_func, cbs=cbs)
     if model is None: return RNNLearner(dls, **own, **kwargs)
-    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip)+SubWindowCheckCB()
+    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, truncation=truncation)+SubWindowCheckCB()
     if grad_clip is not None:
         if not grad_clip>0: raise ValueError(f"grad_clip is {grad_clip}; expected the largest norm of the gradient, above 0, or None.")
         cbs += GradientClip(grad_clip)

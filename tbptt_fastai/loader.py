@@ -5,8 +5,11 @@
 # %% auto #0
 __all__ = ['Window', 'plain_batch', 'SubWindows', 'inner_loader', 'first_item', 'view_of', 'TbpttDL']
 
-# %% ../nbs/03b_loader.ipynb #293b8987
+# %% ../nbs/03b_loader.ipynb #3dcf0e5c
+import random
 from itertools import chain
+from random import Random
+from statistics import mean
 from types import SimpleNamespace
 import numpy as np
 import torch
@@ -18,10 +21,10 @@ from fastcore.meta import delegates
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import IterableDataset
-from .truncation import SubWindow, check_steps, fixed_truncation
+from .truncation import SubWindow, Truncation, Fixed, as_truncation, check_steps
 from .windows import SequenceWindows, Sequences
 
-# %% ../nbs/03b_loader.ipynb #6454baaa
+# %% ../nbs/03b_loader.ipynb #f14c9b47
 class Window:
     "A batch of windows `(*inputs, *targets)` that knows which of its elements have a time axis, and can be cut there"
     def __init__(self,
@@ -53,12 +56,13 @@ class Window:
         return tree_unflatten([o[:,start:stop] if t else o for o,t in zip(self._elements, self.timed)], self._form)
 
     def plan(self,
-        sub_seq_len:int, # Steps of a sub-window
+        truncation:Truncation, # Scheme
         n_skip:int=0, # Washout: first steps of the window whose loss does not count
+        rng:Random=None, # Where random numbers come from
     )->list[SubWindow]:
         "Its sub-windows. If no target has a time axis, the loss counts in the last one only"
-        if not self.targets_timed or any(self.targets_timed): return fixed_truncation(self.steps, sub_seq_len, n_skip)
-        *carry,last = fixed_truncation(self.steps, sub_seq_len)
+        if not self.targets_timed or any(self.targets_timed): return truncation.sub_windows(self.steps, n_skip, rng)
+        *carry,last = truncation.sub_windows(self.steps, rng=rng)
         return [o._replace(loss_start=o.stop, weight=0.) for o in carry]+[last._replace(weight=1.)]
 
 def _is_array(o): return isinstance(o, (Tensor,np.ndarray))
@@ -70,44 +74,51 @@ def plain_batch(
     "A batch as fastai's learner gives it to a model: plain tensors, on its device"
     return to_device(tree_map(lambda o: cast(o, Tensor) if isinstance(o, TensorBase) else o, batch), device)
 
-# %% ../nbs/03b_loader.ipynb #63e68c5f
+# %% ../nbs/03b_loader.ipynb #5f050804
 class SubWindows(GetAttr):
     "A view of any loader of windows that yields their sub-windows in order; `sub_window` says which one was yielded last"
     _default = 'dl'
     def __init__(self,
         dl, # Loader whose batches are windows: a fastai or PyTorch `DataLoader`, or a list of batches
-        sub_seq_len:int=None, # Steps of a sub-window; default: the whole window
+        truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
         n_skip:int=0, # Washout: first steps of each window whose loss does not count
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those that are as long as the first
         n_inp:int=None, # How many elements of a batch are inputs; default: as the loader says, or all but the last
     ):
         self._given_n_inp = n_inp
-        self.dl,self.sub_seq_len,self.n_skip,self.timed = dl.dl if isinstance(dl, SubWindows) else dl,sub_seq_len,n_skip,timed
+        self.dl,self.truncation,self.n_skip,self.timed = dl.dl if isinstance(dl, SubWindows) else dl,as_truncation(truncation),n_skip,timed
         self.window,self.plan,self.warm_up,self.sub_window,self._begun = None,[],[],None,None
 
     def __iter__(self):
         batches,self._begun = self._begun or self._batches(),None
+        self.rng = self._new_rng()
         for batch in batches:
             self._open(batch)
             for self.sub_window in self.plan: yield batch if self.window is None else self.window.cut(*self.sub_window[:2])
-        if self.sub_seq_len is not None or self.n_skip: self._agree(0)
+        if self.truncation is not None or self.n_skip: self._agree(0, 0)
 
     def _open(self, batch):
         "Plan a window. Sub-windows without a counted step are not yielded: their inputs are in `warm_up`, to bring the state to the first one"
         self.window,self.warm_up,self.plan = None,[],[SubWindow(0, None, 0)]
-        if self.sub_seq_len is None and not self.n_skip: return
+        if self.truncation is None and not self.n_skip: return
         self.window = Window(batch, self._n_inp(batch), self.timed)
-        self._agree(self.window.steps)
-        if self.sub_seq_len is None: self.plan = [SubWindow(0, self.window.steps, min(self.n_skip, self.window.steps))]
-        else:
-            plan = self.window.plan(self.sub_seq_len, self.n_skip)
+        steps = self.window.steps
+        if self.truncation is None: self.plan = [SubWindow(0, steps, min(self.n_skip, steps))]
+        elif steps>self.n_skip or self.world_size==1:
+            plan = self.window.plan(self.truncation, self.n_skip, self.rng)
             self.plan = [o for o in plan if o.weight]
-            self.warm_up = [self.window.cut(*o[:2])[:self._n_inp(batch)] for o in plan if not o.weight]
+            self.warm_up = [self.window.cut(o.start, o.next_start)[:self._n_inp(batch)] for o in plan if not o.weight and o.next_start>o.start]
+        self._agree(steps, len(self.plan) if steps>self.n_skip else 0)
 
-    def _agree(self, steps):
+    def _new_rng(self):
+        "Random numbers for a scheme that draws some: the same in all processes"
+        if self.truncation is None or not self.truncation.random: return None
+        seed = random.getrandbits(62)
+        return Random(seed if self.world_size==1 else maybe_gather(torch.tensor([seed], device=self.dl.device))[0].item())
+
+    def _agree(self, steps, n_sub):
         "All processes have windows of as many sub-windows, or all raise: in every training step each of them waits for the others"
         if self.world_size==1: return
-        n_sub = -(-steps//(self.sub_seq_len or steps)) if steps>self.n_skip else 0
         steps,n_subs = maybe_gather(torch.tensor([[steps,n_sub]], device=self.dl.device)).T.tolist()
         if len(set(n_subs))>1:
             raise ValueError(f"The next windows of the {len(steps)} processes have {steps} steps (0: no window is left), that is {n_subs} sub-windows (0: all washout), and each process would "
@@ -137,9 +148,10 @@ class SubWindows(GetAttr):
 
     @property
     def n_sub(self):
-        "Sub-windows that the first window yields"
-        if self.sub_seq_len is None or self.n_windows==0: return 1
-        return sum(o.weight>0 for o in self.first_window.plan(self.sub_seq_len, self.n_skip))
+        "Sub-windows that the first window yields; in the mean, if the scheme draws random numbers"
+        if self.truncation is None or self.n_windows==0: return 1
+        window = self.first_window
+        return round(mean(sum(o.weight>0 for o in window.plan(self.truncation, self.n_skip, Random(seed))) for seed in range(20 if self.truncation.random else 1)))
 
     @property
     def first_window(self):
@@ -154,11 +166,12 @@ class SubWindows(GetAttr):
 
     def check(self):
         "A `ValueError` if sub-window or washout are too long for the first window; a dataset that cannot be indexed is not looked at"
-        if getattr(self.dl, 'n', None)==0 or self.sub_seq_len is None and not self.n_skip or first_item(self.dl) is None: return
-        steps = self.first_window.steps
-        if self.sub_seq_len is not None and check_steps('sub_seq_len', self.sub_seq_len)>steps:
-            raise ValueError(f"sub_seq_len is {self.sub_seq_len}, but a window has {steps} steps. Use a sub-window of at most {steps}, or None for the whole window.")
-        fixed_truncation(steps, self.sub_seq_len, self.n_skip)
+        if getattr(self.dl, 'n', None)==0 or self.truncation is None and not self.n_skip or first_item(self.dl) is None: return
+        window = self.first_window
+        longest = self.truncation.sub_seq_len if isinstance(self.truncation, Fixed) else 1
+        if longest>window.steps:
+            raise ValueError(f"sub_seq_len is {longest}, but a window has {window.steps} steps. Use a sub-window of at most {window.steps}, or None for the whole window.")
+        (self.truncation or Fixed(window.steps)).sub_windows(window.steps, self.n_skip)
 
     def to_detach(self, b, cpu=True, gather=True):
         "As `fastai.torch_core.to_detach`; gathers only from processes that share the windows, not from those that have them all as well"
@@ -175,7 +188,7 @@ class SubWindows(GetAttr):
         if self._given_n_inp is not None: return self._given_n_inp
         return getattr(inner_loader(self.dl), 'n_inp', max(len(batch)-1, 1))
 
-# %% ../nbs/03b_loader.ipynb #44028ece
+# %% ../nbs/03b_loader.ipynb #ec6dde28
 def inner_loader(
     dl, # A loader, or a view of one
 ):
@@ -195,14 +208,14 @@ def first_item(
 
 def view_of(
     dl, # A loader of windows, or a view of one
-    sub_seq_len:int=None, # Steps of a sub-window; default: the whole window
+    truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
     n_skip:int=0, # Washout: first steps of each window whose loss does not count
     timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those that are as long as the first
     n_inp:int=None, # How many elements of a batch are inputs; default: as the loader says, or all but the last
 )->SubWindows:
     "The view that suits a loader: a `TbpttDL` says which, all others get `SubWindows`"
     inner = inner_loader(dl)
-    return (inner.view if isinstance(inner, TbpttDL) else SubWindows)(dl, sub_seq_len, n_skip, timed, n_inp)
+    return (inner.view if isinstance(inner, TbpttDL) else SubWindows)(dl, truncation, n_skip, timed, n_inp)
 
 # %% ../nbs/03b_loader.ipynb #deb983ba
 class TbpttDL(TfmdDL):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['read_ahead', 'keep_draw', 'applies', 'transform_block', 'StreamView', 'StreamDL']
 
-# %% ../nbs/03c_streams.ipynb #4915a72d
+# %% ../nbs/03c_streams.ipynb #0fed1a09
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -17,9 +18,9 @@ from fastai.torch_core import to_device
 from fastcore.basics import first, noop
 from fastcore.meta import delegates
 from torch import Tensor
-from .layout import Block, Layout
+from .layout import Block, BlockRun, Layout
 from .loader import SubWindows, TbpttDL
-from .truncation import check_steps
+from .truncation import Fixed, check_steps
 from .windows import Sequences
 
 # %% ../nbs/03c_streams.ipynb #ac3dad8a
@@ -74,7 +75,7 @@ def transform_block(
             f"The batch transform {type(tfm).__name__} draws random numbers, other ones in each sub-window of a window. Make it a RandTransform that draws in `before_call`: that is done once per window.")
     return batch
 
-# %% ../nbs/03c_streams.ipynb #bd8c6b8a
+# %% ../nbs/03c_streams.ipynb #de53fec6
 class StreamView(SubWindows):
     "A view of a `StreamDL`, for one run over it, that yields its blocks; `sub_window` says which steps of which sequences were yielded last"
     evaluation,seen = False,None # evaluation: is every block yielded, also without a loss? seen: the last block that the model has seen
@@ -86,22 +87,57 @@ class StreamView(SubWindows):
     @cached_property
     def layout(self):
         "Where the sequences are in this run; shuffled, if the loader shuffles"
-        return self.dl.layout(self.sub_seq_len, self.n_skip)
+        return self.dl.layout(self.block, self.n_skip)
+
+    @property
+    def block(self): return self.truncation and self.truncation.block
+
+    @cached_property
+    def runs(self):
+        "How a scheme that is not `Fixed` joins blocks to training steps: `SubWindow`s in blocks; `None` if each block is one"
+        if self.block is None or isinstance(self.truncation, Fixed): return None
+        n = len(self.layout)
+        def blocks(steps): return -(-steps//self.block)
+        return [o._replace(start=blocks(o.start), stop=blocks(o.stop), loss_start=blocks(o.loss_start), carry=blocks(o.next_start), cuts=tuple((blocks(s), f) for s,f in o.cuts))
+            for o in self.truncation.sub_windows(n*self.block, rng=self._new_rng())] if n else []
 
     def __iter__(self):
         self.seen,self.warm_up = None,[]
-        for block,batch in self.dl.read_blocks(self.layout):
+        blocks = self.dl.read_blocks(self.layout)
+        for block,batch in blocks if self.runs is None else self._run(blocks):
             if (block.start==0).all(): self.window = block
-            if block.weight==0 and not self.evaluation: self.warm_up.append((block, batch[:self._n_inp(batch)]))
+            if block.weight==0 and not self.evaluation: self.warm_up += [(o, x[:self._n_inp(batch)]) for o,x in self._carried_on(block, batch)]
             else:
                 self.sub_window,self.plan = block,[block]
                 yield batch
                 self.warm_up = []
 
+    def _run(self, blocks):
+        "Blocks and batches, joined by the plan"
+        held,first = deque(),0
+        for o in self.runs:
+            while first<o.start:
+                held.popleft()
+                first += 1
+            while first+len(held)<o.stop: held.append(next(blocks))
+            plan = o._replace(start=0, stop=o.stop-first, loss_start=o.loss_start-first, carry=o.carry-first, cuts=tuple((s-first, f) for s,f in o.cuts))
+            yield BlockRun([block for block,_ in held], plan, self.block),tuple(torch.cat(o, 1) for o in zip(*(batch for _,batch in held)))
+
+    def _carried_on(self, block, batch):
+        "The blocks, and their batches, that bring the state to where the next training step starts"
+        if not isinstance(block, BlockRun): return [(block, batch)]
+        parts = zip(*(o.split([b.steps for b in block.blocks], 1) for o in batch))
+        return list(zip(block.blocks, parts))[:block.plan.carry]
+
     @cached_property
     def n_windows(self):
-        "Steps of the run: blocks that have a loss, or all of them in evaluation"
-        return self.layout.n_counted() if self.n_skip and not self.evaluation else self.dl.n_blocks(self.sub_seq_len)
+        "Steps of the run: those that have a loss, or all of them in evaluation"
+        if self.runs is not None: return len(self.runs) if not self.n_skip else self._n_runs_with_loss()
+        return self.layout.n_counted() if self.n_skip and not self.evaluation else self.dl.n_blocks(self.block)
+
+    def _n_runs_with_loss(self):
+        counts = [bool(block._counts.any()) for block in self.layout]
+        return sum(any(counts[o.loss_start:o.stop]) for o in self.runs)
     n_sub = 1
 
     @property
@@ -118,8 +154,10 @@ class StreamView(SubWindows):
         if self.dl.n==0: return
         lengths = self.dl.dataset.lengths
         longest,n_skip = int(lengths.max()),self.n_skip
-        if self.sub_seq_len is not None and check_steps('sub_seq_len', self.sub_seq_len)>longest:
-            raise ValueError(f"sub_seq_len is {self.sub_seq_len}, but the longest sequence has {longest} steps. Use a sub-window of at most {longest}, or None for whole sequences.")
+        if self.block is not None and self.block>longest:
+            raise ValueError(f"sub_seq_len is {self.block}, but the longest sequence has {longest} steps. Use a sub-window of at most {longest}, or None for whole sequences.")
+        if self.block is None and self.truncation is not None and len(self.truncation.sub_windows(longest))>1:
+            raise ValueError(f"{self.truncation} does not cut in blocks of one length, in which a StreamDL is read. Use lengths that are multiples of each other, another scheme, or windows.")
         if n_skip>=longest: raise ValueError(f"n_skip is {n_skip}, the longest sequence has {longest} steps: no step would count in the loss. Use a smaller n_skip.")
         if n_skip>=lengths.min():
             short = self.dl.dataset.groups_of(np.flatnonzero(lengths<=n_skip))

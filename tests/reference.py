@@ -150,3 +150,79 @@ def train_stream(rnn, head, xs, ys, orders, bs, sub_seq_len, lr, loss_func, n_sk
             loss.backward()
             opt.step()
             opt.zero_grad()
+
+
+def train_overlap(rnn, head, x, y, epochs, k1, k2, opt, loss_func, losses='last', n_skip=0):
+    "Every `k1` steps, backpropagation over the last `k2`, step by step, from the state that the model had at their start when it was last run over it"
+    win_sz = x.shape[1]
+    stops = [min(t, win_sz) for t in range(k1, win_sz+k1, k1)]
+    begin = {stop: (max(stop-k2, 0), (stop-1)//k1*k1 if losses=='last' else max(stop-k2, 0)) for stop in stops}
+    most = max(stop-max(first, min(n_skip, stop)) for stop,(_,first) in begin.items())
+    for epoch in epochs:
+        for idxs in epoch:
+            xb,yb,seen = x[idxs],y[idxs],{0: None} # states, the newest of each step
+            for stop,(start,first) in begin.items():
+                state,out,new = seen[start],[],{}
+                first = max(first, n_skip)
+                with torch.set_grad_enabled(first<stop):
+                    for t in range(start, stop):
+                        o,state = rnn(xb[:,t:t+1], state)
+                        new[t+1] = tree_map(lambda s: s.detach().clone(), state)
+                        out.append(head(o))
+                seen.update(new)
+                if first>=stop: continue
+                loss = loss_func(torch.cat(out, 1)[:,first-start:], yb[:,first:stop])*((stop-first)/most)
+                loss.backward()
+                opt.step()
+                opt.zero_grad()
+
+
+def scaled_gradients(rnn, head, x, y, state, factors, loss_func):
+    """Backpropagation through one segment x, y `(bs, time, ...)` from a state, by a recursion over single steps: the gradient with respect to the state after
+    step t is multiplied by `factors[t+1]` where it goes back over the boundary before step t+1. The loss is the sum over steps of `loss_func`.
+    Returns the gradients and the last state"""
+    params = [*rnn.parameters(), *head.parameters()]
+    before,grads = [],[torch.zeros_like(p) for p in params]
+    for t in range(x.shape[1]):
+        before.append(state)
+        with torch.no_grad(): _,state = rnn(x[:,t:t+1], state)
+    last,delta = state,None
+    for t in reversed(range(x.shape[1])):
+        start = None if before[t] is None else tree_map(lambda s: s.detach().clone().requires_grad_(), before[t])
+        leaves = [] if start is None else list(start) if isinstance(start, tuple) else [start]
+        out,end = rnn(x[:,t:t+1], start)
+        total = loss_func(head(out), y[:,t:t+1])
+        if delta is not None: total = total+sum((s*d).sum() for s,d in zip(end if isinstance(end, tuple) else [end], delta))
+        g = torch.autograd.grad(total, [*params, *leaves])
+        grads = [a+b for a,b in zip(grads, g)]
+        delta = [factors.get(t, 1.)*o for o in g[len(params):]]
+    return grads,tree_map(torch.detach, last)
+
+
+def train_scheme_on_stream(rnn, head, xs, ys, bs, size, runs, opt, loss_func, weigh, n_skip=0):
+    """A scheme over sequences in rows, each row run alone and block by block. `runs` are, for each training step, `(first block, one past the last, first whose
+    losses count, block that the next step starts from, {block: factor})`; `weigh(run, counted steps, rows)` is the weight of a mean loss"""
+    lengths = [len(x) for x in xs]
+    steps = stream_by_hand(lengths, bs, size, range(len(lengths)))
+    state = [None]*len(steps[0])
+    for run in runs:
+        lo,hi,first,carry,factors = run
+        preds,targets,kept = [],[],[None]*len(state)
+        for row in range(len(state)):
+            s = state[row]
+            for k in range(lo, hi):
+                if k in factors and k>lo and s is not None:
+                    f = factors[k]
+                    s = tree_map(lambda o: o.detach()+f*(o-o.detach()), s)
+                if k==carry: kept[row] = None if s is None else tree_map(torch.detach, s)
+                if steps[k][row] is None: s = None; continue
+                i,a,b = steps[k][row]
+                out,s = rnn(xs[i][None,a:b], None if a==0 else s)
+                if k>=first and b>n_skip: preds.append(head(out)[0,max(n_skip-a, 0):]); targets.append(ys[i][max(a, n_skip):b])
+            if carry==hi: kept[row] = None if s is None else tree_map(torch.detach, s)
+        state = kept
+        n = sum(map(len, targets))
+        if not n: continue
+        (loss_func(torch.cat(preds), torch.cat(targets))*weigh(run, n, len(state))).backward()
+        opt.step()
+        opt.zero_grad()

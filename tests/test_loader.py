@@ -102,17 +102,17 @@ def test_elements_that_are_as_long_by_coincidence():
     window = Window((torch.zeros(2,60), x, y), n_inp=2, timed=(False,True,True))
     assert window.steps==6 and [o.shape[1] for o in window.cut(0, 2)]==[60,2,2]
     with pytest.raises(ValueError, match='timed has 2 entries, a batch 3 elements'): Window((x, static, y), timed=(True,True))
-    view = SubWindows([(x, static, y)], sub_seq_len=4, timed=(True,False,True))
+    view = SubWindows([(x, static, y)], truncation=4, timed=(True,False,True))
     assert [[o.shape[1] for o in b] for b in view]==[[4,6,4],[2,6,2]] and len(view)==2
 
 
 def test_what_has_no_loss_is_not_a_step():
     "The washout's sub-windows, and those before a label for the window, only warm the state up"
     x,y = torch.arange(50.).view(2,25,1),torch.zeros(2,25,1)
-    view = SubWindows([(x, y)], sub_seq_len=10, n_skip=12)
+    view = SubWindows([(x, y)], truncation=10, n_skip=12)
     parts = [(b[0].shape[1], view.is_first, [w[0].shape[1] for w in view.warm_up]) for b in view]
     assert parts==[(10,True,[10]), (5,False,[10])] and len(view)==2
-    view = SubWindows([(x, torch.tensor([1,2]))], sub_seq_len=10)
+    view = SubWindows([(x, torch.tensor([1,2]))], truncation=10)
     (b,), = [[b for b in view]]
     assert torch.equal(b[0], x[:,20:]) and torch.equal(b[1], torch.tensor([1,2])) and torch.equal(torch.cat([w for w, in view.warm_up], 1), x[:,:20]) and len(view)==1
 

@@ -1,13 +1,13 @@
 "The plan covers every step once, in order, and weighs every counted step alike"
 import pytest
 from hypothesis import given, strategies as st
-from tbptt_fastai.truncation import fixed_truncation
+from tbptt_fastai.truncation import Fixed
 
 
 @given(st.integers(1, 400), st.data())
 def test_the_plan_covers_the_window_and_weighs_steps_alike(win_sz, data):
     sub_seq_len,n_skip = data.draw(st.none() | st.integers(1, 500)),data.draw(st.integers(0, win_sz-1))
-    plan = fixed_truncation(win_sz, sub_seq_len, n_skip)
+    plan = Fixed(sub_seq_len or win_sz).sub_windows(win_sz, n_skip)
     steps = [t for o in plan for t in range(o.start, o.stop)]
     assert steps==list(range(win_sz))
     assert all(o.stop-o.start==(sub_seq_len or win_sz) for o in plan[:-1])
@@ -25,4 +25,4 @@ def test_the_plan_covers_the_window_and_weighs_steps_alike(win_sz, data):
     ((100, 10, -1), ValueError, 'n_skip is -1; expected at least 0'), ((100, 10, 100), ValueError, 'n_skip is 100, the window has 100 steps'),
 ])
 def test_lengths_that_make_no_sense(args, exc, message):
-    with pytest.raises(exc, match=message): fixed_truncation(*args)
+    with pytest.raises(exc, match=message): Fixed(args[1]).sub_windows(args[0], *args[2:])

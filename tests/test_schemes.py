@@ -1,0 +1,431 @@
+"Each truncation scheme against a loop by hand, step by step, in float64 to 1e-10; alone, and with washout, ragged tails, streams and callbacks"
+import warnings
+from functools import partial
+from itertools import pairwise
+from random import Random
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback # noqa: with it comes Learner.no_bar
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.core import DataLoaders
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import set_seed
+from torch import nn
+from reference import permutations, scaled_gradients, stream_by_hand, train_overlap, train_scheme_on_stream, window_epochs, windows_by_hand
+from tbptt_fastai.callback import TbpttResetCB
+from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.learner import TbpttLearner
+from tbptt_fastai.loader import SubWindows, TbpttDL
+from tbptt_fastai.memory import activation_memory
+from tbptt_fastai.parts import SubWindowCheckCB
+from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.streams import StreamDL
+from tbptt_fastai.truncation import Exact, Fixed, Jittered, Overlap, RandomUnbiased, SubWindow, Truncation
+from tbptt_fastai.windows import SequenceWindows, Sequences
+
+f64 = dict(dtype=torch.float64)
+sgd = partial(OptimWrapper, opt=torch.optim.SGD)
+WIN = 23
+
+class Plain(nn.Module):
+    "A layer and a head, called without a state"
+    def __init__(self, rnn, head): super().__init__(); self.rnn,self.head = rnn,head
+    def forward(self, x): return self.head(self.rnn(x)[0])
+
+def parts(kind='lstm'):
+    torch.manual_seed(0)
+    rnn = {'lstm': lambda: nn.LSTM(2, 3, 2, batch_first=True), 'gru': lambda: nn.GRU(2, 3, batch_first=True), 'rnn': lambda: nn.RNN(2, 3, batch_first=True)}[kind]()
+    return rnn.double(),nn.Linear(3, 1).double()
+
+def data(n=9, steps=WIN):
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(rng.standard_normal((n, steps, 2))),torch.from_numpy(rng.standard_normal((n, steps, 1)))
+
+def loaders(bs=4, steps=WIN, n=9):
+    x,y = data(n, steps)
+    dl = TbpttDL(Sequences(list(x), list(y), **f64), bs=bs, shuffle=False, num_workers=0, device='cpu')
+    return DataLoaders(dl, dl)
+
+def learner(dls, scheme, rnn, head, stateful=True, lr=.05, **kwargs):
+    model = nn.Sequential(StatefulRNN(rnn), head) if stateful else Plain(rnn, head)
+    kwargs = {**dict(loss_func=nn.MSELoss(), opt_func=sgd, lr=lr), **kwargs}
+    return TbpttLearner(dls, model, truncation=scheme, **kwargs)
+
+def fit(learn, n=1):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n)
+    return learn
+
+def same(model, *modules, tol=1e-10):
+    mine,theirs = [p for p in model.parameters()],[p for m in modules for p in m.parameters()]
+    for a,b in zip(mine, theirs, strict=True): assert (a-b).abs().max()<tol
+
+def batches(bs=4, n=9): return [list(range(i, min(i+bs, n))) for i in range(0, n, bs)]
+
+
+@pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False), ('gru', True), ('rnn', False)])
+@pytest.mark.parametrize('k1,k2', [(5, 10), (5, 12), (4, 4), (7, WIN), (1, 6), (10, 30), (WIN, WIN)])
+@pytest.mark.parametrize('losses,n_skip', [('last', 0), ('all', 0), ('last', 8), ('all', 8)])
+def test_overlap(kind, stateful, k1, k2, losses, n_skip):
+    x,y = data()
+    learn = fit(learner(loaders(), Overlap(k1, k2, losses), *parts(kind), stateful, n_skip=n_skip), 2)
+    rnn,head = parts(kind)
+    train_overlap(rnn, head, x, y, [batches()]*2, k1, k2, torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=.05), nn.functional.mse_loss, losses, n_skip)
+    same(learn.model, rnn, head)
+
+def test_overlap_of_equal_lengths_is_the_fixed_scheme_bit_by_bit():
+    a,b = (fit(learner(loaders(steps=20), scheme, *parts()), 2) for scheme in (Overlap(5, 5), Fixed(5)))
+    for p,q in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(p, q)
+
+
+def recorded(scheme):
+    "The scheme, a list that gets the plans of all windows it is trained on, and the callback that sees to it"
+    plans = []
+    class Recorded(type(scheme)):
+        def sub_windows(self, win_sz, n_skip=0, rng=None):
+            plan = super().sub_windows(win_sz, n_skip, rng)
+            if rng is not None and rng is getattr(watch.learn.dl, 'rng', None): plans.append(plan)
+            return plan
+    class Watch(Callback): pass
+    scheme.__class__,watch = Recorded,Watch()
+    set_seed(3)
+    return scheme,plans,watch
+
+@pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False), ('gru', False)])
+@pytest.mark.parametrize('alpha,block,n_skip', [(6, 1, 0), (3, 4, 0), (None, 3, 0), (4, 2, 7)])
+def test_unbiased(kind, stateful, alpha, block, n_skip):
+    x,y = data()
+    mean = 6
+    scheme,plans,on = recorded(RandomUnbiased(mean, alpha, block))
+    learn = fit(learner(loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, cbs=on), 2)
+    assert len(plans)==6 and any(o.cuts for p in plans for o in p) and any(len(p)>1 for p in plans)
+    rnn,head = parts(kind)
+    opt = torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=.05)
+    for idxs,plan in zip(batches()*2, plans):
+        state = None
+        def loss(pred, target, at): return nn.functional.mse_loss(pred, target)*(at>=n_skip)/mean
+        for o in plan:
+            t = iter(reversed(range(o.start, o.stop)))
+            # each boundary that was no cut has a factor 1/(1-c), by the time since the last cut
+            for step,factor in o.cuts:
+                n = (step-o.start)//block
+                c = 1/(mean/block) if alpha is None else min((alpha-1)/((alpha-2)*mean/block+n), 1)
+                assert factor==pytest.approx(1/(1-c), rel=1e-12)
+            assert [s for s,_ in o.cuts]==list(range(o.start+block, o.stop, block))
+            grads,state = scaled_gradients(rnn, head, x[idxs][:,o.start:o.stop], y[idxs][:,o.start:o.stop], state,
+                                           {s-o.start:f for s,f in o.cuts}, lambda p,q: loss(p, q, next(t)))
+            if o.stop<=n_skip: continue
+            for p,g in zip([*rnn.parameters(), *head.parameters()], grads): p.grad = g
+            opt.step()
+    same(learn.model, rnn, head)
+
+@pytest.mark.parametrize('alpha,block', [(6, 1), (4, 5), (None, 1), (None, 4)])
+def test_lengths_have_the_mean_that_was_asked_for(alpha, block):
+    lengths = [o.steps for o in RandomUnbiased(20, alpha, block).sub_windows(200_000)]
+    assert np.mean(lengths)==pytest.approx(20, rel=.05)
+
+def test_the_mean_gradient_is_the_full_one():
+    "T2 in short: an error within three times of what as many draws have, for the scheme; far more without the factors, and for a fixed length"
+    rng = np.random.default_rng(0)
+    x,y = torch.from_numpy(rng.standard_normal((1, 40, 2))),torch.from_numpy(rng.standard_normal((1, 40, 1)))
+    torch.manual_seed(0)
+    rnn,head = nn.LSTM(2, 6, batch_first=True).double(),nn.Linear(6, 1).double()
+    nn.init.constant_(rnn.bias_ih_l0[6:12], 2.5)
+    model = nn.Sequential(StatefulRNN(rnn), head)
+    class Sum(Callback):
+        "Gradients are added up, and no step is taken"
+        order = 90
+        def before_fit(self): self.total,self.squares,self.window = 0,0,0
+        def before_step(self):
+            self.window = self.window+torch.cat([p.grad.flatten() for p in rnn.parameters()])
+            for p in self.learn.model.parameters(): p.grad = None
+            if self.learn.dl.sub_window.stop in (None, 40):
+                self.total,self.squares,self.window = self.total+self.window,self.squares+self.window**2,0
+    def mean_gradient(scheme, n=400):
+        dl = TbpttDL(Sequences([x[0]]*n, [y[0]]*n, **f64), bs=1, shuffle=False, num_workers=0)
+        summed = Sum()
+        set_seed(1)
+        fit(TbpttLearner(DataLoaders(dl, dl), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=0., cbs=summed))
+        return summed.total/n,((summed.squares/n-(summed.total/n)**2).sum()/n)**.5
+    full,_ = mean_gradient(None, 1)
+    full = full*40/10 # a mean over 40 steps there, a sum over 10 here
+    for alpha in (6, 4):
+        found,error = mean_gradient(RandomUnbiased(10, alpha))
+        assert (found-full).norm()<3*error and error<.2*full.norm()
+    class Biased(RandomUnbiased):
+        def plan(self, *args): return [o._replace(cuts=()) for o in super().plan(*args)]
+    found,error = mean_gradient(Biased(10, 6))
+    assert (found-full).norm()>5*error
+    found,_ = mean_gradient(Fixed(10), 1)
+    assert (found-full).norm()>.2*full.norm()
+
+
+@pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False)])
+@pytest.mark.parametrize('n_skip', [0, 9])
+@pytest.mark.parametrize('rescale', ['loss', 'lr'])
+def test_jittered(kind, stateful, n_skip, rescale):
+    x,y = data()
+    scheme,plans,on = recorded(Jittered(7, half=.3, std=2, least=2, longest=9, rescale=rescale))
+    learn = fit(learner(loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, cbs=on), 2)
+    assert len(plans)==6 and len({tuple(o.start for o in p) for p in plans})>3
+    assert learn.opt.hypers[0]['lr']==.05
+    rnn,head = parts(kind)
+    params = [*rnn.parameters(), *head.parameters()]
+    for idxs,plan in zip(batches()*2, plans):
+        state = None
+        for start,stop in pairwise([0, *(o.stop for o in plan)]):
+            assert stop-start<=9
+            out,state = rnn(x[idxs][:,start:stop], state)
+            state = tuple(s.detach() for s in state)
+            skip = max(n_skip-start, 0)
+            if stop-start<=skip: continue
+            loss = nn.functional.mse_loss(head(out)[:,skip:], y[idxs][:,start+skip:stop])
+            grads = torch.autograd.grad(loss, params)
+            scale = (stop-start-skip)/7 if rescale=='loss' else (stop-start)/7
+            with torch.no_grad():
+                for p,g in zip(params, grads): p -= .05*scale*g
+    same(learn.model, rnn, head)
+
+
+@pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False), ('gru', True)])
+@pytest.mark.parametrize('segment,n_skip', [(None, 0), (5, 0), (1, 0), (WIN, 0), (50, 0), (5, 8)])
+def test_exact_is_full_backpropagation(kind, stateful, segment, n_skip):
+    a,b = (fit(learner(loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, **kwargs), 2) for scheme,kwargs in ((Exact(segment), {}), (None, dict(sub_seq_len=None))))
+    for p,q in zip(a.model.parameters(), b.model.parameters()): assert (p-q).abs().max()<1e-12
+
+def test_exact_draws_the_same_dropout_again():
+    "What is computed again in the backward pass is what was computed before"
+    class Dropping(nn.Module):
+        def __init__(self): super().__init__(); self.cell = nn.GRUCell(2, 3)
+        def forward(self, x, h=None):
+            out = []
+            for xt in x.unbind(1):
+                h = nn.functional.dropout(self.cell(xt, h), .5, self.training)
+                out.append(h)
+            return torch.stack(out, 1),h
+    def trained(scheme, **kwargs):
+        torch.manual_seed(0)
+        model = nn.Sequential(StatefulRNN(Dropping()), nn.Linear(3, 1)).double()
+        set_seed(5)
+        learn = TbpttLearner(loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05, **kwargs)
+        learn.remove_cb(SubWindowCheckCB)
+        return fit(learn)
+    for p,q in zip(trained(Exact(5)).model.parameters(), trained(None, sub_seq_len=None).model.parameters()): assert (p-q).abs().max()<1e-12
+
+def test_exact_needs_a_tenth_of_the_memory():
+    "Saved tensors of a window of 10,000 steps, with gradients that are equal"
+    torch.manual_seed(0)
+    x,y = torch.randn(1, 10_000, 2, dtype=torch.float64),torch.randn(1, 10_000, 1, dtype=torch.float64)
+    dl = TbpttDL(Sequences(list(x), list(y), **f64), bs=1, num_workers=0)
+    saved,grads = {},{}
+    class Watch(Callback):
+        order = 99
+        def before_step(self): grads[self.name_of] = [p.grad.clone() for p in self.learn.model.parameters()]
+    for name,scheme in (('plain', None), ('exact', Exact())):
+        rnn,head = parts()
+        live = peak = 0
+        def pack(t):
+            nonlocal live, peak
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in sizes and t.data_ptr() not in held: live += storage.nbytes()
+            sizes[storage.data_ptr()] = sizes.get(storage.data_ptr(), 0)+1
+            peak = max(peak, live)
+            return Held(t)
+        class Held:
+            def __init__(self, t): self.t,self.key,self.n = t,t.untyped_storage().data_ptr(),t.untyped_storage().nbytes()
+            def __del__(self):
+                nonlocal live
+                sizes[self.key] -= 1
+                if not sizes[self.key]:
+                    del sizes[self.key]
+                    if self.key not in held: live -= self.n
+        sizes,watch = {},Watch()
+        learn = learner(DataLoaders(dl, dl), scheme, rnn, head, cbs=watch, **({} if scheme else dict(sub_seq_len=None)))
+        watch.name_of,held = name,{p.untyped_storage().data_ptr() for p in learn.model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda o: o.t): fit(learn)
+        saved[name] = peak
+    assert saved['exact']<.1*saved['plain']
+    for a,b in zip(grads['exact'], grads['plain'], strict=True): assert (a-b).abs().max()<1e-10*max(b.abs().max(), 1)
+
+
+def sequences(lengths=(23, 9, 31, 14, 5, 12)):
+    rng = np.random.default_rng(1)
+    return [[rng.standard_normal((n, c)) for n in lengths] for c in (2, 1)]
+
+def stream(scheme, bs, size, rnn, head, stateful, n_skip=0, n_epoch=2, cbs=None):
+    xs,ys = sequences()
+    dl = StreamDL(Sequences(xs, ys, **f64), bs=bs, sub_seq_len=size, device='cpu')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning) # some sequences may be all washout
+        return fit(learner(DataLoaders(dl, dl), scheme, rnn, head, stateful, n_skip=n_skip, cbs=cbs), n_epoch)
+
+@pytest.mark.parametrize('stateful', [True, False])
+@pytest.mark.parametrize('bs', [1, 2, 4])
+@pytest.mark.parametrize('k1,k2,losses,n_skip', [(5, 15, 'last', 0), (5, 15, 'all', 0), (4, 8, 'last', 7), (6, 6, 'last', 0)])
+def test_overlap_on_streams(stateful, bs, k1, k2, losses, n_skip):
+    "Rows begin their sequences in the middle of what gradients go back over"
+    xs,ys = ([torch.from_numpy(o) for o in seqs] for seqs in sequences())
+    learn = stream(Overlap(k1, k2, losses), bs, k1, *parts(), stateful, n_skip)
+    rnn,head = parts()
+    opt,m = torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=.05),k2//k1
+    n = len(stream_by_hand([len(x) for x in xs], bs, k1, range(6)))
+    runs = [(max(k+1-m, 0), k+1, k if losses=='last' else max(k+1-m, 0), max(k+2-m, 0) if k+1<n else k+1, {}) for k in range(n)]
+    most = max(hi-first for _,hi,first,*_ in runs)*k1
+    for _ in range(2): train_scheme_on_stream(rnn, head, xs, ys, bs, k1, runs, opt, nn.functional.mse_loss, lambda run,steps,rows: steps/(most*rows), n_skip)
+    same(learn.model, rnn, head)
+
+@pytest.mark.parametrize('stateful', [True, False])
+@pytest.mark.parametrize('bs,n_skip', [(1, 0), (3, 0), (3, 7)])
+def test_unbiased_on_streams(stateful, bs, n_skip):
+    xs,ys = ([torch.from_numpy(o) for o in seqs] for seqs in sequences())
+    plans = []
+    class Watch(Callback):
+        order = 13
+        def before_train(self): plans.append(self.learn.dl.runs)
+    set_seed(2)
+    learn = stream(RandomUnbiased(12, 6, block=4), bs, 4, *parts(), stateful, n_skip, cbs=Watch())
+    assert len(plans)==2 and plans[0]!=plans[1] and any(o.cuts for o in plans[0]) and len(plans[0])>1
+    rnn,head = parts()
+    opt = torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=.05)
+    for plan in plans:
+        runs = [(o.start, o.stop, o.loss_start, o.stop, dict(o.cuts)) for o in plan]
+        train_scheme_on_stream(rnn, head, xs, ys, bs, 4, runs, opt, nn.functional.mse_loss, lambda run,steps,rows: steps/(12*rows), n_skip)
+    same(learn.model, rnn, head)
+
+@pytest.mark.parametrize('bs', [1, 3])
+def test_exact_on_streams_is_full_backpropagation(bs):
+    a,b = (stream(scheme, bs, 10, *parts(), True) for scheme in (Exact(4), Exact(100)))
+    same(a.model, b.model, tol=1e-12)
+    xs,ys = sequences()
+    dl = StreamDL(Sequences(xs, ys, **f64), bs=bs, device='cpu')
+    c = fit(learner(DataLoaders(dl, dl), None, *parts(), sub_seq_len=None), 2)
+    same(a.model, c.model, tol=1e-12)
+
+def test_what_a_stream_refuses():
+    for scheme in (Jittered(7), Overlap(5, 12)):
+        with pytest.raises(ValueError, match='does not cut in blocks of one length'): stream(scheme, 2, 5, *parts(), True)
+
+SCHEMES = [Fixed(6), Overlap(4, 10), Overlap(4, 10, 'all'), Jittered(7, std=2, least=2), RandomUnbiased(8, 6), RandomUnbiased(8, block=2), Exact(), Exact(5)]
+
+@pytest.mark.parametrize('scheme', SCHEMES, ids=repr)
+@pytest.mark.parametrize('n_skip', [0, 9])
+def test_every_number_a_user_reads_is_that_of_whole_windows(scheme, n_skip):
+    "Rule 6: validation, predictions, and after training the state; the schedule ends where it should"
+    rnn,head = parts()
+    learn = learner(loaders(), scheme, rnn, head, n_skip=n_skip, lr=1e-3, opt_func=partial(OptimWrapper, opt=torch.optim.Adam))
+    with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(2, 1e-3)
+    assert float(learn.pct_train)==pytest.approx(1) and learn.recorder.lrs[-1]<learn.recorder.lrs[0]
+    x,y = data()
+    learn.model.eval()
+    with torch.no_grad(): whole = learn.model(x)
+    preds,targets = learn.get_preds()
+    assert torch.allclose(preds, whole[:,n_skip:] if preds.shape[1]!=WIN else whole, atol=1e-6)
+    assert learn.validate()[0]==pytest.approx(nn.functional.mse_loss(whole[:,n_skip:], y[:,n_skip:]).item(), rel=1e-6)
+    assert learn.model[0].state is None
+
+@pytest.mark.parametrize('scheme', SCHEMES, ids=repr)
+def test_an_interrupted_fit_leaves_nothing_behind(scheme):
+    def trained(interrupt):
+        rnn,head = parts()
+        learn = learner(loaders(), scheme, rnn, head)
+        if interrupt:
+            class Stop(Callback):
+                order = 80
+                def after_pred(self):
+                    if self.train_iter==1: raise RuntimeError('stop')
+            before = {k:v.clone() for k,v in learn.model.state_dict().items()}
+            with pytest.raises(RuntimeError, match='stop'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop())
+            learn.model.load_state_dict(before)
+            learn.create_opt()
+        set_seed(0)
+        return list(fit(learn).model.parameters())
+    for a,b in zip(trained(True), trained(False), strict=True): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('scheme', SCHEMES, ids=repr)
+def test_other_callbacks(scheme):
+    "Clipping, accumulation and an evaluation in the middle do not change what a scheme is"
+    def trained(cbs):
+        rnn,head = parts()
+        set_seed(4)
+        learn = learner(loaders(), scheme, rnn, head, cbs=cbs)
+        return list(fit(learn).model.parameters())
+    class Evaluate(Callback):
+        def after_batch(self):
+            if not self.training or getattr(self, 'busy', False): return
+            self.busy = True
+            was = self.learn.model.training
+            state = torch.get_rng_state()
+            self.learn.model.eval()
+            with torch.no_grad(): self.learn.model(torch.zeros(3, 7, 2, dtype=torch.float64))
+            self.learn.model.train(was)
+            torch.set_rng_state(state)
+            self.busy = False
+    plain = trained([])
+    for a,b in zip(plain, trained([Evaluate(), GradientClip(1e9)]), strict=True): assert torch.allclose(a, b, atol=1e-14)
+    assert any((a-b).abs().max()>1e-6 for a,b in zip(plain, trained([GradientClip(1e-3)])))
+    trained([GradientAccumulation(8)])
+
+def test_a_scheme_of_ones_own():
+    "Sub-windows of 3, 6, 12, ... steps, in a few lines"
+    class Doubling(Truncation):
+        def __init__(self, first): self.first = first
+        def plan(self, win_sz, rng):
+            start,n = 0,self.first
+            while start<win_sz:
+                yield start,min(start+n, win_sz)
+                start,n = start+n,2*n
+    x,y = data()
+    learn = fit(learner(loaders(), Doubling(3), *parts()))
+    rnn,head = parts()
+    for idxs in batches():
+        state = None
+        for a,b in ((0, 3), (3, 9), (9, 21), (21, 23)):
+            out,state = rnn(x[idxs][:,a:b], state)
+            state = tuple(s.detach() for s in state)
+            loss = nn.functional.mse_loss(head(out), y[idxs][:,a:b])*((b-a)/12)
+            params = [*rnn.parameters(), *head.parameters()]
+            with torch.no_grad():
+                for p,g in zip(params, torch.autograd.grad(loss, params)): p -= .05*g
+    same(learn.model, rnn, head)
+
+class OwnState(nn.Module):
+    def __init__(self): super().__init__(); self.rnn,self.head,self.h = nn.GRU(2, 3, batch_first=True),nn.Linear(3, 1),None
+    def reset(self): self.h = None
+    def forward(self, x):
+        out,h = self.rnn(x, torch.zeros(1, len(x), 3, dtype=x.dtype) if self.h is None else self.h)
+        self.h = h.detach()
+        return self.head(out)
+
+def test_what_is_refused():
+    rnn,head = parts()
+    with pytest.raises(ValueError, match='Two schemes'): learner(loaders(), Overlap(5, 10), rnn, head, sub_seq_len=5)
+    with pytest.raises(TypeError, match='truncation is 5; expected a scheme'): learner(loaders(), 5, rnn, head)
+    for scheme in (Overlap(5, 10), RandomUnbiased(6), Exact(4)):
+        with pytest.raises(ValueError, match='OwnState carries a state by itself'):
+            fit(TbpttLearner(loaders(), OwnState().double(), truncation=scheme, loss_func=nn.MSELoss()))
+    fit(TbpttLearner(loaders(), OwnState().double(), truncation=Jittered(7), loss_func=nn.MSELoss()))
+    for make in (lambda: Overlap(0, 4), lambda: Overlap(5, 4), lambda: Overlap(4, 5, 'some'), lambda: Jittered(7, half=2), lambda: RandomUnbiased(1), lambda: RandomUnbiased(9, alpha=2), lambda: Exact(-1), lambda: Jittered(7, rescale='x')):
+        with pytest.raises(ValueError, match='; expected|is needed|Use'): make()
+
+def test_labels_of_windows():
+    "One label per window: the loss is that of the last sub-window"
+    x,_ = data()
+    label = torch.randn(9, 1, dtype=torch.float64)
+    class Last(Plain):
+        def forward(self, x): return super().forward(x)[:,-1]
+    for scheme in (Overlap(5, 12), Exact(4), Jittered(7)):
+        dl = torch.utils.data.DataLoader(list(zip(x, label)), 4)
+        rnn,head = parts()
+        learn = fit(TbpttLearner(DataLoaders(dl, dl), Last(rnn, head), truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05))
+        if isinstance(scheme, Jittered): continue
+        rnn2,head2 = parts()
+        params = [*rnn2.parameters(), *head2.parameters()]
+        begin = WIN-12 if isinstance(scheme, Overlap) else 0
+        for idxs in batches():
+            with torch.no_grad(): state = rnn2(x[idxs][:,:begin])[1] if begin else None
+            out,_ = rnn2(x[idxs][:,begin:], state)
+            loss = nn.functional.mse_loss(head2(out[:,-1]), label[idxs])
+            with torch.no_grad():
+                for p,g in zip(params, torch.autograd.grad(loss, params)): p -= .05*g
+        same(learn.model, rnn2, head2)
