@@ -4,7 +4,9 @@ from fastai.callback.all import *
 from tbptt_fastai.state import *
 from tbptt_fastai.rnn import *
 from tbptt_fastai.carry import *
+from tbptt_fastai.pieces import *
 from tbptt_fastai.truncation import *
+from tbptt_fastai.schemes import *
 from tbptt_fastai.arrays import *
 from tbptt_fastai.layout import *
 from tbptt_fastai.plot import *
@@ -25,6 +27,7 @@ from tbptt_fastai.memory import *
 from tbptt_fastai.diagnose import *
 from tbptt_fastai.memories import *
 from tbptt_fastai.find import *
+from tbptt_fastai.adaptive import *
 from tbptt_fastai.health import *
 from tbptt_fastai.datasets import *
 from tbptt_fastai.inference import *

@@ -39,7 +39,7 @@ class _CarryingRun:
             raise
         finally: cb._carried = outer
 
-# %% ../nbs/06_callback.ipynb #7a52645b
+# %% ../nbs/06_callback.ipynb #f183d233
 class TbpttResetCB(Callback):
     "Train on the sub-windows of each window in turn, reset the state where a window or sequence starts, and evaluate whole windows; sequences of a `StreamDL` in sub-windows too"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -93,7 +93,9 @@ class TbpttResetCB(Callback):
 
     def before_train(self):
         self._checked = False
-        self.learn.dl = self._view(resolve_truncation(self.setting, self.dl))
+        scheme = resolve_truncation(self.setting, self.dl)
+        if scheme is not None: scheme.before_epoch(self.learn)
+        self.learn.dl = self._view(scheme)
         if self.dl.n_windows==0: raise ValueError(f"The training loader has no batches: {getattr(self.dl, 'n', 0)} windows, bs={getattr(self.dl, 'bs', None)}, drop_last={getattr(self.dl, 'drop_last', None)}.")
 
     def before_validate(self):

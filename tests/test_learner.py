@@ -12,7 +12,7 @@ from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import Adam
 from torch import nn
 from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.checks import resolve_sub_seq_len
+from tbptt_fastai.checks import resolve_truncation
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, scaling_from_data
 from tbptt_fastai.arrays import channel_stats
@@ -134,8 +134,8 @@ def test_a_wrapped_loader_is_still_cut(dls):
     "fastai's DistributedDL, which is not a TbpttDL, keeps the one that it wraps as `dl`"
     class Wrapper:
         def __init__(self, dl): self.dl = dl
-    assert resolve_sub_seq_len('dls', Wrapper(Wrapper(dls.train)))==40
-    with pytest.raises(ValueError, match='neither to the learner nor to its list'): resolve_sub_seq_len('dls', [dls.one_batch()])
+    assert resolve_truncation('dls', Wrapper(Wrapper(dls.train))).sub_seq_len==40
+    with pytest.raises(ValueError, match='neither to the learner nor to its list'): resolve_truncation('dls', [dls.one_batch()])
 
 
 def test_a_single_batch_outside_of_a_loader_is_a_new_window(dls):

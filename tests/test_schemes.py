@@ -22,7 +22,8 @@ from tbptt_fastai.memory import activation_memory
 from tbptt_fastai.parts import SubWindowCheckCB
 from tbptt_fastai.rnn import StatefulRNN
 from tbptt_fastai.streams import StreamDL
-from tbptt_fastai.truncation import Exact, Fixed, Jittered, Overlap, RandomUnbiased, SubWindow, Truncation
+from tbptt_fastai.schemes import Exact, Jittered, Overlap, RandomUnbiased
+from tbptt_fastai.truncation import Fixed, Truncation
 from tbptt_fastai.windows import SequenceWindows, Sequences
 
 f64 = dict(dtype=torch.float64)
