@@ -79,6 +79,46 @@ def test_dicts_may_come_in_any_order():
     begun = where_state(torch.tensor([True,False]), initial, state)
     assert begun['h'].tolist()==[[0,0],[7,7]] and begun['c'][0].tolist()==[[1,1],[5,5]] and begun['c'][1]['a'].tolist()==[[2,2],[6,6]]
     with pytest.raises(ValueError, match='expected the same form'): where_state(torch.tensor([True,False]), {'h': torch.zeros(1,2)}, {'c': torch.zeros(2,2)})
+    assert batch_dims(state, {'h': 1, 'c': (None, {'a': 0, 'b': None})})==[None, None, 0, 1]
+
+
+@dataclasses.dataclass
+class Holder:
+    kept: dict
+
+def test_dicts_in_dataclasses_may_come_in_any_order():
+    state,initial = (Holder({'a': torch.ones(2), 'b': torch.full((2,), 2.)}),),(Holder({'b': torch.full((2,), 20.), 'a': torch.full((2,), 10.)}),)
+    begun = where_state(torch.tensor([True,False]), initial, state)[0].kept
+    assert begun['a'].tolist()==[10,1] and begun['b'].tolist()==[20,2]
+    assert batch_dims(state, (Holder({'b': None, 'a': 0}),))==[0, None]
+
+
+def test_a_first_state_is_of_the_type_of_the_state():
+    state = torch.ones(2, 3),torch.ones(2, 1, dtype=torch.int64)
+    begun = where_state(torch.tensor([True,False]), (torch.full((1, 3), .5, dtype=torch.float64), torch.zeros(2, 1)), state)
+    assert [o.dtype for o in begun]==[torch.float32, torch.int64] and begun[0].tolist()==[[.5]*3, [1]*3] and begun[1].tolist()==[[0],[1]]
+
+
+@pytest.mark.parametrize('rows', [[True], [True,False,True,False], [1,0,1], [[True,False,True]]])
+def test_rows_are_one_bool_for_each(rows):
+    rows = torch.tensor(rows)
+    with pytest.raises(ValueError, match=rf'rows is {rows.dtype} with shape \({rows.shape[0]},.*; expected bool with one value for each of 3'): where_state(rows, None, (torch.zeros(3, 2), 1))
+
+
+@pytest.mark.parametrize('initial,match', [((torch.zeros(3, 5), None), r'shape \(3, 5\), the state shape \(3, 2\)'), ((torch.zeros(1, 3, 2), None), r'shape \(1, 3, 2\)'), ((7, None), 'int 7, the state shape'),
+    ([torch.zeros(3, 2)], 'expected the same form'), ({'h': torch.zeros(3, 2), 'n': 1}, 'expected the same form'), (torch.zeros(3, 2), 'expected the same form')])
+def test_a_first_state_that_does_not_fit(initial, match):
+    with pytest.raises(ValueError, match=match): where_state(torch.tensor([True,False,True]), initial, (torch.ones(3, 2), 1))
+
+
+@pytest.mark.parametrize('batch_dim', [True, 1., '1', (0, True)])
+def test_dimensions_are_numbers(batch_dim):
+    with pytest.raises(TypeError, match='expected a number, or a nest'): batch_dims((torch.zeros(3, 2), torch.zeros(3)), batch_dim)
+
+
+def test_the_device_is_that_of_the_input():
+    check_state((torch.zeros(3, 2), 1), 3, torch.device('cpu'))
+    with pytest.raises(ValueError, match='on meta, the input on cpu'): check_state((torch.zeros(3, 2), torch.zeros(3, device='meta')), 3, torch.device('cpu'))
 
 
 class Counting(nn.Module):
