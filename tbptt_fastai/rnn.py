@@ -8,10 +8,10 @@ __all__ = ['rnn_types', 'refuse_bidirectional', 'check_carried', 'InitialState',
 
 # %% ../nbs/01_rnn.ipynb #f9b51238
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from .state import check_state, detach_state, where_state
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from .state import batch_dims, check_state, detach_state, state_batch_size, state_leaves, where_state
 
 # %% ../nbs/01_rnn.ipynb #658cd22c
 def refuse_bidirectional(
@@ -42,16 +42,17 @@ def check_carried(
 class InitialState(nn.Module):
     "First states, one for all sequences or one for each group; those that are parameters are learned"
     def __init__(self,
-        state, # Tensors or parameters of any nesting, with 1 or `len(groups)` rows in their batch dimension
+        state, # Tensors, parameters, numbers and None of any nesting; tensors with 1 or `len(groups)` rows in their batch dimension
         groups:list=None, # Names of the groups; default: one state for all
-        batch_dim:int=0, # Which dimension of the tensors is the batch; 1 for the layers of `torch.nn`
+        batch_dim=0, # Which dimension of the tensors is the batch, see `batch_dims`; 1 for the layers of `torch.nn`
     ):
         super().__init__()
-        leaves,self._form = tree_flatten(state)
-        self.rows,self.batch_dim = None if groups is None else {o:i for i,o in enumerate(groups)},batch_dim
-        self.tensors = nn.ParameterList(o if isinstance(o, nn.Parameter) else nn.Parameter(o, requires_grad=False) for o in leaves)
-        for o in self.tensors:
-            if o.shape[batch_dim]!=len(self.rows or [0]): raise ValueError(f"A first state has shape {tuple(o.shape)}; expected {len(self.rows or [0])} rows in dimension {batch_dim}, one {'for all' if groups is None else 'for each group'}.")
+        leaves,self._dims = state_leaves(state),batch_dims(state, batch_dim)
+        self.rows = None if groups is None else {o:i for i,o in enumerate(groups)}
+        self._numbers = tree_unflatten(range(len(leaves)), tree_flatten(state)[1])
+        self.tensors = nn.ParameterList(nn.Parameter(o, requires_grad=False) if isinstance(o, Tensor) and not isinstance(o, nn.Parameter) else o for o in leaves)
+        for o,dim in zip(self.tensors, self._dims):
+            if dim is not None and o.shape[dim]!=len(self.rows or [0]): raise ValueError(f"A first state has shape {tuple(o.shape)}; expected {len(self.rows or [0])} rows in dimension {dim}, one {'for all' if groups is None else 'for each group'}.")
 
     def forward(self,
         groups:list, # The group of each row of a batch; `None` where it is not known
@@ -59,8 +60,10 @@ class InitialState(nn.Module):
         "The first state of each row"
         unknown = [] if self.rows is None else [o for o in groups if o not in self.rows]
         if unknown: raise ValueError(f"There is no first state for group {unknown[0]!r}; the groups are {list(self.rows)}. (None: the loader does not tell. A `StreamDL` over Sequences(..., groups=...) does.)")
-        rows = torch.tensor([0 if self.rows is None else self.rows[o] for o in groups], device=self.tensors[0].device)
-        return tree_unflatten([o.index_select(self.batch_dim, rows) for o in self.tensors], self._form)
+        rows = torch.tensor([0 if self.rows is None else self.rows[o] for o in groups], dtype=torch.int64)
+        leaves = [o if dim is None else o.index_select(dim, rows.to(o.device)) for o,dim in zip(self.tensors, self._dims)]
+        state_leaves(self._numbers) # registers dataclasses, where it was unpickled
+        return tree_map(lambda i: leaves[i], self._numbers)
 
     def get_extra_state(self): return list(self.rows or [])
     def set_extra_state(self, groups):
@@ -88,6 +91,8 @@ class StatefulRNN(nn.Module):
         refuse_bidirectional(rnn)
         self.rnn,self.initial = rnn,initial
         self.batch_dim = (1 if isinstance(rnn, nn.RNNBase) else 0) if batch_dim is None else batch_dim
+        if isinstance(initial, InitialState) and isinstance(self.batch_dim, int) and (dims := batch_dims([*initial.tensors], self.batch_dim))!=initial._dims:
+            raise ValueError(f"The tensors of the first state have their batch in dimensions {initial._dims}, those of the state in {dims}. Give StatefulRNN and InitialState the same batch_dim.")
         self.reset()
 
     def forward(self,
@@ -102,15 +107,19 @@ class StatefulRNN(nn.Module):
         if not (isinstance(res, tuple) and len(res)==2 and res[1] is not None):
             raise TypeError(f"{type(self.rnn).__name__} returned {'no state' if isinstance(res, tuple) and len(res)==2 else f'a {type(res).__name__}'}; expected (out, state).")
         if carry: self._state = detach_state(res[1])
-        self._begins = self._groups = None
+        if carry or self._begins is None: self._begins = self._groups = None # rows that begin anew wait until it is carried
         return res[0]
 
     def _begin(self, x, state):
         "The first state, in all rows or in those that begin anew"
         bs = x.shape[0 if getattr(self.rnn, 'batch_first', True) else 1]
+        initial = None
         if self.initial is not None: initial = self.initial([None]*bs if self._groups is None else self._groups)
-        elif hasattr(self.rnn, 'initial_state'): initial = self.rnn.initial_state(bs, x.device, self._dtype(x))
-        else: initial = None
+        elif hasattr(self.rnn, 'initial_state'):
+            first = lambda n: self.rnn.initial_state(n, x.device, self._dtype(x))
+            initial = first(bs)
+            if state is not None and (n := state_batch_size(first(bs+1), self.batch_dim)) not in (None, 1, bs+1): raise ValueError( # the layers may be as many as the rows
+                f"The first state for a batch of {bs+1} has {n} in its batch dimension, {self.batch_dim}. Say where its batch is: StatefulRNN(..., batch_dim=...).")
         return initial if state is None else where_state(self._begins, initial, state, self.batch_dim)
 
     def _dtype(self, x):

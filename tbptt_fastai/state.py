@@ -91,8 +91,9 @@ def check_state(
             raise ValueError(f"The carried hidden state is on {t.device}, the input on {device}. Call `reset()` before moving a model.")
     state_bs = state_batch_size(state, batch_dim)
     if state_bs not in (None, bs):
+        other = next((f" If its batch is in dimension {i}: StatefulRNN(..., batch_dim={i})." for t in state_leaves(state) if isinstance(t, Tensor) for i,n in enumerate(t.shape) if n==bs), '')
         raise ValueError(f"The carried hidden state has batch size {state_bs}, the input {bs}: they cannot be parts of the same windows. "
-                         "Call `reset()` where a window starts (`TbpttResetCB` does).")
+                         f"Call `reset()` where a window starts (`TbpttResetCB` does).{other}")
 
 # %% ../nbs/00_state.ipynb #a3aa3c02
 def where_state(

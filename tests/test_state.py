@@ -1,10 +1,10 @@
 "States of any nesting: detached, checked, begun anew in single rows"
-import dataclasses
+import copy, dataclasses, pickle
 from collections import namedtuple
 import pytest
 import torch
 from torch import nn
-from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.rnn import InitialState, StatefulRNN
 from tbptt_fastai.state import batch_dims, check_state, detach_state, state_batch_size, state_leaves, where_state
 
 Pair = namedtuple('Pair', 'h c')
@@ -151,3 +151,64 @@ def test_a_module_with_a_first_state_of_its_own(dtype):
     rnn.eval()
     torch.testing.assert_close(rnn(x), whole)
     with pytest.raises(ValueError, match='batch size 3, the input 2'): rnn.train()(x[:2])
+
+
+def test_an_evaluation_leaves_a_pending_reset():
+    torch.manual_seed(0)
+    x,gru = torch.randn(3, 5, 2),nn.GRU(2, 4, batch_first=True)
+    rnn = StatefulRNN(gru)
+    first,rows = rnn(x),torch.tensor([True,False,False])
+    expected = gru(x, torch.where(rows[:,None], 0., rnn.state))[0]
+    rnn.reset(rows)
+    torch.testing.assert_close(rnn.eval()(x[:2]), first[:2])
+    torch.testing.assert_close(rnn.train()(x), expected)
+    torch.testing.assert_close(rnn(x), gru(x, gru(x, torch.where(rows[:,None], 0., gru(x)[1]))[1])[0]) # once
+
+
+def test_groups_that_are_given_for_an_evaluation_are_for_one_call():
+    rnn,x = StatefulRNN(nn.GRU(2, 4, batch_first=True), initial=InitialState(torch.randn(1, 1, 4), batch_dim=1)).eval(),torch.randn(3, 5, 2)
+    rnn.reset(groups=list('abc'))
+    torch.testing.assert_close(rnn(x)[:2], rnn(x[:2]))
+
+
+class BatchSecond(nn.Module):
+    "A GRU inside of a module: its state is `(layers, batch, hidden)`"
+    def __init__(self): super().__init__(); self.gru = nn.GRU(2, 3, 2, batch_first=True)
+    def initial_state(self, bs, device, dtype): return torch.zeros(2, bs, 3, device=device, dtype=dtype)
+    def forward(self, x, state): return self.gru(x, state)
+
+def test_a_batch_in_another_dimension_is_declared():
+    x,core,rows = torch.randn(2, 5, 2),BatchSecond(),torch.tensor([True,False])
+    rnn = StatefulRNN(core)
+    rnn(x)
+    rnn.reset(rows) # as many rows as layers
+    with pytest.raises(ValueError, match=r'batch of 3 has 2 in its batch dimension, 0.*batch_dim='): rnn(x)
+    for rnn in (StatefulRNN(core, batch_dim=1), StatefulRNN(core, -2, InitialState(torch.zeros(2, 1, 3), batch_dim=1))):
+        first = rnn(x)
+        rnn.reset(rows)
+        torch.testing.assert_close(rnn(x)[0], first[0])
+    with pytest.raises(ValueError, match=r'dimensions \[1\], those of the state in \[0\]'): StatefulRNN(core, initial=InitialState(torch.zeros(2, 1, 3), batch_dim=1))
+    rnn,x = StatefulRNN(core),torch.randn(4, 5, 2)
+    rnn(x)
+    with pytest.raises(ValueError, match=r'batch size 2, the input 4.*StatefulRNN\(\.\.\., batch_dim=1\)'): rnn(x)
+    with pytest.raises(ValueError, match='TbpttResetCB` does[^=]*$'): check_state(torch.zeros(5, 3), 4, torch.device('cpu'))
+
+
+@pytest.mark.parametrize('groups', [None, ['a','b']])
+def test_first_states_of_any_nesting(groups):
+    @dataclasses.dataclass
+    class Unmet:
+        h: torch.Tensor
+        age: torch.Tensor
+        note: object = None
+    n = len(groups or 'a')
+    state = {'memory': Unmet(nn.Parameter(torch.randn(2, n)), torch.arange(n), 'name'), 'mean': torch.zeros(7), 'count': 3, 'none': None}
+    initial = InitialState(state, groups, batch_dim={'count': None, 'none': None, 'mean': None, 'memory': Unmet(1, 0)})
+    assert [o.requires_grad for o in initial.parameters()]==[True, False, False]
+    initial.load_state_dict(pickle.loads(pickle.dumps(initial.state_dict())))
+    for o in (initial, copy.deepcopy(initial)):
+        first,row = o(list('ba')),[n-1, 0]
+        assert torch.equal(first['memory'].h, state['memory'].h[:,row]) and first['memory'].age.tolist()==row
+        torch.utils._pytree.SUPPORTED_NODES.pop(Unmet) # as in another process, where it is unpickled
+        assert first['memory'].note=='name' and first['mean'].shape==(7,) and first['count']==3 and first['none'] is None
+    with pytest.raises(ValueError, match='has shape \\(5, 2\\); expected'): InitialState((torch.zeros(5, 2), None), groups)
