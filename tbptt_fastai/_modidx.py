@@ -492,6 +492,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'tbptt_fastai/schemes.py')},
             'tbptt_fastai.state': { 'tbptt_fastai.state._detach_leaf': ('state.html#_detach_leaf', 'tbptt_fastai/state.py'),
                                     'tbptt_fastai.state._in_order': ('state.html#_in_order', 'tbptt_fastai/state.py'),
+                                    'tbptt_fastai.state._leaves_like': ('state.html#_leaves_like', 'tbptt_fastai/state.py'),
                                     'tbptt_fastai.state._register_dataclass': ('state.html#_register_dataclass', 'tbptt_fastai/state.py'),
                                     'tbptt_fastai.state.batch_dims': ('state.html#batch_dims', 'tbptt_fastai/state.py'),
                                     'tbptt_fastai.state.check_state': ('state.html#check_state', 'tbptt_fastai/state.py'),

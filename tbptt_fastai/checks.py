@@ -84,7 +84,7 @@ def check_states(
         f"{type(get_model(model)).__name__} gives its recurrent layers ({', '.join(carried.layers.values())}) a state of its own in every call, so none is carried from one sub-window to "
         "the next. Call them without a state, or give the model a `reset()` if it carries one by itself.")
     for layer,state in states.items():
-        if not isinstance(layer, nn.RNNBase): continue
+        if state is None or not isinstance(layer, nn.RNNBase): continue
         n = state_batch_size(state, 1)
         if n!=bs and n%(bs*steps)==0: raise ValueError(
             f"{layer} runs over another axis than time: its batch of {n} has the {steps} steps of {bs} windows in it, so its state is none to carry. Give it a state of its own in every call.")

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from .carry import carry_state
 from .checks import check_states
-from .rnn import StatefulRNN
-from .state import state_leaves
+from .rnn import StatefulRNN, learned_state
+from .state import state_batch_size
 
 # %% ../nbs/09_inference.ipynb #96eb04fa
 @contextmanager
@@ -38,7 +38,7 @@ class StreamPredictor:
     "Run a model on sequences that come in chunks: each call goes on from where the last one ended"
     def __init__(self,
         learn, # Learner or model; it is held, not copied: a later change of its weights is seen
-        ndim:int=None, # Dimensions of the model's input `(streams, time, ...)`; default: 3, and 2 for integers, such as tokens
+        ndim:int=None, # Dimensions of the model's input `(streams, time, ...)`; default: 3, and 2 for the tokens of a model with an `nn.Embedding`
     ):
         self.model,self.ndim = get_model(learn if isinstance(learn, nn.Module) else learn.model),ndim
         name,modules = type(self.model).__name__,dict(self.model.named_modules())
@@ -57,6 +57,8 @@ class StreamPredictor:
         "As `(streams, time, ...)`, of the model's type and on its device; is it one stream without that dimension?"
         x,like = torch.as_tensor(x).as_subclass(Tensor),next((p for p in self.model.parameters() if p.is_floating_point()), None)
         if like is not None: x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+        if self.ndim is None and not (x.is_floating_point() or x.is_complex() or any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in self.model.modules())): raise TypeError(
+            f"The chunk is {x.dtype}, {type(self.model).__name__} has no nn.Embedding: integers are taken for tokens. Convert a signal to floats, scaled as in training; a model that takes integers: StreamPredictor(..., ndim=...).")
         ndim = self.ndim or (3 if x.is_floating_point() else 2)
         if x.ndim not in (ndim-1, ndim) or 0 in x.shape: raise ValueError(f"The chunk has shape {tuple(x.shape)}; expected (streams, time, ...) with {ndim} dimensions, or {ndim-1} for one stream, and none of them empty. Other models: StreamPredictor(..., ndim=...).")
         return (x[None],True) if x.ndim<ndim else (x,False)
@@ -105,14 +107,25 @@ class StreamPredictor:
     def state_dict(self)->dict: # Copies on the CPU, for `torch.save`
         "Where the streams are"
         keep = lambda o: o.to('cpu', copy=True) if isinstance(o, Tensor) else o
-        return dict(layers=list(self._carried()[1]), states=tree_map(keep, self._states), n_streams=self.n_streams, begins=tree_map(keep, self._begins), groups=copy.copy(self._groups))
+        return dict(states=tree_map(keep, {name:self._states.get(name) for name in self._carried()[1]}), n_streams=self.n_streams, begins=tree_map(keep, self._begins), groups=copy.copy(self._groups))
 
     def load_state_dict(self,
         state:dict, # From `state_dict`, of a predictor with the same layers
     ):
         "Go on from there"
-        names = list(self._carried()[1])
-        if state['layers']!=names: raise ValueError(f"The saved state is of the layers {state['layers']}; those of this model are {names}.")
-        state = copy.deepcopy(state)
-        state_leaves(state['states']) # registers dataclasses
-        self._states,self.n_streams,self._begins,self._groups = (state[o] for o in ('states', 'n_streams', 'begins', 'groups'))
+        keys = ['states', 'n_streams', 'begins', 'groups']
+        if not isinstance(state, dict) or set(state)!=set(keys): raise TypeError(f"The state is a {f'dict of {list(state)[:5]}' if isinstance(state, dict) else type(state).__name__}; expected what `state_dict()` of a StreamPredictor gives: {keys}.")
+        (states,n,begins,groups),modules = copy.deepcopy([state[o] for o in keys]),self._carried()[1]
+        if list(states)!=list(modules): raise ValueError(f"The saved state is of the layers {list(states)}; those of this model are {list(modules)}.")
+        shapes = lambda o: tree_map(lambda t: tuple(t.shape) if isinstance(t, Tensor) else t, o)
+        states = {name:o for name,o in states.items() if o is not None}
+        for name,o in states.items():
+            rnn = modules[name].rnn if isinstance(modules[name], StatefulRNN) else modules[name]
+            if isinstance(rnn, nn.RNNBase): found,expected = shapes(o),shapes(learned_state(rnn)([None]*(n or 0)))
+            else: found,expected = (f'of {size} streams' for size in (state_batch_size(o, modules[name].batch_dim) or n, n))
+            if found!=expected: raise ValueError(f"The saved state of {name or 'the model'} is {found}; expected {expected}.")
+        if None not in (n, groups) and len(groups)!=n: raise ValueError(f"There are {len(groups)} groups; expected one for each of {n} streams.")
+        loaded = copy.copy(self)
+        loaded._states,loaded.n_streams,loaded._begins,loaded._groups = states,n,None,groups
+        if begins is not None: loaded.reset(begins)
+        vars(self).update(vars(loaded))

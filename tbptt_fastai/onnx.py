@@ -59,13 +59,14 @@ def to_onnx(
     model, # Model, learner or `StreamPredictor`; it is copied
     path, # The file to write
     x_example, # Input `(streams, time, ...)`
-    dynamic=('streams','steps'), # The sizes that may be others than those of `x_example`; a model that loops over steps in Python has `('streams',)`
+    dynamic=('streams','steps'), # The sizes that may be others than those of `x_example`; a model that loops over steps in Python has `'streams'` alone
     groups:list=None, # The group of each stream, for the first state of a `StatefulRNN`
     tol:float=1e-4, # Largest difference from the model, relative to the largest value where that is above 1
 )->dict: # Names of the state's inputs, and the first state as arrays; each has an output by the same name and '.next'
     "Write a model to an ONNX file with its state as inputs and outputs, and check it with onnxruntime"
     try: import onnx, onnxruntime
     except ImportError as e: raise ImportError("to_onnx needs onnx and onnxruntime: pip install tbptt_fastai[onnx]") from e
+    if isinstance(dynamic, str): dynamic = (dynamic,)
     if unknown := set(dynamic)-{'streams','steps'}: raise ValueError(f"dynamic has {unknown.pop()!r}; expected 'streams', 'steps', both or none.")
     source = model if isinstance(model, StreamPredictor) else StreamPredictor(model)
     predictor = StreamPredictor(copy.deepcopy(source.model).cpu(), source.ndim)
@@ -74,6 +75,8 @@ def to_onnx(
     states,y = _first_states(predictor, modules, x)
     inputs = {f"{name}.state{i}".lstrip('.'):(o, dim) for name,state in states.items()
         for i,(o,dim) in enumerate(zip(state_leaves(state), batch_dims(state, getattr(modules[name], 'batch_dim', 1)))) if isinstance(o, Tensor)}
+    for name,(o,_) in inputs.items():
+        if o.is_complex(): raise ValueError(f"The state {name} is {o.dtype}; ONNX has no operators for complex numbers. Write the recurrence with real and imaginary parts, or run the model with `StreamPredictor`.")
     sizes = {0:'streams', 1:'steps'}
     axes = {'x':sizes, 'y':sizes if y.ndim>1 and y.shape[1]==x.shape[1] else {0:'streams'}}
     for name,(_,dim) in inputs.items(): axes[name] = axes[f'{name}.next'] = {} if dim is None else {dim:'streams'}

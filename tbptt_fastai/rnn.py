@@ -6,7 +6,7 @@
 __all__ = ['rnn_types', 'refuse_bidirectional', 'check_carried', 'InitialState', 'learned_state', 'StatefulRNN', 'Standardize',
            'SequenceRNN']
 
-# %% ../nbs/01_rnn.ipynb #2ceca37b
+# %% ../nbs/01_rnn.ipynb #f9b51238
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -38,7 +38,7 @@ def check_carried(
         dtypes = {t.dtype for t in tree_leaves(state)}
         if dtypes != {x.dtype}: raise ValueError(f"The carried hidden state is {dtypes.pop()}, the input {x.dtype}. Call `reset()` before changing the type of a model or its data.")
 
-# %% ../nbs/01_rnn.ipynb #fe6fa165
+# %% ../nbs/01_rnn.ipynb #5c7ac819
 class InitialState(nn.Module):
     "First states, one for all sequences or one for each group; those that are parameters are learned"
     def __init__(self,

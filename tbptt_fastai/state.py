@@ -45,16 +45,28 @@ def detach_state(
     return tree_map(_detach_leaf, state)
 
 # %% ../nbs/00_state.ipynb #a47c462e
+def _in_order(nest, like):
+    "Dicts in the order of another nest, in which leaves are counted; what else holds entries becomes a list"
+    if isinstance(nest, dict) and isinstance(like, dict) and nest.keys()==like.keys(): return {k: _in_order(nest[k], o) for k,o in like.items()}
+    if isinstance(nest, (tuple,list)) and isinstance(like, (tuple,list)) and len(nest)==len(like): return [_in_order(*o) for o in zip(nest, like)]
+    if dataclasses.is_dataclass(nest) and type(nest) is type(like): return [_in_order(getattr(nest, o.name), getattr(like, o.name)) for o in dataclasses.fields(nest)]
+    return nest
+
+def _leaves_like(nest, state, name):
+    "The leaves of a nest in the order of those of a state; a `ValueError` unless it has the same form"
+    leaves,form = tree_flatten(_in_order(nest, state))
+    if form==tree_flatten(_in_order(state, state))[1]: return leaves
+    shown = [tree_map(lambda o: f'tensor {tuple(o.shape)}' if isinstance(o, Tensor) else o, o) for o in (nest, state)]
+    raise ValueError(f"{name} is {shown[0]}, which has not the form of the state: {shown[1]}; expected the same form.")
+
 def batch_dims(
     state, # Hidden state of any nesting
     batch_dim=0, # Which dimension of its tensors is the batch: one number, or a nest of the state's form with a number for each tensor and `None` for what has no batch
 )->list: # For each of the leaves: a number, or `None`
     "Where the batch is in each leaf of a state"
     leaves = state_leaves(state)
-    state_leaves(batch_dim)
-    declared,form = tree_flatten(batch_dim)
-    if len(declared)==1 and isinstance(batch_dim, int): declared = declared*len(leaves)
-    elif form!=tree_flatten(state)[1]: raise ValueError(f"batch_dim is {batch_dim}, which has not the form of the state: {tree_map(lambda o: 'tensor' if isinstance(o, Tensor) else o, state)}.")
+    if any(o is not None and type(o) is not int for o in state_leaves(batch_dim)): raise TypeError(f"batch_dim is {batch_dim!r}; expected a number, or a nest of numbers and None.")
+    declared = [batch_dim]*len(leaves) if isinstance(batch_dim, int) else _leaves_like(batch_dim, state, 'batch_dim')
     return [dim%o.ndim if isinstance(o, Tensor) and dim is not None and -o.ndim<=dim<o.ndim else None for o,dim in zip(leaves, declared)]
 
 def state_batch_size(
@@ -79,18 +91,11 @@ def check_state(
             raise ValueError(f"The carried hidden state is on {t.device}, the input on {device}. Call `reset()` before moving a model.")
     state_bs = state_batch_size(state, batch_dim)
     if state_bs not in (None, bs):
+        other = next((f" If its batch is in dimension {i}: StatefulRNN(..., batch_dim={i})." for t in state_leaves(state) if isinstance(t, Tensor) for i,n in enumerate(t.shape) if n==bs), '')
         raise ValueError(f"The carried hidden state has batch size {state_bs}, the input {bs}: they cannot be parts of the same windows. "
-                         "Call `reset()` where a window starts (`TbpttResetCB` does).")
+                         f"Call `reset()` where a window starts (`TbpttResetCB` does).{other}")
 
 # %% ../nbs/00_state.ipynb #a3aa3c02
-def _in_order(new, like):
-    "Entries of dicts in the order of another nest, in which leaves are counted"
-    if isinstance(new, dict) and isinstance(like, dict):
-        if new.keys()!=like.keys(): raise ValueError(f"The first state has {list(new)}, the state {list(like)}: expected the same form.")
-        return {k: _in_order(new[k], o) for k,o in like.items()}
-    if isinstance(new, (tuple,list)) and isinstance(like, (tuple,list)) and len(new)==len(like): return [_in_order(*o) for o in zip(new, like)]
-    return new
-
 def where_state(
     rows:Tensor, # bool `(bs,)`: which rows begin anew
     initial, # State they begin with, of the same form; `None`: zeros
@@ -98,11 +103,13 @@ def where_state(
     batch_dim=0, # Which dimension of its tensors is the batch, see `batch_dims`; what has none stays as it is
 ):
     "`initial` in some rows of the batch, `state` in the others"
-    leaves,form = state_leaves(state),tree_flatten(state)[1]
+    leaves,bs = state_leaves(state),state_batch_size(state, batch_dim)
+    if rows.dtype!=torch.bool or bs is not None and rows.shape!=(bs,): raise ValueError(f"rows is {rows.dtype} with shape {tuple(rows.shape)}; expected bool with one value for each of {bs or 'the'} rows.")
     def choose(old, new, dim):
         if dim is None: return old
-        chosen = rows.to(old.device).view([-1 if i==dim else 1 for i in range(old.ndim)])
-        return torch.where(chosen, torch.zeros_like(old) if new is None else new.to(old.dtype), old)
-    news = [None]*len(leaves) if initial is None else state_leaves(_in_order(initial, state))
-    if len(news)!=len(leaves): raise ValueError(f"The first state has {len(news)} tensors and numbers, the state {len(leaves)}: expected the same form.")
-    return tree_unflatten([choose(*o) for o in zip(leaves, news, batch_dims(state, batch_dim))], form)
+        if new is None: new = torch.zeros_like(old)
+        if not isinstance(new, Tensor) or new.ndim!=old.ndim or any(n not in (1, o) for n,o in zip(new.shape, old.shape)): raise ValueError(
+            f"The first state has {f'shape {tuple(new.shape)}' if isinstance(new, Tensor) else f'{type(new).__name__} {new}'}, the state shape {tuple(old.shape)}; expected the same, or 1 for all rows.")
+        return torch.where(rows.to(old.device).view([-1 if i==dim else 1 for i in range(old.ndim)]), new.to(old.dtype), old)
+    news = [None]*len(leaves) if initial is None else _leaves_like(initial, state, 'The first state')
+    return tree_unflatten([choose(*o) for o in zip(leaves, news, batch_dims(state, batch_dim))], tree_flatten(state)[1])

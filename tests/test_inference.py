@@ -12,6 +12,7 @@ from tbptt_fastai.carry import carry_state
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.inference import StreamPredictor
 from tbptt_fastai.learner import TbpttLearner
+from tbptt_fastai.memories import LRU, CachedAttention, CausalConv
 from tbptt_fastai.onnx import to_onnx
 from tbptt_fastai.rnn import SequenceRNN, Standardize, StatefulRNN, learned_state
 from tbptt_fastai.text import TextRNN
@@ -52,6 +53,8 @@ MODELS = dict(
     mixed=lambda: nn.Sequential(StatefulRNN(nn.GRU(2, 2, batch_first=True)), Plain()),
     text=lambda: TextRNN(20, 8, hidden_size=7),
     memory=lambda: StatefulRNN(Memory()),
+    attention=lambda: StatefulRNN(CachedAttention(2, 3)),
+    convolution=lambda: StatefulRNN(CausalConv(2, 3)),
 )
 CHUNKS = {'1': [1]*220, '7': [7]*31+[3], '100': [100, 100, 20], 'mixed': [1, 50, 2, 1, 99, 67]}
 
@@ -128,6 +131,73 @@ def test_a_saved_state_is_gone_back_to(name):
     one,two = nn.Sequential(StatefulRNN(nn.GRU(2, 2))),nn.Sequential(StatefulRNN(nn.GRU(2, 2)), StatefulRNN(nn.GRU(2, 2)))
     for model,other in ((one, two), (two, one)):
         with pytest.raises(ValueError, match='saved state is of the layers'): StreamPredictor(other).load_state_dict(StreamPredictor(model).state_dict())
+
+
+def saved_of(model, x):
+    predictor = StreamPredictor(model)
+    predictor(x)
+    return predictor.state_dict()
+
+def gru(hidden): return nn.Sequential(StatefulRNN(nn.GRU(2, hidden, batch_first=True)), nn.Linear(hidden, 1))
+
+OTHERS = dict(
+    hidden=(lambda x: saved_of(gru(5), x), ValueError, r"state of 0 is \(1, 3, 5\); expected \(1, 3, 4\)"),
+    lstm=(lambda x: saved_of(nn.Sequential(nn.LSTM(2, 4, batch_first=True), ), x), ValueError, r"state of 0 is \(\(1, 3, 4\), \(1, 3, 4\)\); expected \(1, 3, 4\)"),
+    empty=(lambda x: {}, TypeError, r"The state is a dict of \[\]; expected what `state_dict\(\)` of a StreamPredictor gives"),
+    weights=(lambda x: gru(4).state_dict(), TypeError, "dict of .'0.rnn.weight_ih_l0'"),
+    no_dict=(lambda x: [1], TypeError, 'The state is a list; expected'),
+    no_begins=(lambda x: {k:o for k,o in saved_of(gru(4), x).items() if k!='begins'}, TypeError, r"dict of \['states', 'n_streams', 'groups'\]"),
+    no_layer=(lambda x: saved_of(gru(4), x)|{'states':{}}, ValueError, r"is of the layers \[\]; those of this model are \['0'\]"),
+    streams=(lambda x: saved_of(gru(4), x)|{'n_streams':2}, ValueError, r"state of 0 is \(1, 3, 4\); expected \(1, 2, 4\)"),
+    no_streams=(lambda x: saved_of(gru(4), x)|{'n_streams':None}, ValueError, r"expected \(1, 0, 4\)"),
+    begins=(lambda x: saved_of(gru(4), x)|{'begins':torch.tensor([True])}, ValueError, 'expected bool with one value for each of 3 streams'),
+    groups=(lambda x: saved_of(gru(4), x)|{'groups':['a']}, ValueError, 'There are 1 groups; expected one for each of 3 streams'),
+)
+
+@pytest.mark.parametrize('other,error,match', OTHERS.values(), ids=OTHERS)
+def test_another_state_is_refused_and_changes_nothing(other, error, match):
+    torch.manual_seed(0)
+    x = torch.randn(3, 10, 2)
+    predictor = StreamPredictor(gru(4))
+    predictor(x)
+    predictor.reset([True, False, False])
+    before = predictor.state_dict()
+    with pytest.raises(error, match=match): predictor.load_state_dict(other(x))
+    after = predictor.state_dict()
+    assert torch.equal(before['states']['0'], after['states']['0']) and torch.equal(before['begins'], after['begins']) and (after['n_streams'],after['groups'])==(3,None)
+
+
+def test_a_state_of_a_memory_has_as_many_streams_as_it_says():
+    model,x = build('memory')
+    with pytest.raises(ValueError, match='state of the model is of 3 streams; expected of 2 streams'): StreamPredictor(model).load_state_dict(saved_of(model, x)|{'n_streams':2})
+
+
+def test_a_state_from_before_the_first_chunk_and_one_with_layers_that_carry_nothing():
+    model = nn.ModuleDict(dict(used=nn.GRU(2, 3, batch_first=True), unused=StatefulRNN(nn.GRU(2, 3))))
+    model.forward = lambda x: model['used'](x)[0]
+    predictor,x = StreamPredictor(model),torch.randn(2, 5, 2)
+    first = predictor.state_dict()
+    y = [predictor(x)]
+    second = predictor.state_dict()
+    y.append(predictor(x))
+    for state,expected in zip((second, first), reversed(y)):
+        predictor.load_state_dict(state)
+        assert torch.equal(predictor(x), expected)
+
+
+class OneHot(nn.Module):
+    def __init__(self): super().__init__(); self.rnn = nn.GRU(4, 3, batch_first=True)
+    def forward(self, x): return self.rnn(nn.functional.one_hot(x, 4).float())[0]
+
+@pytest.mark.parametrize('shape', [(7,1), (2,7,1)])
+def test_integers_are_tokens(shape):
+    x = torch.ones(shape, dtype=torch.int16)
+    model = SequenceRNN(1, 1, 'gru', 5, scale_x=Standardize(torch.zeros(1), torch.ones(1))) # would take (time, 1) for streams of one step each
+    for o in (x, x.numpy()):
+        with pytest.raises(TypeError, match='The chunk is torch.int16, SequenceRNN has no nn.Embedding: .* Convert a signal to floats'): StreamPredictor(model)(o)
+    tokens = torch.ones(2, 7, dtype=torch.int64)
+    assert StreamPredictor(OneHot(), ndim=2)(tokens).shape==(2,7,3) and StreamPredictor(MODELS['text']())(tokens).shape[:2]==(2,7)
+    with pytest.raises(ValueError, match='with 2 dimensions'): StreamPredictor(MODELS['text']())(tokens[...,None])
 
 
 class Last(nn.Module):
@@ -283,7 +353,7 @@ def test_onnx_gives_what_the_whole_gives(name, sizes):
     assert model.training
     y = run_onnx('m.onnx', state, x, sizes)
     torch.testing.assert_close(y, whole(model, x), rtol=0, atol=1e-5)
-    one = run_onnx('m.onnx', {k:v[:,:1] for k,v in state.items()}, x[:1], sizes)
+    one = run_onnx('m.onnx', {k:v.take([0], 0 if name in ('attention','convolution') else 1) for k,v in state.items()}, x[:1], sizes)
     torch.testing.assert_close(one, y[:1], rtol=0, atol=1e-5)
 
 
@@ -308,11 +378,20 @@ def test_onnx_of_groups_and_what_it_refuses():
     with pytest.raises(ValueError, match="dynamic has 'time'; expected 'streams', 'steps'"): to_onnx(model, 'm.onnx', x, dynamic=['time'])
     with pytest.raises(TypeError, match='The first state of the model is not known'): to_onnx(StatefulRNN(NoFirst()), 'm.onnx', x)
     with pytest.raises(TypeError, match='GRU gives a tuple'): to_onnx(nn.GRU(2, 2, batch_first=True), 'm.onnx', x)
+    with pytest.raises(ValueError, match='The state state0 is torch.complex64; ONNX has no operators'): to_onnx(StatefulRNN(LRU(2, 3)), 'm.onnx', x)
     class Counting(Memory):
         def initial_state(self, *args): return 0
         def forward(self, x, state): return x+state,state+1
     with pytest.raises(ValueError, match='use model.float.*does not support double'): to_onnx(nn.Sequential(StatefulRNN(nn.LSTM(2, 2, batch_first=True))).double(), 'm.onnx', x)
     with pytest.raises(ValueError, match='numbers that do not change'): to_onnx(StatefulRNN(Counting()), 'm.onnx', x)
+
+
+def test_one_dynamic_size_by_its_name():
+    pytest.importorskip('onnxruntime')
+    model,x = build('gru')
+    state = to_onnx(model, 'm.onnx', x[:,:1], dynamic='streams')
+    torch.testing.assert_close(run_onnx('m.onnx', {k:v[:,1:] for k,v in state.items()}, x[1:], [1]*220), whole(model, x[1:]), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="dynamic has 'time'"): to_onnx(model, 'm.onnx', x, dynamic='time')
 
 
 def test_a_trace_that_is_wrong_elsewhere_is_found():

@@ -1,10 +1,10 @@
 "States of any nesting: detached, checked, begun anew in single rows"
-import dataclasses
+import copy, dataclasses, pickle
 from collections import namedtuple
 import pytest
 import torch
 from torch import nn
-from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.rnn import InitialState, StatefulRNN
 from tbptt_fastai.state import batch_dims, check_state, detach_state, state_batch_size, state_leaves, where_state
 
 Pair = namedtuple('Pair', 'h c')
@@ -79,6 +79,46 @@ def test_dicts_may_come_in_any_order():
     begun = where_state(torch.tensor([True,False]), initial, state)
     assert begun['h'].tolist()==[[0,0],[7,7]] and begun['c'][0].tolist()==[[1,1],[5,5]] and begun['c'][1]['a'].tolist()==[[2,2],[6,6]]
     with pytest.raises(ValueError, match='expected the same form'): where_state(torch.tensor([True,False]), {'h': torch.zeros(1,2)}, {'c': torch.zeros(2,2)})
+    assert batch_dims(state, {'h': 1, 'c': (None, {'a': 0, 'b': None})})==[None, None, 0, 1]
+
+
+@dataclasses.dataclass
+class Holder:
+    kept: dict
+
+def test_dicts_in_dataclasses_may_come_in_any_order():
+    state,initial = (Holder({'a': torch.ones(2), 'b': torch.full((2,), 2.)}),),(Holder({'b': torch.full((2,), 20.), 'a': torch.full((2,), 10.)}),)
+    begun = where_state(torch.tensor([True,False]), initial, state)[0].kept
+    assert begun['a'].tolist()==[10,1] and begun['b'].tolist()==[20,2]
+    assert batch_dims(state, (Holder({'b': None, 'a': 0}),))==[0, None]
+
+
+def test_a_first_state_is_of_the_type_of_the_state():
+    state = torch.ones(2, 3),torch.ones(2, 1, dtype=torch.int64)
+    begun = where_state(torch.tensor([True,False]), (torch.full((1, 3), .5, dtype=torch.float64), torch.zeros(2, 1)), state)
+    assert [o.dtype for o in begun]==[torch.float32, torch.int64] and begun[0].tolist()==[[.5]*3, [1]*3] and begun[1].tolist()==[[0],[1]]
+
+
+@pytest.mark.parametrize('rows', [[True], [True,False,True,False], [1,0,1], [[True,False,True]]])
+def test_rows_are_one_bool_for_each(rows):
+    rows = torch.tensor(rows)
+    with pytest.raises(ValueError, match=rf'rows is {rows.dtype} with shape \({rows.shape[0]},.*; expected bool with one value for each of 3'): where_state(rows, None, (torch.zeros(3, 2), 1))
+
+
+@pytest.mark.parametrize('initial,match', [((torch.zeros(3, 5), None), r'shape \(3, 5\), the state shape \(3, 2\)'), ((torch.zeros(1, 3, 2), None), r'shape \(1, 3, 2\)'), ((7, None), 'int 7, the state shape'),
+    ([torch.zeros(3, 2)], 'expected the same form'), ({'h': torch.zeros(3, 2), 'n': 1}, 'expected the same form'), (torch.zeros(3, 2), 'expected the same form')])
+def test_a_first_state_that_does_not_fit(initial, match):
+    with pytest.raises(ValueError, match=match): where_state(torch.tensor([True,False,True]), initial, (torch.ones(3, 2), 1))
+
+
+@pytest.mark.parametrize('batch_dim', [True, 1., '1', (0, True)])
+def test_dimensions_are_numbers(batch_dim):
+    with pytest.raises(TypeError, match='expected a number, or a nest'): batch_dims((torch.zeros(3, 2), torch.zeros(3)), batch_dim)
+
+
+def test_the_device_is_that_of_the_input():
+    check_state((torch.zeros(3, 2), 1), 3, torch.device('cpu'))
+    with pytest.raises(ValueError, match='on meta, the input on cpu'): check_state((torch.zeros(3, 2), torch.zeros(3, device='meta')), 3, torch.device('cpu'))
 
 
 class Counting(nn.Module):
@@ -111,3 +151,64 @@ def test_a_module_with_a_first_state_of_its_own(dtype):
     rnn.eval()
     torch.testing.assert_close(rnn(x), whole)
     with pytest.raises(ValueError, match='batch size 3, the input 2'): rnn.train()(x[:2])
+
+
+def test_an_evaluation_leaves_a_pending_reset():
+    torch.manual_seed(0)
+    x,gru = torch.randn(3, 5, 2),nn.GRU(2, 4, batch_first=True)
+    rnn = StatefulRNN(gru)
+    first,rows = rnn(x),torch.tensor([True,False,False])
+    expected = gru(x, torch.where(rows[:,None], 0., rnn.state))[0]
+    rnn.reset(rows)
+    torch.testing.assert_close(rnn.eval()(x[:2]), first[:2])
+    torch.testing.assert_close(rnn.train()(x), expected)
+    torch.testing.assert_close(rnn(x), gru(x, gru(x, torch.where(rows[:,None], 0., gru(x)[1]))[1])[0]) # once
+
+
+def test_groups_that_are_given_for_an_evaluation_are_for_one_call():
+    rnn,x = StatefulRNN(nn.GRU(2, 4, batch_first=True), initial=InitialState(torch.randn(1, 1, 4), batch_dim=1)).eval(),torch.randn(3, 5, 2)
+    rnn.reset(groups=list('abc'))
+    torch.testing.assert_close(rnn(x)[:2], rnn(x[:2]))
+
+
+class BatchSecond(nn.Module):
+    "A GRU inside of a module: its state is `(layers, batch, hidden)`"
+    def __init__(self): super().__init__(); self.gru = nn.GRU(2, 3, 2, batch_first=True)
+    def initial_state(self, bs, device, dtype): return torch.zeros(2, bs, 3, device=device, dtype=dtype)
+    def forward(self, x, state): return self.gru(x, state)
+
+def test_a_batch_in_another_dimension_is_declared():
+    x,core,rows = torch.randn(2, 5, 2),BatchSecond(),torch.tensor([True,False])
+    rnn = StatefulRNN(core)
+    rnn(x)
+    rnn.reset(rows) # as many rows as layers
+    with pytest.raises(ValueError, match=r'batch of 3 has 2 in its batch dimension, 0.*batch_dim='): rnn(x)
+    for rnn in (StatefulRNN(core, batch_dim=1), StatefulRNN(core, -2, InitialState(torch.zeros(2, 1, 3), batch_dim=1))):
+        first = rnn(x)
+        rnn.reset(rows)
+        torch.testing.assert_close(rnn(x)[0], first[0])
+    with pytest.raises(ValueError, match=r'dimensions \[1\], those of the state in \[0\]'): StatefulRNN(core, initial=InitialState(torch.zeros(2, 1, 3), batch_dim=1))
+    rnn,x = StatefulRNN(core),torch.randn(4, 5, 2)
+    rnn(x)
+    with pytest.raises(ValueError, match=r'batch size 2, the input 4.*StatefulRNN\(\.\.\., batch_dim=1\)'): rnn(x)
+    with pytest.raises(ValueError, match='TbpttResetCB` does[^=]*$'): check_state(torch.zeros(5, 3), 4, torch.device('cpu'))
+
+
+@pytest.mark.parametrize('groups', [None, ['a','b']])
+def test_first_states_of_any_nesting(groups):
+    @dataclasses.dataclass
+    class Unmet:
+        h: torch.Tensor
+        age: torch.Tensor
+        note: object = None
+    n = len(groups or 'a')
+    state = {'memory': Unmet(nn.Parameter(torch.randn(2, n)), torch.arange(n), 'name'), 'mean': torch.zeros(7), 'count': 3, 'none': None}
+    initial = InitialState(state, groups, batch_dim={'count': None, 'none': None, 'mean': None, 'memory': Unmet(1, 0)})
+    assert [o.requires_grad for o in initial.parameters()]==[True, False, False]
+    initial.load_state_dict(pickle.loads(pickle.dumps(initial.state_dict())))
+    for o in (initial, copy.deepcopy(initial)):
+        first,row = o(list('ba')),[n-1, 0]
+        assert torch.equal(first['memory'].h, state['memory'].h[:,row]) and first['memory'].age.tolist()==row
+        torch.utils._pytree.SUPPORTED_NODES.pop(Unmet) # as in another process, where it is unpickled
+        assert first['memory'].note=='name' and first['mean'].shape==(7,) and first['count']==3 and first['none'] is None
+    with pytest.raises(ValueError, match='has shape \\(5, 2\\); expected'): InitialState((torch.zeros(5, 2), None), groups)
