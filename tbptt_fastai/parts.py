@@ -43,7 +43,9 @@ def unread(
     dl = inner_loader(dl)
     random_states,own,rng = get_random_states(),dict(getattr(dl, '__dict__', {})),getattr(dl, 'rng', None)
     drawn = rng and rng.getstate()
-    generators = {g:g.get_state() for o in (dl, getattr(dl, 'sampler', None), getattr(dl, 'batch_sampler', None)) if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
+    batch_sampler = getattr(dl, 'batch_sampler', None)
+    samplers = dl,getattr(dl, 'sampler', None),batch_sampler,getattr(batch_sampler, 'sampler', None)
+    generators = {g:g.get_state() for o in samplers if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
     try:
         with dl.fake_l.no_multiproc() if isinstance(dl, DataLoader) else nullcontext(): yield
     finally:
