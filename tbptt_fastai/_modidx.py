@@ -186,6 +186,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'tbptt_fastai.find._KeepGraph._keep': ('find.html#_keepgraph._keep', 'tbptt_fastai/find.py'),
                                    'tbptt_fastai.find._KeepGraph._see': ('find.html#_keepgraph._see', 'tbptt_fastai/find.py'),
                                    'tbptt_fastai.find._KeepGraph.leaves': ('find.html#_keepgraph.leaves', 'tbptt_fastai/find.py'),
+                                   'tbptt_fastai.find._added': ('find.html#_added', 'tbptt_fastai/find.py'),
                                    'tbptt_fastai.find._by_lag': ('find.html#_by_lag', 'tbptt_fastai/find.py'),
                                    'tbptt_fastai.find._cost': ('find.html#_cost', 'tbptt_fastai/find.py'),
                                    'tbptt_fastai.find._gradients': ('find.html#_gradients', 'tbptt_fastai/find.py'),

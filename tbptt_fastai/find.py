@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from fastai.learner import Learner
 from fastai.torch_core import get_model, to_device
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from .callback import TbpttResetCB
 from .carry import carry_state, out_of_reach, recurrent_layers
@@ -110,8 +110,8 @@ def _stream_starts(dl, limit):
         yield transform_block(dl.after_batch, batch if dl.device is None else to_device(batch, dl.device), begins=True),dl.dataset.groups_of(block.seq[rows])
 
 def _gradients(learn, window, n_inp, groups, start, n_blocks, step, n_lags, ends):
-    "Of the losses at the end of some blocks, for each lag: the mean norm of a row's gradient, and the norm of the mean gradient of all lags up to it"
-    model,loss_func,states,phi,norms = learn.model,learn.loss_func,[],0,0
+    "Of the losses at the end of some blocks, for each lag: the mean norm of a row's gradient; and, for each tensor of the state, the mean gradient `(lag, unit)`"
+    model,loss_func,states,phi,total = learn.model,learn.loss_func,[],0,{}
     device = next(model.parameters()).device
     timed = not window.targets_timed or any(window.targets_timed)
     with _KeepGraph(model) as carried:
@@ -127,14 +127,21 @@ def _gradients(learn, window, n_inp, groups, start, n_blocks, step, n_lags, ends
                 loss = loss_func(*tree_map(last, (pred, *batch[n_inp:])))
                 if loss.ndim: loss = loss.mean()
                 scale = 1 if getattr(loss_func, 'reduction', 'mean')=='sum' else bs # the gradient of a row's own loss
-                grads = _by_lag(loss, states[:-n_lags-1:-1], bs)*scale
-                phi = phi+grads.norm(dim=2).mean(1)/len(ends)
-                norms = norms+grads.mean(1).cumsum(0).norm(dim=1)/len(ends)
+                grads = {key:o*scale for key,o in _by_lag(loss, states[:-n_lags-1:-1], bs).items()}
+                phi = phi+torch.cat([*grads.values()], 2).norm(dim=2).mean(1)/len(ends)
+                total = _added(total, {key:o.mean(1)/len(ends) for key,o in grads.items()})
             states.append(carried.leaves())
-    return phi.cpu().numpy(),norms.cpu().numpy()
+    return phi.cpu().numpy(),total
+
+def _added(a, b):
+    "Sums of tensors `(lag, unit)` by their keys; units that one does not have are in front"
+    def add(x, y):
+        n = max(x.shape[1], y.shape[1])
+        return sum(nn.functional.pad(o, (n-o.shape[1], 0)) for o in (x, y))
+    return {**b, **{key: add(o, b[key]) if key in b else o for key,o in a.items()}}
 
 def _by_lag(loss, states, bs):
-    "Gradients of a loss for the states of some blocks, `(block, row, unit)`; zero for what a state does not have, or not yet: one that grows does so in front"
+    "Gradients of a loss for the states of some blocks, `(block, row, unit)` for each of their tensors; zero for what a state does not have, or not yet: one that grows does so in front"
     flat = [(lag,key,*o) for lag,leaves in enumerate(states) for key,o in leaves.items()]
     by_leaf = {}
     for (lag,key,t,dim),g in zip(flat, torch.autograd.grad(loss, [o[2] for o in flat], retain_graph=True, allow_unused=True)):
@@ -145,7 +152,7 @@ def _by_lag(loss, states, bs):
         res = next(iter(leaf.values())).new_zeros(len(states), bs, max(o.shape[1] for o in leaf.values()))
         for lag,rows in leaf.items(): res[lag,:,res.shape[2]-rows.shape[1]:] = rows
         return res
-    return torch.cat([joined(o) for o in by_leaf.values()], 2)
+    return {key:joined(o) for key,o in by_leaf.items()}
 
 # %% ../nbs/08c_find.ipynb #7b0ccd9a
 @dataclass
@@ -209,7 +216,7 @@ def tbptt_find(self:Learner,
     name,params = type(get_model(self.model)).__name__,list(self.model.parameters())
     if not (recurrent_layers(self.model) or stateful_modules(self.model)): raise ValueError(f"{name} carries its state by itself, where no gradient can be followed. Carry it in a StatefulRNN, or leave it to a plain layer of torch.nn.")
     if not any(p.requires_grad for p in params): raise ValueError(f"{name} has {len(params)} parameters, none of which has a gradient. {'Unfreeze it.' if params else 'Its states have none either, so there is nothing to measure.'}")
-    cb,phis,norms,first = next(iter(self._grab_cbs(TbpttResetCB)), TbpttResetCB()),[],[],None
+    cb,phis,total,first = next(iter(self._grab_cbs(TbpttResetCB)), TbpttResetCB()),[],{},None
     limit = cb.n_skip+(1000 if max_lag is None else 2*max_lag)
     with _unchanged(self), torch.enable_grad():
         self.model.train()
@@ -226,16 +233,17 @@ def tbptt_find(self:Learner,
                 if phis: continue # a shorter window
                 raise ValueError(f"A window has {window.steps} steps, of which {cb.n_skip} are washout: no loss has {n_lags*step} steps before it. Use longer windows, or a smaller max_lag.")
             ends = {int(o) for o in np.linspace(low, n_blocks-1, n_losses).round()} if timed else {n_blocks-1}
-            phi,norm = _gradients(self, window, n_inp, groups, 0 if timed else window.steps-n_blocks*step, n_blocks, step, n_lags, ends)
+            phi,gradient = _gradients(self, window, n_inp, groups, 0 if timed else window.steps-n_blocks*step, n_blocks, step, n_lags, ends)
             phis.append(phi)
-            norms.append(norm)
+            total = _added(total, gradient)
             if len(phis)==n_batches: break
         if not phis: raise ValueError("The training loader has no batches.")
         lags,phi = np.arange(1, n_lags+1)*step,np.stack(phis)
         tau = max(n_lags//10, 1)*step if tau is None else tau
         if tau>lags[-2]: raise ValueError(f"tau is {tau}; expected a lag before {lags[-2]+1}, so that two lags are left to fit the decay.")
         beta = decay_rate(lags, phi.mean(0), tau)
-        delta = relative_bias(lags, phi.mean(0), np.mean(norms, 0), beta, tau)
+        norms = torch.cat([*total.values()], 1).cumsum(0).norm(dim=1).cpu().numpy()/len(phis)
+        delta = relative_bias(lags, phi.mean(0), norms, beta, tau)
         res = TbpttFind(lags, phi, delta, beta, tau, bias)
         below,ends_there = np.flatnonzero(delta<bias),phi.any() and not phi[:,-1].any()
         if not np.isfinite(phi).all(): warnings.warn("Gradients are not finite: they explode within the lags measured. No sub_seq_len is suggested; use a smaller max_lag, or a model that is stable.", stacklevel=2)
