@@ -7,23 +7,24 @@ __all__ = ['decay_rate', 'relative_bias', 'TbpttFind']
 
 # %% ../nbs/08c_find.ipynb #6e238bcb
 import time, warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 import numpy as np
 import torch
 import matplotlib.pyplot as plt
-from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.torch_core import get_model, get_random_states, set_random_states, to_device
+from fastai.torch_core import get_model, to_device
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from .callback import TbpttResetCB
-from .carry import carry_state
+from .carry import carry_state, out_of_reach, recurrent_layers
 from .checks import check_carries, check_states, stateful_modules
 from .layout import Block
 from .loader import SubWindows, Window, inner_loader, plain_batch
 from .memory import activation_memory
+from .parts import unread
 from .state import batch_dims, state_leaves
 from .streams import StreamDL, transform_block
 from .truncation import check_steps
@@ -68,43 +69,36 @@ class _KeepGraph(carry_state):
         return self
 
     def _see(self, rnn, args, output): self._seen[rnn] = output[1]
-    def _keep(self, m, args, output): m._state = self._seen.pop(m.rnn)
+    def _keep(self, m, args, output): m._state = _views(self._seen.pop(m.rnn))
     def _after(self, layer, args, output):
         if layer in self.carrying: self.states[layer] = output[1]
 
     def leaves(self):
-        "Pairs of a tensor of the state that has a gradient, and its batch dimension"
-        states = [(o, 1) for o in self.states.values()]+[(m.state, m.batch_dim) for m in self._stateful if m.state is not None]
-        return [(t,dim) for state,where in states for t,dim in zip(state_leaves(state), batch_dims(state, where)) if isinstance(t, Tensor) and t.requires_grad]
+        "Those tensors of the state that have a gradient, each with its batch dimension; the keys are the layer and the place in its state"
+        states = {layer:(o, 1) for layer,o in self.states.items()}|{m:(m.state, m.batch_dim) for m in self._stateful if m.state is not None}
+        return {(m,i):(t,dim) for m,(state,where) in states.items() for i,(t,dim) in enumerate(zip(state_leaves(state), batch_dims(state, where))) if isinstance(t, Tensor) and t.requires_grad}
+
+def _views(state): return tree_map(lambda o: o.view_as(o) if isinstance(o, Tensor) else o, state) # nothing but the next block uses them, so their gradient is that of the state
 
 @contextmanager
 def _unchanged(learn):
     "Whatever happens, model, loader and random generators are afterwards as before"
-    model,dl = learn.model,inner_loader(learn.dls.train)
-    modes,buffers = {m:m.training for m in model.modules()},[(b, b.clone()) for b in model.buffers()]
-    states = {m:{k:vars(m)[k] for k in ('_state','_begins','_groups')} for m in stateful_modules(model)}
-    random_states,rng = get_random_states(),getattr(dl, 'rng', None)
-    own,drawn = dict(getattr(dl, '__dict__', {})),rng and rng.getstate()
-    generators = {g:g.get_state() for o in (dl, getattr(dl, 'sampler', None), getattr(dl, 'batch_sampler', None)) if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
-    try:
-        with dl.fake_l.no_multiproc() if isinstance(dl, DataLoader) else nullcontext(): yield
-    finally:
-        for m,mode in modes.items(): m.training = mode
-        with torch.no_grad():
-            for b,value in buffers: b.copy_(value)
-        for m,state in states.items(): vars(m).update(state)
-        set_random_states(**random_states)
-        if own:
-            vars(dl).clear()
-            vars(dl).update(own)
-        if rng: rng.setstate(drawn)
-        for g,state in generators.items(): g.set_state(state)
+    model = learn.model
+    attributes,buffers = [(d, dict(d)) for m in model.modules() for d in (vars(m), m._buffers)],[(b, b.clone()) for b in model.buffers()]
+    with unread(learn.dls.train), out_of_reach(model):
+        try: yield
+        finally:
+            for d,before in attributes:
+                d.clear()
+                d.update(before)
+            with torch.no_grad():
+                for b,value in buffers: b.copy_(value)
 
 # %% ../nbs/08c_find.ipynb #c6aa6051
 def _windows(dl, limit, n_inp, timed):
-    "Training windows; of a `StreamDL` the first steps of those sequences that are long enough"
+    "Training windows, how many of their elements are inputs, and the groups of their rows if the loader tells; of a `StreamDL` the first steps of those sequences that are long enough"
     view = SubWindows(dl, n_inp=n_inp)
-    for batch in _stream_starts(dl, limit) if isinstance(dl, StreamDL) else view: yield Window(batch, view._n_inp(batch), timed),view._n_inp(batch)
+    for batch,groups in _stream_starts(dl, limit) if isinstance(dl, StreamDL) else ((o, None) for o in view): yield Window(batch, view._n_inp(batch), timed),view._n_inp(batch),groups
 
 def _stream_starts(dl, limit):
     steps = min(limit, int(np.median(dl.dataset.lengths)))
@@ -113,35 +107,52 @@ def _stream_starts(dl, limit):
         rows = (block.start==0)&(block.n==steps)
         if not rows.any(): continue
         batch = dl._read(Block(block.seq[rows], block.start[rows], block.n[rows]))
-        yield transform_block(dl.after_batch, batch if dl.device is None else to_device(batch, dl.device), begins=True)
+        yield transform_block(dl.after_batch, batch if dl.device is None else to_device(batch, dl.device), begins=True),dl.dataset.groups_of(block.seq[rows])
 
-def _gradients(learn, window, n_inp, start, n_blocks, step, n_lags, ends):
-    "Of the losses at the end of some blocks, for each lag: the mean norm of a row's gradient, and the norm of the mean gradient of all lags up to it"
-    model,loss_func,states,phi,norms = learn.model,learn.loss_func,[],0,0
+def _gradients(learn, window, n_inp, groups, start, n_blocks, step, n_lags, ends):
+    "Of the losses at the end of some blocks, for each lag: the mean norm of a row's gradient; and, for each tensor of the state, the mean gradient `(lag, unit)`"
+    model,loss_func,states,phi,total = learn.model,learn.loss_func,[],0,{}
     device = next(model.parameters()).device
     timed = not window.targets_timed or any(window.targets_timed)
     with _KeepGraph(model) as carried:
-        carried.reset()
+        carried.reset(groups=groups)
         for j in range(n_blocks):
             batch = plain_batch(window.cut(start+j*step, start+(j+1)*step), device)
             pred = model(*batch[:n_inp])
             bs = next(len(o) for o in state_leaves(batch) if isinstance(o, Tensor))
             if j==0: check_states(model, carried, bs, step)
             if j in ends:
+                if not any(states): raise ValueError(f"No state of {type(get_model(model)).__name__} has a gradient: its recurrent layers are frozen, or it carries its state by itself, detached. Unfreeze it, or carry the state in a StatefulRNN.")
                 last = lambda o: o[:,-1:] if timed and isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==step else o
                 loss = loss_func(*tree_map(last, (pred, *batch[n_inp:])))
                 if loss.ndim: loss = loss.mean()
-                flat = [o for back in states[-n_lags:] for o in back]
-                grads = torch.autograd.grad(loss, [t for t,_ in flat], retain_graph=True, allow_unused=True)
-                rows = [torch.zeros(bs, 1, device=device) if g is None else g.movedim(d, 0).flatten(1) if d is not None else g.flatten().expand(bs, -1)/bs for g,(_,d) in zip(grads, flat)]
-                rows = [torch.view_as_real(o).flatten(1) if o.is_complex() else o for o in rows] # a complex number is two units
-                n,scale = len(flat)//n_lags,1 if getattr(loss_func, 'reduction', 'mean')=='sum' else bs # the gradient of a row's own loss
-                by_lag = [torch.cat(rows[i:i+n], 1).double()*scale for i in reversed(range(0, len(rows), n))] # (row, unit) each
-                phi = phi+torch.stack([o.norm(dim=1).mean() for o in by_lag])/len(ends)
-                norms = norms+torch.stack([o.mean(0) for o in by_lag]).cumsum(0).norm(dim=1)/len(ends)
+                scale = 1 if getattr(loss_func, 'reduction', 'mean')=='sum' else bs # the gradient of a row's own loss
+                grads = {key:o*scale for key,o in _by_lag(loss, states[:-n_lags-1:-1], bs).items()}
+                phi = phi+torch.cat([*grads.values()], 2).norm(dim=2).mean(1)/len(ends)
+                total = _added(total, {key:o.mean(1)/len(ends) for key,o in grads.items()})
             states.append(carried.leaves())
-            if not states[0]: raise ValueError(f"No state of {type(get_model(model)).__name__} has a gradient: its recurrent layers are frozen, or it carries its state by itself, detached. Unfreeze it, or carry the state in a StatefulRNN.")
-    return phi.cpu().numpy(),norms.cpu().numpy()
+    return phi.cpu().numpy(),total
+
+def _added(a, b):
+    "Sums of tensors `(lag, unit)` by their keys; units that one does not have are in front"
+    def add(x, y):
+        n = max(x.shape[1], y.shape[1])
+        return sum(nn.functional.pad(o, (n-o.shape[1], 0)) for o in (x, y))
+    return {**b, **{key: add(o, b[key]) if key in b else o for key,o in a.items()}}
+
+def _by_lag(loss, states, bs):
+    "Gradients of a loss for the states of some blocks, `(block, row, unit)` for each of their tensors; zero for what a state does not have, or not yet: one that grows does so in front"
+    flat = [(lag,key,*o) for lag,leaves in enumerate(states) for key,o in leaves.items()]
+    by_leaf = {}
+    for (lag,key,t,dim),g in zip(flat, torch.autograd.grad(loss, [o[2] for o in flat], retain_graph=True, allow_unused=True)):
+        if g is None: g = torch.zeros_like(t)
+        rows = g.flatten().expand(bs, -1)/bs if dim is None else g.movedim(dim, 0).reshape(bs, -1)
+        by_leaf.setdefault(key, {})[lag] = (torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows).double() # a complex number is two units
+    def joined(leaf):
+        res = next(iter(leaf.values())).new_zeros(len(states), bs, max(o.shape[1] for o in leaf.values()))
+        for lag,rows in leaf.items(): res[lag,:,res.shape[2]-rows.shape[1]:] = rows
+        return res
+    return {key:joined(o) for key,o in by_leaf.items()}
 
 # %% ../nbs/08c_find.ipynb #7b0ccd9a
 @dataclass
@@ -197,20 +208,24 @@ def tbptt_find(self:Learner,
 )->TbpttFind:
     "Measure how far gradients reach back, and suggest a `sub_seq_len` (Aicher, Foti and Fox 2019); the learner stays as it is. No callback is run, and nothing in mixed precision"
     n_batches,step,n_losses = check_steps('n_batches', n_batches),check_steps('step', step),check_steps('n_losses', n_losses)
+    if not isinstance(bias, Real): raise TypeError(f"bias is {bias!r}, a {type(bias).__name__}; expected a number above 0, such as 0.1.")
     if not bias>0: raise ValueError(f"bias is {bias}; expected a relative bias above 0, such as 0.1.")
     if max_lag is not None and check_steps('max_lag', max_lag)<2*step: raise ValueError(f"max_lag is {max_lag}, with step={step}: expected two lags or more to see a decay, that is at least {2*step}.")
     if tau is not None: check_steps('tau', tau)
     check_carries(self.model)
-    cb,phis,norms,first = next(iter(self._grab_cbs(TbpttResetCB)), TbpttResetCB()),[],[],None
+    name,params = type(get_model(self.model)).__name__,list(self.model.parameters())
+    if not (recurrent_layers(self.model) or stateful_modules(self.model)): raise ValueError(f"{name} carries its state by itself, where no gradient can be followed. Carry it in a StatefulRNN, or leave it to a plain layer of torch.nn.")
+    if not any(p.requires_grad for p in params): raise ValueError(f"{name} has {len(params)} parameters, none of which has a gradient. {'Unfreeze it.' if params else 'Its states have none either, so there is nothing to measure.'}")
+    cb,phis,total,first = next(iter(self._grab_cbs(TbpttResetCB)), TbpttResetCB()),[],{},None
     limit = cb.n_skip+(1000 if max_lag is None else 2*max_lag)
     with _unchanged(self), torch.enable_grad():
         self.model.train()
-        for window,n_inp in _windows(inner_loader(self.dls.train), limit, vars(self.dls).get('n_inp'), cb.timed):
+        for window,n_inp,groups in _windows(inner_loader(self.dls.train), limit, vars(self.dls).get('n_inp'), cb.timed):
             steps = min(window.steps, limit)
             if first is None:
                 n_lags = (min(steps//2, 500) if max_lag is None else max_lag)//step
                 if n_lags<2 or n_lags*step>=steps: raise ValueError(f"A window has {window.steps} steps: too short for {'two lags' if max_lag is None else f'max_lag={max_lag}'} with step={step}. Use longer windows{'' if max_lag is None else ', or a smaller max_lag'}{'' if step==1 else ', or a smaller step'}.")
-                first = plain_batch(window.batch[:n_inp], next(self.model.parameters()).device)
+                first = plain_batch(window.batch[:n_inp], params[0].device),groups
             n_blocks = steps//step
             low = max(n_lags, -(-(cb.n_skip+1)//step)-1)
             timed = not window.targets_timed or any(window.targets_timed)
@@ -218,16 +233,17 @@ def tbptt_find(self:Learner,
                 if phis: continue # a shorter window
                 raise ValueError(f"A window has {window.steps} steps, of which {cb.n_skip} are washout: no loss has {n_lags*step} steps before it. Use longer windows, or a smaller max_lag.")
             ends = {int(o) for o in np.linspace(low, n_blocks-1, n_losses).round()} if timed else {n_blocks-1}
-            phi,norm = _gradients(self, window, n_inp, 0 if timed else window.steps-n_blocks*step, n_blocks, step, n_lags, ends)
+            phi,gradient = _gradients(self, window, n_inp, groups, 0 if timed else window.steps-n_blocks*step, n_blocks, step, n_lags, ends)
             phis.append(phi)
-            norms.append(norm)
+            total = _added(total, gradient)
             if len(phis)==n_batches: break
         if not phis: raise ValueError("The training loader has no batches.")
         lags,phi = np.arange(1, n_lags+1)*step,np.stack(phis)
         tau = max(n_lags//10, 1)*step if tau is None else tau
         if tau>lags[-2]: raise ValueError(f"tau is {tau}; expected a lag before {lags[-2]+1}, so that two lags are left to fit the decay.")
         beta = decay_rate(lags, phi.mean(0), tau)
-        delta = relative_bias(lags, phi.mean(0), np.mean(norms, 0), beta, tau)
+        norms = torch.cat([*total.values()], 1).cumsum(0).norm(dim=1).cpu().numpy()/len(phis)
+        delta = relative_bias(lags, phi.mean(0), norms, beta, tau)
         res = TbpttFind(lags, phi, delta, beta, tau, bias)
         below,ends_there = np.flatnonzero(delta<bias),phi.any() and not phi[:,-1].any()
         if not np.isfinite(phi).all(): warnings.warn("Gradients are not finite: they explode within the lags measured. No sub_seq_len is suggested; use a smaller max_lag, or a model that is stable.", stacklevel=2)
@@ -236,18 +252,20 @@ def tbptt_find(self:Learner,
         else:
             res.reached,res.suggestion = bool(len(below)),int(lags[below[0] if len(below) else -1])
             if not res.reached: warnings.warn(f"No lag up to {lags[-1]} has a relative bias below {bias}: the suggestion is the largest one. Use longer windows and a larger max_lag, or a larger bias.", stacklevel=2)
-            res.memory,res.seconds = _cost(self.model, first, res.suggestion)
+            res.memory,res.seconds = _cost(self.model, *first, res.suggestion)
     if show: res.plot()
     return res
 
-def _cost(model, xb, steps):
+def _cost(model, xb, groups, steps):
     "Bytes and seconds of a training step of so many steps"
     xb = Window(xb, len(xb)).cut(0, steps)
-    memory = activation_memory(model, *xb)
+    memory = activation_memory(model, *xb, groups=groups)
     sync = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
     sync()
     start = time.perf_counter()
-    with carry_state(model): out = [o for o in state_leaves(model(*xb)) if isinstance(o, Tensor) and o.requires_grad]
+    with carry_state(model) as carried:
+        carried.reset(groups=groups)
+        out = [o for o in state_leaves(model(*xb)) if isinstance(o, Tensor) and o.requires_grad]
     torch.autograd.grad(sum(o.sum() for o in out), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     sync()
     return memory,time.perf_counter()-start

@@ -14,6 +14,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip
 from torch.nn.utils import get_total_norm
+from .truncation import check_steps
 
 # %% ../nbs/08d_health.ipynb #29148169
 class GradientHealth(Callback):
@@ -25,10 +26,16 @@ class GradientHealth(Callback):
         every:int=100, # Steps between two looks at the norms; until then they stay on the device
     ):
         if not 0<=low<high: raise ValueError(f"low is {low}, high is {high}; expected 0 <= low < high.")
-        if not every>=1: raise ValueError(f"every is {every}; expected a number of steps, at least 1.")
-        self.low,self.high,self.every,self._norms,self._limits,self._waiting,self._warned = low,high,every,[],[],[],set()
+        self.low,self.high,self.every,self._begins = low,high,check_steps('every', every),False
+        self._clear()
 
-    def before_fit(self): self._norms,self._limits,self._waiting,self._warned = [],[],[],set()
+    def _clear(self): self._norms,self._limits,self._waiting,self._warned = [],[],[],set()
+
+    def before_fit(self): self._began,self._begins = self._begins,True
+    def before_validate(self): self._begins = self._begins and self._began # `before_fit` was that of an evaluation
+    def before_train(self):
+        if self._begins: self._clear()
+        self._begins = False
 
     def before_step(self):
         clip = next(iter(self.learn._grab_cbs(GradientClip)), None)
@@ -60,8 +67,10 @@ class GradientHealth(Callback):
 
     @property
     def clipped(self):
-        "Share of the steps whose gradient a `GradientClip` has clipped; NaN without any steps"
-        return float(np.mean(self.norms>np.array(self._limits))) if self._limits else float('nan')
+        "Share of the steps whose gradient a `GradientClip` has clipped, among those whose norm is a number; NaN without any"
+        norms,limits = self.norms,np.array(self._limits)
+        known = ~np.isnan(norms)
+        return float(np.mean(norms[known]>limits[known])) if known.any() else float('nan')
 
     def plot(self,
         ax=None, # Axes to draw in; default: a new figure

@@ -12,7 +12,7 @@ import torch
 from fastai.torch_core import get_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from .carry import carry_state
+from .carry import carry_state, out_of_reach
 from .checks import check_states
 from .rnn import StatefulRNN, learned_state
 from .state import state_batch_size
@@ -22,16 +22,12 @@ from .state import state_batch_size
 def _alone(model):
     "The model in evaluation mode, out of reach of a `carry_state` that it is run in; both are put back, module by module"
     modes = {m:m.training for m in model.modules()}
-    others = {h.__self__ for m in modes for h in m._forward_pre_hooks.values() if isinstance(getattr(h, '__self__', None), carry_state)}
-    kept = [(o, o.layers, o._stateful) for o in others]
     try:
-        for o in others: o.layers,o._stateful = {},{}
         model.eval()
-        with torch.no_grad(): yield
+        with out_of_reach(model), torch.no_grad(): yield
     finally:
         model.train(modes[model])
         for m,mode in modes.items(): m.training = mode
-        for o,layers,stateful in kept: o.layers,o._stateful = layers,stateful
 
 # %% ../nbs/09_inference.ipynb #6f6ebca8
 class StreamPredictor:

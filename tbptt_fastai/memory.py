@@ -8,11 +8,13 @@ __all__ = ['activation_memory']
 # %% ../nbs/08_memory.ipynb #30c7d1ca
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from .rnn import StatefulRNN
 
 # %% ../nbs/08_memory.ipynb #9ffd5127
 def activation_memory(
     model:nn.Module, # A model in any mode; its carried state is forgotten
     *xb, # Inputs of one training step: a sub-window, or a whole window
+    groups:list=None, # The group of each row, for the first state of a `StatefulRNN`
 )->int: # Bytes; tensors that start at one address are counted once, as the largest of them
     "Bytes that autograd keeps from the forward pass of one training step until its backward pass, parameters not counted"
     params = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -22,11 +24,12 @@ def activation_memory(
             saved[t.data_ptr()] = max(t.nbytes, saved.get(t.data_ptr(), 0))
             keep.append(t)
         return t
-    def reset():
+    def reset(groups=None):
         for m in model.modules():
-            if hasattr(m, 'reset'): m.reset()
+            if isinstance(m, StatefulRNN): m.reset(groups=groups)
+            elif hasattr(m, 'reset'): m.reset()
     training = model.training
-    reset()
+    reset(groups)
     try:
         with saved_tensors_hooks(pack, lambda t: t): model.train()(*xb)
     finally:

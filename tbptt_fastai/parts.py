@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['on_trial', 'unread', 'run_in_parts', 'difference', 'compare_parts', 'SubWindowCheckCB']
 
-# %% ../nbs/06d_parts.ipynb #12d02344
+# %% ../nbs/06d_parts.ipynb #f47a57fd
 from contextlib import contextmanager, nullcontext
 import torch
 from fastai.callback.core import Callback
@@ -14,12 +14,12 @@ from fastai.torch_core import get_model, get_random_states, no_random, set_rando
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from .callback import TbpttResetCB
-from .carry import carry_state, reset_own_state
+from .carry import carry_state, out_of_reach, reset_own_state
 from .checks import check_states
 from .loader import SubWindows, Window, inner_loader
 from .streams import StreamView
 
-# %% ../nbs/06d_parts.ipynb #79851cab
+# %% ../nbs/06d_parts.ipynb #15da2350
 @contextmanager
 def on_trial(
     model:nn.Module, # Any model
@@ -30,7 +30,7 @@ def on_trial(
     model.eval()
     try:
         # cuDNN has no gradient in evaluation mode; to compile a model for the lengths that are tried would take longer than all the rest
-        with no_random(), torch.backends.cudnn.flags(enabled=False), torch.autocast(device, enabled=False), torch.compiler.set_stance('force_eager'): yield
+        with out_of_reach(model), no_random(), torch.backends.cudnn.flags(enabled=False), torch.autocast(device, enabled=False), torch.compiler.set_stance('force_eager'): yield
     finally:
         for m,training in modes.items(): m.training = training
         reset_own_state(model)
@@ -43,7 +43,9 @@ def unread(
     dl = inner_loader(dl)
     random_states,own,rng = get_random_states(),dict(getattr(dl, '__dict__', {})),getattr(dl, 'rng', None)
     drawn = rng and rng.getstate()
-    generators = {g:g.get_state() for o in (dl, getattr(dl, 'sampler', None), getattr(dl, 'batch_sampler', None)) if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
+    batch_sampler = getattr(dl, 'batch_sampler', None)
+    samplers = dl,getattr(dl, 'sampler', None),batch_sampler,getattr(batch_sampler, 'sampler', None)
+    generators = {g:g.get_state() for o in samplers if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
     try:
         with dl.fake_l.no_multiproc() if isinstance(dl, DataLoader) else nullcontext(): yield
     finally:

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, get_worker_info
 from torch.utils._pytree import tree_leaves, tree_map
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.find import decay_rate, relative_bias
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.memories import LRU
-from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.rnn import StatefulRNN, learned_state
 from tbptt_fastai.streams import StreamDL
 from tbptt_fastai.windows import Sequences
 
@@ -30,7 +31,7 @@ def data(n=9, steps=14, n_in=2, dtype=torch.float64):
     return torch.randn(n, steps, n_in, dtype=dtype),torch.randn(n, steps, 1, dtype=dtype)
 
 def loaders(x, y, bs=3, shuffle=False):
-    dl = torch.utils.data.DataLoader(list(zip(x, y)), bs, shuffle=shuffle)
+    dl = DataLoader(list(zip(x, y)), bs, shuffle=shuffle)
     return DataLoaders(dl, dl)
 
 class Plain(nn.Module):
@@ -105,7 +106,7 @@ def test_a_summed_loss_and_several_layers():
         out,hc = model.b(out, None if state is None else state[1])
         return out,(h,hc)
     expected = phi_by_hand(both, model.head, x[:3], y[:3], range(1, 7), range(6, 12))
-    for loss_func in (nn.MSELoss(), nn.MSELoss(reduction='sum')):
+    for loss_func in (nn.MSELoss(), nn.MSELoss(reduction='sum'), nn.MSELoss(reduction='none')):
         learn = TbpttLearner(loaders(x, y), model, sub_seq_len=5, loss_func=loss_func)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)
@@ -238,10 +239,20 @@ class Busy(nn.Module):
         self.head.weight.requires_grad_(False)
     def forward(self, x): return self.head(self.rnn(self.first(self.norm(x.transpose(1, 2)).transpose(1, 2))[0]))
 
+def generator_in(kind, data):
+    "Loaders that draw from a generator of their own, wherever it is"
+    g = torch.Generator().manual_seed(0)
+    dl = dict(loader=lambda: DataLoader(data, 4, shuffle=True, generator=g), sampler=lambda: DataLoader(data, 4, sampler=RandomSampler(data, generator=g)),
+              batch_sampler=lambda: DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data, generator=g), 4, False)))[kind]()
+    return DataLoaders(dl, dl)
+
 def busy(kind):
     set_seed(3)
     model = Busy()
-    if kind=='torch': dls = loaders(*data(12, 40, dtype=torch.float32), bs=4, shuffle=True)
+    x,y = data(12, 40, dtype=torch.float32)
+    if kind=='torch': dls = loaders(x, y, bs=4, shuffle=True)
+    elif kind in ('loader', 'sampler', 'batch_sampler'): dls = generator_in(kind, list(zip(x, y)))
+    elif kind=='items': dls = DataLoaders(TfmdDL(list(zip(x, y)), 4, shuffle=True), TfmdDL(list(zip(x, y)), 4))
     else:
         u = np.random.default_rng(0).standard_normal((600,2)).astype(np.float32)
         dls = SequenceDataLoaders.from_arrays(u, u[:,:1], win_sz=40, bs=4, valid_pct=.2) if kind=='windows' else None
@@ -255,8 +266,7 @@ def fit(learn, n=2):
 
 class Stop(Exception): pass
 
-@pytest.mark.parametrize('kind', ['torch', 'windows', 'stream'])
-@pytest.mark.parametrize('interrupted', [False, True, 'cost'])
+@pytest.mark.parametrize('kind,interrupted', [*((kind, when) for kind in ('torch', 'windows', 'stream') for when in (False, True, 'cost')), *((kind, False) for kind in ('loader', 'sampler', 'batch_sampler', 'items'))])
 def test_the_learner_stays_as_it_is(kind, interrupted, monkeypatch):
     learns = []
     for find in (False, True):
@@ -276,7 +286,7 @@ def test_the_learner_stays_as_it_is(kind, interrupted, monkeypatch):
                     if next(counts)==2: raise KeyboardInterrupt
                     return loss_func(*args)
                 learn.loss_func = fail
-            elif interrupted: monkeypatch.setattr('tbptt_fastai.find.activation_memory', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            elif interrupted: monkeypatch.setattr('tbptt_fastai.find.activation_memory', lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore', UserWarning)
                 if interrupted:
@@ -299,6 +309,57 @@ def test_the_learner_stays_as_it_is(kind, interrupted, monkeypatch):
     for v,w in zip(a.model.state_dict().values(), b.model.state_dict().values()): assert torch.equal(v, w)
 
 
+class MainProcessOnly(list):
+    def __getitem__(self, i):
+        if get_worker_info() is not None: raise AssertionError("read by a worker")
+        return super().__getitem__(i)
+
+def test_no_worker_is_started_and_nothing_stays_in_the_loader():
+    x,y = data()
+    dl = TfmdDL(MainProcessOnly(zip(x, y)), 3, num_workers=2)
+    learn = TbpttLearner(DataLoaders(dl, dl), nn.Sequential(StatefulRNN(nn.GRU(2, 4, batch_first=True)), nn.Linear(4, 1)).double(), sub_seq_len=5, loss_func=nn.MSELoss())
+    before = dict(vars(dl))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        learn.tbptt_find(n_batches=1, max_lag=6, show=False)
+    assert vars(dl)==before and dl.fake_l.num_workers==2
+
+
+class FindWithin(Callback):
+    "Measure before the third sub-window of a training"
+    order = 13 # after TbpttResetCB
+    def before_batch(self):
+        if self.training and self.train_iter==2: self.res = self.learn.tbptt_find(max_lag=6, step=2, show=False)
+
+@pytest.mark.parametrize('stateful', [True, False])
+def test_within_a_training(stateful):
+    "What is measured and what is trained is as if each were done alone"
+    learns,x,y = [],*data(12, dtype=torch.float32)
+    for cbs in ([], [FindWithin()]):
+        set_seed(0)
+        rnn = nn.LSTM(2, 4, batch_first=True)
+        model = nn.Sequential(StatefulRNN(rnn), nn.Linear(4, 1)) if stateful else Plain(rnn)
+        learn = TbpttLearner(loaders(x, y), model, sub_seq_len=5, loss_func=nn.MSELoss(), cbs=cbs)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)
+            alone = learn.tbptt_find(max_lag=6, step=2, show=False)
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+            if cbs: np.testing.assert_allclose(learn.find_within.res.phi, alone.phi, rtol=1e-5)
+            fit(learn)
+        learns.append(learn)
+    a,b = learns
+    assert a.recorder.values==b.recorder.values
+    for v,w in zip(a.model.state_dict().values(), b.model.state_dict().values()): assert torch.equal(v, w)
+
+
+class GivesAState(Plain):
+    def forward(self, x): return self.head(self.rnn(x, x.new_zeros(1, len(x), 4))[0])
+
+class Sum(nn.Module):
+    def forward(self, x, state=None):
+        out = x.cumsum(1)+(0 if state is None else state[:,None])
+        return out,out[:,-1]
+
 @pytest.mark.parametrize('find,message', [
     (lambda: TbpttLearner(loaders(*data()), nn.Linear(2, 1), sub_seq_len=None, loss_func=nn.MSELoss()).tbptt_find(), 'no recurrent layer'),
     (lambda: leaky(.9, 1, None).tbptt_find(), 'window has 1 steps: too short for two lags'),
@@ -308,14 +369,47 @@ def test_the_learner_stays_as_it_is(kind, interrupted, monkeypatch):
     (lambda: leaky(.9, 20).tbptt_find(bias=0), 'bias is 0'),
     (lambda: leaky(.9, 20).tbptt_find(n_batches=0), 'n_batches is 0'),
     (lambda: leaky(.9, 20).tbptt_find(tau=10), 'tau is 10'),
+    (lambda: TbpttLearner(loaders(*data()), GivesAState(nn.GRU(2, 4, batch_first=True)).double(), sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(), r'gives its recurrent layers \(rnn\) a state of its own'),
+    (lambda: TbpttLearner(loaders(*data(n_in=1)), nn.Sequential(StatefulRNN(Sum())), sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(), 'Sequential has 0 parameters'),
 ])
 def test_what_is_refused(find, message):
     with pytest.raises(ValueError, match=message): find()
 
-def test_a_frozen_network_is_refused():
+def test_a_bias_in_words_is_refused():
+    with pytest.raises(TypeError, match="bias is '10%', a str"): leaky(.9, 20).tbptt_find(bias='10%')
+
+@pytest.mark.parametrize('all_of_it', [True, False])
+def test_a_frozen_network_is_refused(all_of_it):
     learn = leaky(.9, 20)
     learn.model.requires_grad_(False)
+    if not all_of_it: learn.model.add_module('head', nn.Linear(1, 1).double())
     with pytest.raises(ValueError, match='Unfreeze it'): learn.tbptt_find()
+    assert learn.model[0].state is None
+
+class OwnState(nn.Module):
+    "Carries its state by itself, and counts how often it is run"
+    def __init__(self, cell):
+        super().__init__()
+        self.cell,self.state,self.n = cell,None,0
+        self.register_buffer('last', None)
+    def reset(self): self.state = None
+    def forward(self, x):
+        self.n += 1
+        out,h = self.cell(x, torch.zeros(1, len(x), 1) if self.state is None else self.state[None])
+        self.state = self.last = self.added = h[0].detach()
+        return out
+
+class Cell(nn.Module):
+    def __init__(self): super().__init__(); self.rho = nn.Parameter(torch.tensor(.5))
+    def forward(self, x, h): return (out := x.cumsum(1)*self.rho+h[0][:,None]),out[None,:,-1]
+
+@pytest.mark.parametrize('cell,message', [(Cell, 'by itself, where no gradient can be followed'), (lambda: nn.GRU(1, 1, batch_first=True), 'No state of OwnState has a gradient')])
+def test_a_model_with_a_state_of_its_own_is_refused_and_keeps_it(cell, message):
+    x,y = data(n_in=1, dtype=torch.float32)
+    learn = TbpttLearner(loaders(x, y), OwnState(cell()), sub_seq_len=5, loss_func=nn.MSELoss())
+    learn.model.state,learn.model.n = (state := torch.ones(3, 1)),0
+    with pytest.raises(ValueError, match=message): learn.tbptt_find()
+    assert learn.model.state is state and learn.model.n==0 and learn.model.last is None and not hasattr(learn.model, 'added')
 
 
 def copy_task(n, steps, delay, rng):
@@ -390,3 +484,62 @@ def test_a_memory_that_ends_is_suggested_whole_though_its_gradients_grow():
         res = TbpttLearner(loaders(x, y), model, sub_seq_len=10, loss_func=nn.MSELoss()).tbptt_find(show=False)
     lags = res.lags[res.phi.mean(0)>0]
     assert res.reached and res.suggestion==lags[-1]+1 and res.delta[res.suggestion-1]==0
+
+
+class TwoStates(nn.Module):
+    "Forgets by rho per step; the state has the last two of its outputs, and at first only the last one has a gradient"
+    def __init__(self, rho, order): super().__init__(); self.rho,self.order = nn.Parameter(torch.tensor(rho, dtype=torch.float64)),order
+    def initial_state(self, bs, device, dtype): return torch.zeros(2, bs, 1, device=device, dtype=dtype).unbind(0)
+    def forward(self, x, state):
+        h,before = (state[i] for i in self.order)
+        out = []
+        for o in x.unbind(1):
+            h,before = self.rho*h+o,h
+            out.append(h)
+        return torch.stack(out, 1),tuple((h,before)[i] for i in self.order)
+
+class Growing(Leaky):
+    "The state has every output so far, of which the last one is used"
+    def forward(self, x, state=None):
+        out,_ = super().forward(x, None if state is None else state[:,-1])
+        return out,out if state is None else torch.cat([state, out], 1)
+
+@pytest.mark.parametrize('memory', [lambda: TwoStates(.8, (0,1)), lambda: TwoStates(.8, (1,0)), lambda: Growing(.8)])
+def test_parts_of_a_state_without_a_gradient_count_as_zero(memory):
+    "So the closed form of one state holds"
+    learn = leaky(.8)
+    expected = learn.tbptt_find(show=False)
+    learn.model = nn.Sequential(StatefulRNN(memory()))
+    res = learn.tbptt_find(show=False)
+    np.testing.assert_allclose(res.phi, expected.phi, rtol=1e-9)
+    assert res.suggestion==expected.suggestion
+
+
+def test_first_states_of_groups():
+    "A learned first state is found by the group of each sequence"
+    rng = np.random.default_rng(0)
+    xs,ys = ([rng.standard_normal((30,c)).astype(np.float32) for _ in range(3)] for c in (2,1))
+    dl = StreamDL(Sequences(xs, ys, groups=list('abc')), bs=3, sub_seq_len=10)
+    rnn,head = nn.GRU(2, 4, batch_first=True),nn.Linear(4, 1)
+    initial = learned_state(rnn, list('cab'))
+    with torch.no_grad(): initial.tensors[0].copy_(torch.randn(1, 3, 4))
+    learn = TbpttLearner(DataLoaders(dl, dl), nn.Sequential(StatefulRNN(rnn, initial=initial), head), loss_func=nn.MSELoss())
+    by_hand = np.mean([phi_by_hand(lambda x, state=None: rnn(x, initial(list(group)) if state is None else state), head, torch.from_numpy(x[None]), torch.from_numpy(y[None]), range(1, 9), range(8, 16))
+                       for x,y,group in zip(xs, ys, 'abc')], 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        res = learn.tbptt_find(bias=1e6, max_lag=8, n_losses=8, show=False)
+    np.testing.assert_allclose(res.phi, [by_hand], rtol=1e-3)
+    assert res.memory>0 # which is measured with groups, too
+
+
+def test_shorter_windows_are_left_out():
+    "Those in which no loss has as many steps before it as in the first window; the others are cut to what they have"
+    (x,y),(short,of_short) = data(6),data(3, 5)
+    dl = [(x[:3],y[:3]), (short,of_short), (x[3:],y[3:])]
+    rnn,head = nn.GRU(2, 4, batch_first=True).double(),nn.Linear(4, 1).double()
+    learn = TbpttLearner(DataLoaders(dl, dl), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5, loss_func=nn.MSELoss())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        res = learn.tbptt_find(max_lag=6, n_losses=99, show=False)
+    np.testing.assert_allclose(res.phi, [phi_by_hand(rnn, head, x[b:b+3], y[b:b+3], res.lags, range(6, 12)) for b in (0,3)], rtol=1e-8)

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
@@ -18,9 +18,9 @@ from tbptt_fastai.windows import Sequences
 
 class ByHand(Callback):
     "The norm before clipping (order 10.4) of all gradients in one vector, fetched at once"
-    order,run_valid = 10.4,False
+    order,run_valid,norm_type = 10.4,False,2.
     def before_fit(self): self.norms = []
-    def before_step(self): self.norms.append(float(torch.cat([p.grad.flatten() for p in self.learn.model.parameters() if p.grad is not None]).norm()))
+    def before_step(self): self.norms.append(float(torch.cat([p.grad.flatten() for p in self.learn.model.parameters() if p.grad is not None]).norm(self.norm_type)))
 
 def learner(signals, *cbs, stream=False, **kwargs):
     set_seed(0)
@@ -94,3 +94,59 @@ def test_plot_and_refusals(signals):
     plt.close('all')
     with pytest.raises(ValueError, match='low is 1, high is 0.5'): GradientHealth(1, .5)
     with pytest.raises(ValueError, match='every is 0'): GradientHealth(every=0)
+
+class Evaluate(Callback):
+    "Evaluations in the middle of a training, and before it"
+    busy = False
+    def before_epoch(self):
+        if self.busy: return
+        self.busy = True
+        self.learn.validate()
+        self.learn.get_preds()
+        self.busy = False
+    after_epoch = before_epoch
+
+def test_evaluations_leave_the_norms_as_they_are(signals):
+    learn = learner(signals, health := GradientHealth(every=4, low=1e6, high=1e9), grad_clip=.05)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match='vanishing') as seen, learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=Evaluate())
+        assert len([o for o in seen if 'Gradients are' in str(o.message)])==1 # in each fit
+        norms,clipped = health.norms,health.clipped
+        assert len(norms)==3*len(learn.dls.train) and 0<clipped<1
+        with learn.no_bar(), learn.no_logging():
+            learn.validate()
+            learn.get_preds()
+        np.testing.assert_array_equal(health.norms, norms)
+        assert health.clipped==clipped
+
+def test_a_fit_that_starts_in_a_later_epoch_starts_anew(signals):
+    learn = learner(signals, health := GradientHealth())
+    for _ in range(2):
+        with learn.no_bar(), learn.no_logging(): learn.fit(2, start_epoch=1)
+        assert len(health.norms)==len(learn.by_hand.norms)
+
+class StopAt(Callback):
+    def after_batch(self):
+        if self.train_iter==3: raise CancelFitException
+
+def test_a_fit_that_was_stopped_warns_at_its_end(signals):
+    with pytest.warns(UserWarning, match='vanishing'): fit(learner(signals, GradientHealth(), Scale(1e-12), StopAt()), 1)
+
+def test_warnings_wait_no_longer_than_an_epoch(signals):
+    learn = learner(signals, GradientHealth(every=1000), Scale(1e-12))
+    with pytest.raises(UserWarning, match='vanishing'): fit(learn, 2)
+    assert learn.epoch==0 and learn.training # it is an error here
+
+@pytest.mark.parametrize('norm_type', [1., float('inf')])
+def test_the_norm_is_that_of_the_clip(signals, norm_type):
+    learn = learner(signals, health := GradientHealth(), GradientClip(.05, norm_type))
+    learn.by_hand.norm_type = norm_type
+    fit(learn, 1)
+    np.testing.assert_allclose(health.norms, learn.by_hand.norms, rtol=1e-5)
+
+def test_norms_that_are_not_a_number_are_neither_clipped_nor_not(signals):
+    learn = learner(signals, health := GradientHealth(), Scale(float('nan')), grad_clip=.05)
+    with pytest.warns(UserWarning, match='exploding'): fit(learn, 1)
+    assert np.isnan(health.norms).all() and np.isnan(health.clipped)
+    health._norms[:2] = [.01, .1]
+    assert health.clipped==.5
