@@ -66,7 +66,7 @@ CASES = dict( # what differs from: 12 equal windows in batches of 2, TbpttDL, a 
 )
 REFUSED = dict(
     unequal=(dict(n=8, lengths=[30]*6+[20]*2, dl_type=TfmdDL), r'have \[30, 20\] steps.*that is \[3, 2\] sub-windows'),
-    unequal_washout=(dict(n=8, lengths=[30]*4+[14]*4, n_skip=15), r'have \[30, 14\] steps.*that is \[3, 0\] sub-windows'),
+    unequal_washout=(dict(n=8, lengths=[30]*4+[14]*4, n_skip=15), r'have \[30, 14\] steps.*that is \[2, 0\] sub-windows'),
     unequal_whole=(dict(n=8, lengths=[30]*4+[14]*4, n_skip=15, sub_seq_len=None), r'have \[30, 14\] steps.*that is \[1, 0\] sub-windows'),
     skipped=(dict(dataset=Skipping), r'have \[30, 0\] steps.*that is \[3, 0\] sub-windows'),
     own_state=(dict(own_state=True, dl_type=TfmdDL), 'a state of its own in every call'),
