@@ -18,6 +18,7 @@ from tbptt_fastai.text import *
 from tbptt_fastai.data import *
 from tbptt_fastai.metrics import *
 from tbptt_fastai.checks import *
+from tbptt_fastai.resets import *
 from tbptt_fastai.callback import *
 from tbptt_fastai.evaluation import *
 from tbptt_fastai.once import *

@@ -5,42 +5,22 @@
 # %% auto #0
 __all__ = ['TbpttResetCB']
 
-# %% ../nbs/06_callback.ipynb #2e16372c
-from functools import partial
+# %% ../nbs/06_callback.ipynb #93b77ebf
 import torch
-from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
-from fastai.torch_core import find_bs, find_device, get_model
+from fastai.torch_core import find_bs
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from .carry import reset_own_state
-from .checks import check_carries, check_states, check_stream, resets_itself, resolve_truncation, stateful_modules
-from .layout import BlockRun
-from .loader import SubWindows, Window, inner_loader, plain_batch, view_of
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from .checks import check_carries, check_states, check_stream, resolve_truncation
+from .loader import SubWindows, inner_loader, view_of
 from .metrics import StepSmoothLoss
-from .pieces import Piece, carry_pieces
-from .streams import StreamDL, StreamView
-from .truncation import SubWindow, Truncation, check_steps
+from .resets import StateResets, CarryingRun
+from .streams import StreamDL
+from .truncation import Truncation, check_steps
 
-# %% ../nbs/06_callback.ipynb #3593aafc
-class _CarryingRun:
-    "What `Learner.all_batches` is for an epoch: the same, within `carry_state` if sub-windows are run"
-    def __init__(self, cb): self.cb,self.learn = cb,cb.learn
-
-    def __call__(self):
-        cb,learn = self.cb,self.learn
-        if cb.learn is not learn or not cb.carries: return type(learn).all_batches(learn) # cb.learn: the callback was removed
-        outer = cb._carried
-        try:
-            with carry_pieces(learn.model, evaluation=not learn.training) as cb._carried: type(learn).all_batches(learn)
-        except BaseException:
-            vars(learn).pop('all_batches', None) # back to the method
-            raise
-        finally: cb._carried = outer
-
-# %% ../nbs/06_callback.ipynb #f183d233
-class TbpttResetCB(Callback):
+# %% ../nbs/06_callback.ipynb #0eb23137
+class TbpttResetCB(StateResets):
     "Train on the sub-windows of each window in turn, reset the state where a window or sequence starts, and evaluate whole windows; sequences of a `StreamDL` in sub-windows too"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
     def __init__(self,
@@ -52,7 +32,6 @@ class TbpttResetCB(Callback):
         if truncation is not None and sub_seq_len!='dls': raise ValueError(f"Two schemes are given: sub_seq_len={sub_seq_len} and truncation={truncation}. Leave one of them out.")
         if truncation is not None and not isinstance(truncation, Truncation): raise TypeError(f"truncation is {truncation!r}; expected a scheme, such as Overlap(k1=20, k2=100). For sub-windows of one length: sub_seq_len.")
         self.sub_seq_len,self.truncation,self.n_skip,self.timed = sub_seq_len,truncation,check_steps('n_skip', n_skip, least=0),timed
-        self._carried,self._window = None,None
 
     @property
     def setting(self):
@@ -77,7 +56,7 @@ class TbpttResetCB(Callback):
 
     def before_epoch(self):
         "Runs over the batches happen within `carry_state`, if they carry a state"
-        self.learn.all_batches = _CarryingRun(self)
+        self.learn.all_batches = CarryingRun(self)
     after_train = before_epoch # if it was cancelled
 
     def after_epoch(self): vars(self.learn).pop('all_batches', None)
@@ -104,91 +83,6 @@ class TbpttResetCB(Callback):
         self.learn.dl.evaluation = True
         if self._stream and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
             raise ValueError("Inputs cannot be put in the order of the predictions of a StreamDL: leave out with_input, and take them from its dataset.")
-
-    @property
-    def _stream(self): return isinstance(self.dl, StreamView)
-
-    @property
-    def carries(self):
-        "Does the state go from one batch to the next? In training by sub-windows, and in the evaluation of a stream"
-        return isinstance(self.dl, SubWindows) and self.dl.truncation is not None and (self.training or self._stream)
-
-    @property
-    def _carrying(self): return self._carried is not None and self._carried.evaluation!=self.training
-
-    @property
-    def sub_window(self):
-        "What the batch is of its window; every batch of a loader that is not ours is a new window"
-        return self.dl.sub_window if isinstance(self.dl, SubWindows) else SubWindow(0, None, 0)
-
-    def reset(self,
-        rows=None, # bool `(bs,)`: the rows that begin a new window; default: all
-        groups:list=None, # The group of each row
-    ):
-        "Forget every carried state, of all rows or of some"
-        if rows is not None and resets_itself(self.model) and not stateful_modules(self.model): raise ValueError(
-            f"The rows of this StreamDL begin their sequences at different times, but the reset() of {type(get_model(self.model)).__name__} resets all rows. Carry its state in a StatefulRNN.")
-        if resets_itself(self.model) and rows is None: get_model(self.model).reset()
-        for m in stateful_modules(self.model): m.reset(rows, groups)
-        if self._carried is not None: self._carried.reset_layers(rows)
-
-    def before_batch(self):
-        if self.carries and not self._carrying: raise RuntimeError(
-            "No state would be carried: another callback evaluated in `before_epoch`, after this one, or asked for `inner` predictions of a StreamDL. Give it an order below 12, or let it evaluate in another event.")
-        if self._stream: return self._begin_rows()
-        if not self.training: # all but a model's own state starts evaluation from the initial one by itself, and keeps that of the training
-            return reset_own_state(self.model)
-        window = self.dl.window if isinstance(self.dl, SubWindows) else None
-        if window is None or window is not self._window:
-            self._window = window
-            self.reset()
-            if window is not None:
-                for xb in self.dl.warm_up: self._warm_up(xb)
-        if self.carries: self._in_pieces([Piece(b-a, factor, keep=a==self.sub_window.carry) for a,b,factor in self.sub_window.pieces()])
-
-    def _in_pieces(self, pieces):
-        "Have the next call of the model run so"
-        plan = self.sub_window.plan if self._stream else self.sub_window
-        if len(pieces)==1 and plan.next_start==plan.stop: return pieces[0].begin and pieces[0].begin()
-        if resets_itself(self.model) and not stateful_modules(self.model): raise ValueError(
-            f"{type(get_model(self.model)).__name__} carries a state by itself, which cannot be kept at a step in the middle, nor with its graph, as {self.dl.truncation} asks for. Carry it in a StatefulRNN, or use sub-windows of one length.")
-        timed = self.timed and self.timed[:len(tree_leaves(self.xb))]
-        self._carried.in_pieces(pieces, lambda start,stop,xb: Window(xb, len(xb), timed).cut(start, stop), plan.next_start==plan.stop, self.dl.truncation.recompute)
-
-    def _warm_up(self, xb):
-        "Bring the state through steps that have no loss and get no gradient"
-        with torch.no_grad(): self.model(*plain_batch(xb, find_device(self.xb)))
-
-    def _begin_rows(self):
-        "Reset the rows of a stream in which a sequence begins"
-        def begin(block):
-            idle = block.n==0
-            rows = block.begins(self.dl.seen)|idle
-            if not rows.any(): return
-            groups = self.dl.groups(block)
-            if not (self._carrying or self.training): # whole sequences in evaluation, which leaves the training state alone
-                reset_own_state(self.model)
-                for m in stateful_modules(self.model): m._groups = groups
-            elif rows[~idle].any(): self.reset(None if rows.all() else rows, groups)
-            else: self._rest(idle, groups)
-        for block,xb in self.dl.warm_up:
-            begin(block)
-            self._warm_up(xb)
-            self.dl.seen = block
-        if not isinstance(self.sub_window, BlockRun): return begin(self.sub_window)
-        before,run = self.dl.seen,self.sub_window
-        def begin_next(i):
-            if i: self.dl.seen = run.blocks[i-1]
-            begin(run.blocks[i])
-        self.sub_window.last_carried = run.blocks[run.plan.carry-1] if run.plan.carry else before
-        factors = dict(run.plan.cuts)
-        self._in_pieces([Piece(o.steps, factors.get(i, 1.), partial(begin_next, i), keep=i==run.plan.carry) for i,o in enumerate(run.blocks)])
-
-    def _rest(self, idle, groups):
-        "Rows without a sequence stay at their first state, as on padding a state may grow beyond all bounds, and the gradient of its row with it"
-        if self._carried is not None: self._carried.reset_layers(idle)
-        for m in stateful_modules(self.model):
-            if m.begins_rows: m.reset(idle, groups)
 
     def after_pred(self):
         if self._carrying and self.training and not self._checked and self.sub_window.moves_on:
