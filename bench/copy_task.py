@@ -3,11 +3,12 @@
 A network has to repeat ten symbols ten steps after it has seen them: C. Aicher, N. Foti and E. Fox, "Adaptively Truncating Backpropagation Through
 Time to Control Gradient Bias" (UAI 2019, arXiv 1905.07473). Every K steps it is trained on the losses of these K, with gradients over the last 2K-1
 steps, so that a loss reaches back K to 2K-1 steps; the delay is 10. Without any memory the perplexity is exp(.45 ln 4) = 1.866: of twenty targets
-eleven are certain, and nine are one of four kinds. Exits with an error unless K=5 stays there and K=10 comes below 1.06.
+eleven are certain, and nine are one of four kinds. Exits with an error unless K=5 stays there, and K=10 is below 1.06 after thirty epochs.
 """
 import argparse, json, platform, statistics, time, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
 import fastai, numpy as np, torch
+from torch import nn
 from fastai.optimizer import SGD
 from tbptt_fastai.all import *
 
@@ -27,20 +28,22 @@ def train(k, seed, n_epoch):
     "Perplexity of other data after each epoch, and seconds"
     set_seed(seed)
     rng = np.random.default_rng(seed)
-    dls = DataLoaders(*(TbpttDL(Sequences(*copy_task(64, steps, rng)), bs=64) for steps in (4000, 1000)))
+    dls = DataLoaders(*(TbpttDL(Sequences(*copy_task(64, steps, rng)), bs=64, num_workers=0) for steps in (4000, 1000)))
     model = TextRNN(6, 50, 'lstm', hidden_size=50, num_layers=2, dropout=0.)
+    for o in (model.embedding.weight, model.head.weight): nn.init.uniform_(o, -.1, .1) # small, as in PyTorch's example of a word language model
+    nn.init.zeros_(model.head.bias)
     learn = TbpttLearner(dls, model, truncation=Overlap(k1=k, k2=2*k-1), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=k**.5, grad_clip=1/k)
     start = time.time()
     with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch)
     return dict(k=k, seed=seed, perplexity=[float(np.exp(o[1])) for o in learn.recorder.values], seconds=time.time()-start)
 
 def failures(runs):
-    "What was expected, and is not so; K=5 at every epoch from the tenth on, K=10 at the thirtieth"
+    "What was expected, and is not so: of K=5 in every epoch, of K=10 by the thirtieth"
     res = []
     for r in runs:
-        last,where = r['perplexity'][9:30],f"K={r['k']}, seed {r['seed']}"
-        if r['k']==5: res += [f'{where}: perplexity {o:.4f}, expected {MEMORYLESS:.3f} within .01' for o in last if abs(o-MEMORYLESS)>.01]
-        if r['k']==10 and len(r['perplexity'])>=30 and last[-1]>=1.06: res.append(f'{where}: perplexity {last[-1]:.4f} after 30 epochs, expected below 1.06')
+        seen,where = r['perplexity'],f"K={r['k']}, seed {r['seed']}"
+        if r['k']==5: res += [f'{where}, epoch {i}: perplexity {o:.4f}, expected {MEMORYLESS:.3f} within .01' for i,o in enumerate(seen, 1) if abs(o-MEMORYLESS)>.01]
+        if r['k']==10 and len(seen)>=30 and seen[29]>=1.06: res.append(f'{where}: perplexity {seen[29]:.4f} after 30 epochs, expected below 1.06')
     return res
 
 
