@@ -2,8 +2,9 @@
 
 A network has to repeat ten symbols ten steps after it has seen them: C. Aicher, N. Foti and E. Fox, "Adaptively Truncating Backpropagation Through
 Time to Control Gradient Bias" (UAI 2019, arXiv 1905.07473). Every K steps it is trained on the losses of these K, with gradients over the last 2K-1
-steps, so that a loss reaches back K to 2K-1 steps; the delay is 10. Without any memory the perplexity is exp(.45 ln 4) = 1.866: of twenty targets
-eleven are certain, and nine are one of four kinds. Exits with an error unless K=5 stays there, and K=10 is below 1.06 after thirty epochs.
+steps, so that a loss reaches back over K to 2K-1 steps, its own included; the delay is 10. Without any memory the perplexity is exp(.45 ln 4) =
+1.866: of twenty targets eleven are certain, and nine are one of four kinds. Exits with an error unless K=5 stays there, and K=10 is below 1.06 after
+thirty epochs.
 """
 import argparse, json, platform, statistics, time, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)

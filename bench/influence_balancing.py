@@ -96,8 +96,9 @@ def table_of_trainings(seeds, steps):
     "Prints it; returns where each training ended"
     print(f'\n| truncation, {steps:,} steps | trainings | diverged | theta | loss at rest, largest | time of one [s] |\n| --- | --: | --: | --: | --: | --: |')
     res = {}
-    for name,scheme in SCHEMES.items():
-        start,of_scheme = time.time(),seeds if scheme.random else [0]
+    for name in TRAINED:
+        start,scheme = time.time(),SCHEMES[name]
+        of_scheme = seeds if scheme.random else [0]
         thetas = [fit(scheme, seed, steps, [InverseSquareRoot(), TerminateOnNaNCallback()]) for seed in of_scheme]
         ends = [o for o in thetas if abs(o)<1e6]
         res[name] = dict(thetas=thetas, diverged=len(thetas)-len(ends), seconds=(time.time()-start)/len(thetas))
@@ -112,10 +113,11 @@ def failures(gradients, trainings):
     for name in ('fixed 10', 'random, not reweighted'): end(name, lambda o: not abs(o)<1e6, 'it to diverge')
     end('fixed 100', lambda o: abs(o-3.14)<.01, '3.14')
     end('fixed 200', lambda o: abs(o+.1666)<1e-4, '-.1666')
-    for name in ('unbiased 16, 6', 'unbiased 16, 4'): end(name, lambda o: 18*(o-BEST)**2<1e-18, '-1/6, with a loss below 1e-18')
+    end('unbiased 16, 6', lambda o: 18*(o-BEST)**2<1e-18, '-1/6, with a loss below 1e-18')
     return res
 
 SCHEMES = {**{f'fixed {k}': Fixed(k) for k in (10, 100, 200)}, 'random, not reweighted': NotReweighted(16, 6), 'unbiased 16, 6': RandomUnbiased(16, 6), 'unbiased 16, 4': RandomUnbiased(16, 4)}
+TRAINED = [o for o in SCHEMES if o!='unbiased 16, 4']
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
