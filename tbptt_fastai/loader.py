@@ -74,7 +74,7 @@ def plain_batch(
     "A batch as fastai's learner gives it to a model: plain tensors, on its device"
     return to_device(tree_map(lambda o: cast(o, Tensor) if isinstance(o, TensorBase) else o, batch), device)
 
-# %% ../nbs/03b_loader.ipynb #5f050804
+# %% ../nbs/03b_loader.ipynb #89789c92
 class SubWindows(GetAttr):
     "A view of any loader of windows that yields their sub-windows in order; `sub_window` says which one was yielded last"
     _default = 'dl'
@@ -150,8 +150,10 @@ class SubWindows(GetAttr):
     def n_sub(self):
         "Sub-windows that the first window yields; in the mean, if the scheme draws random numbers"
         if self.truncation is None or self.n_windows==0: return 1
-        window = self.first_window
-        return round(mean(sum(o.weight>0 for o in window.plan(self.truncation, self.n_skip, Random(seed))) for seed in range(20 if self.truncation.random else 1)))
+        window,counts = self.first_window,[]
+        while not counts or self.truncation.random and len(counts)<20 and sum(counts)<200:
+            counts.append(sum(o.weight>0 for o in window.plan(self.truncation, self.n_skip, Random(len(counts)))))
+        return round(mean(counts))
 
     @property
     def first_window(self):
