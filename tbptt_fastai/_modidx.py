@@ -285,6 +285,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'tbptt_fastai.loader.SubWindows.check': ('loader.html#subwindows.check', 'tbptt_fastai/loader.py'),
                                      'tbptt_fastai.loader.SubWindows.first_window': ( 'loader.html#subwindows.first_window',
                                                                                       'tbptt_fastai/loader.py'),
+                                     'tbptt_fastai.loader.SubWindows.inputs': ('loader.html#subwindows.inputs', 'tbptt_fastai/loader.py'),
                                      'tbptt_fastai.loader.SubWindows.is_first': ( 'loader.html#subwindows.is_first',
                                                                                   'tbptt_fastai/loader.py'),
                                      'tbptt_fastai.loader.SubWindows.n_sub': ('loader.html#subwindows.n_sub', 'tbptt_fastai/loader.py'),

@@ -74,7 +74,7 @@ def plain_batch(
     "A batch as fastai's learner gives it to a model: plain tensors, on its device"
     return to_device(tree_map(lambda o: cast(o, Tensor) if isinstance(o, TensorBase) else o, batch), device)
 
-# %% ../nbs/03b_loader.ipynb #89789c92
+# %% ../nbs/03b_loader.ipynb #f7b3b7cd
 class SubWindows(GetAttr):
     "A view of any loader of windows that yields their sub-windows in order; `sub_window` says which one was yielded last"
     _default = 'dl'
@@ -174,6 +174,13 @@ class SubWindows(GetAttr):
         if longest>window.steps:
             raise ValueError(f"sub_seq_len is {longest}, but a window has {window.steps} steps. Use a sub-window of at most {window.steps}, or None for the whole window.")
         (self.truncation or Fixed(window.steps)).sub_windows(window.steps, self.n_skip)
+
+    def inputs(self,
+        xb:tuple, # Inputs of the sub-window that was yielded last
+    )->Window:
+        "They can be cut further, along the same axes as their window"
+        timed = getattr(self.window, 'timed', self.timed)
+        return Window(xb, len(xb), timed and timed[:len(tree_leaves(xb))])
 
     def to_detach(self, b, cpu=True, gather=True):
         "As `fastai.torch_core.to_detach`; gathers only from processes that share the windows, not from those that have them all as well"

@@ -129,7 +129,7 @@ def compare_parts(
     raise ValueError(f"A window of {n} steps in sub-windows of {sub_seq_len} gives other predictions than in one piece, by {error:.0%}; the first layer that differs is {guilty}. It looks ahead, "
                      "or along time without carrying what it has seen: give it a state by StatefulRNN, or train whole windows (sub_seq_len=None). If it is meant to see each sub-window by itself: learn.remove_cb(SubWindowCheckCB).")
 
-# %% ../nbs/06d_parts.ipynb #f917e082
+# %% ../nbs/06d_parts.ipynb #8622caf6
 class SubWindowCheckCB(Callback):
     "Before the first step of a fit, refuse a model that gives other predictions in two halves of a sub-window than in one piece"
     order,run_valid = TbpttResetCB.order-.5,False # before the state is reset, and a washout run, for the training
@@ -139,7 +139,6 @@ class SubWindowCheckCB(Callback):
         if self._done: return
         self._done = True
         if not isinstance(self.dl, SubWindows) or self.dl.truncation is None: return
-        timed = self.dl.timed and self.dl.timed[:len(tree_leaves(self.xb))]
-        window = Window(self.xb, len(self.xb), timed)
+        window = self.dl.inputs(self.xb)
         groups = self.dl.groups(self.dl.sub_window) if isinstance(self.dl, StreamView) else None
-        if window.steps>1: compare_parts(get_model(self.model), window, -(-window.steps//2), groups)
+        compare_parts(get_model(self.model), window, -(-window.steps//2), groups)

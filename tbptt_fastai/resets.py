@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['CarryingRun', 'StateResets']
 
-# %% ../nbs/05d_resets.ipynb #b050f6d2
+# %% ../nbs/05d_resets.ipynb #99436ea6
 from functools import partial
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import find_device, get_model
-from torch.utils._pytree import tree_leaves
 from .carry import reset_own_state
 from .checks import resets_itself, stateful_modules
 from .layout import BlockRun
-from .loader import SubWindows, Window, plain_batch
+from .loader import SubWindows, plain_batch
 from .pieces import Piece, carry_pieces
 from .streams import StreamView
 from .truncation import SubWindow
@@ -35,7 +34,7 @@ class CarryingRun:
             raise
         finally: cb._carried = outer
 
-# %% ../nbs/05d_resets.ipynb #49a4feaa
+# %% ../nbs/05d_resets.ipynb #05084c59
 class StateResets(Callback):
     "Reset the state where a window or sequence starts; the part of [`TbpttResetCB`](06_callback.ipynb) that looks after it"
     _carried,_window = None,None # the context that a run over the batches is in; the last window that was begun
@@ -87,8 +86,8 @@ class StateResets(Callback):
         if len(pieces)==1 and plan.next_start==plan.stop: return pieces[0].begin and pieces[0].begin()
         if resets_itself(self.model) and not stateful_modules(self.model): raise ValueError(
             f"{type(get_model(self.model)).__name__} carries a state by itself, which cannot be kept at a step in the middle, nor with its graph, as {self.dl.truncation} asks for. Carry it in a StatefulRNN, or use sub-windows of one length.")
-        timed = self.timed and self.timed[:len(tree_leaves(self.xb))]
-        self._carried.in_pieces(pieces, lambda start,stop,xb: Window(xb, len(xb), timed).cut(start, stop), plan.next_start==plan.stop, self.dl.truncation.recompute)
+        inputs = self.dl.inputs
+        self._carried.in_pieces(pieces, lambda start,stop,xb: inputs(xb).cut(start, stop), plan.next_start==plan.stop, self.dl.truncation.recompute)
 
     def _warm_up(self, xb):
         "Bring the state through steps that have no loss and get no gradient"

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SubWindow', 'check_steps', 'Truncation', 'Fixed', 'as_truncation']
 
-# %% ../nbs/02_truncation.ipynb #33d90e63
+# %% ../nbs/02_truncation.ipynb #06517c86
+from inspect import signature
 from operator import index
 from random import Random
 from typing import NamedTuple
@@ -55,7 +56,7 @@ def check_steps(
     if n<least: raise ValueError(f"{name} is {n}; expected at least {least}.")
     return n
 
-# %% ../nbs/02_truncation.ipynb #bd2b0848
+# %% ../nbs/02_truncation.ipynb #7005b9bf
 class Truncation:
     "A plan over one window, made anew for each window. Subclasses have a `plan`"
     sub_seq_len = None # Steps that gradients usually go back over; `None`: those of the window
@@ -102,7 +103,9 @@ class Truncation:
             at = o.next_start
         if not plan or plan[-1].stop!=win_sz: raise ValueError(f"The plan of {type(self).__name__} for {win_sz} steps ends at {plan[-1].stop if plan else 0}; expected the window's end.")
 
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in vars(self).items() if k[0]!='_')})"
+    def __repr__(self):
+        args = ((k, getattr(self, k, p.default), p.default) for k,p in signature(type(self)).parameters.items())
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v,default in args if v!=default)})"
 
 # %% ../nbs/02_truncation.ipynb #55f7549d
 class Fixed(Truncation):

@@ -334,3 +334,23 @@ def test_the_order_of_the_data_is_not_changed(signals, kind):
             learn.check_sub_windows()
         return [b[0] for b in (dls.train.sub_windows() if kind=='stream' else dls.train)]
     for a,b in zip(order(True), order(False), strict=True): assert torch.equal(a, b)
+
+
+class Ignores(nn.Module):
+    "A state that is counted on, and not looked at"
+    def __init__(self): super().__init__(); self.lin = nn.Linear(2, 2)
+    def forward(self, x, n=None): return self.lin(x),torch.ones(len(x)) if n is None else n+1
+
+class EarlySum(nn.Module):
+    "Detached, and without any parameter"
+    def forward(self, x, h=None):
+        out,h = [],torch.zeros_like(x[:,0]) if h is None else h
+        for u in x.unbind(1):
+            h = .5*h.detach()+u
+            out.append(h)
+        return torch.stack(out, 1),h
+
+def test_memories_that_have_nothing_to_learn(signals):
+    torch.manual_seed(0)
+    assert verdict(signals, nn.Sequential(StatefulRNN(Ignores()), *lstm())).startswith('healthy')
+    assert verdict(signals, nn.Sequential(nn.Linear(2, 2), StatefulRNN(EarlySum()), *lstm())).startswith('detached too early in 1')

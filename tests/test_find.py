@@ -467,23 +467,26 @@ def test_silverbox(data_dir):
     assert res.reached and 20<res.suggestion<250 and .9<res.beta<1
 
 
-class Window3(nn.Module):
-    "A memory of the last three inputs' features, no further; the oldest weighs most"
+class Shift(nn.Module):
+    "Features are passed on twice, doubled each time, and then forgotten: gradients grow, and end"
     def __init__(self): super().__init__(); self.lift = nn.Linear(2, 4)
-    def initial_state(self, bs, device, dtype): return torch.zeros(bs, 3, 4, device=device, dtype=dtype)
-    def forward(self, x, past):
-        z = torch.cat([past, self.lift(x)], 1)
-        weights = torch.tensor([9., 3., 1.], dtype=x.dtype)
-        return torch.stack([(z[:,t:t+3]*weights[:,None]).sum(1) for t in range(x.shape[1])], 1),z[:,-3:]
+    def initial_state(self, bs, device, dtype): return tuple(torch.zeros(bs, 4, device=device, dtype=dtype) for _ in range(3))
+    def forward(self, x, s):
+        out = []
+        for z in self.lift(x).unbind(1):
+            s = z,2*s[0],2*s[1]
+            out.append(sum(s))
+        return torch.stack(out, 1),s
 
 def test_a_memory_that_ends_is_suggested_whole_though_its_gradients_grow():
     x,y = data(steps=30)
-    model = nn.Sequential(StatefulRNN(Window3()), nn.Linear(4, 1)).double()
+    model = nn.Sequential(StatefulRNN(Shift()), nn.Linear(4, 1)).double()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         res = TbpttLearner(loaders(x, y), model, sub_seq_len=10, loss_func=nn.MSELoss()).tbptt_find(show=False)
     lags = res.lags[res.phi.mean(0)>0]
-    assert res.reached and res.suggestion==lags[-1]+1 and res.delta[res.suggestion-1]==0
+    assert res.beta>1 and lags.tolist()==[1, 2] and res.reached and res.suggestion==3 and res.delta[2]==0<res.delta[1]
+    assert np.isinf(relative_bias(np.arange(1, 5), np.array([1., 2, 4, 8]), np.ones(4), 2.)).all()
 
 
 class TwoStates(nn.Module):

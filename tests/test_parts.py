@@ -107,7 +107,7 @@ def test_training_is_the_same_with_and_without(signals, make, kwargs):
 
 def test_it_runs_once_in_each_fit_and_not_in_evaluation(signals):
     learn,seen = TbpttLearner(loaders(signals), with_rnn()),[]
-    learn.model.register_forward_pre_hook(lambda m,args: seen.append((m.training, args[0].shape[1])))
+    learn.model.register_forward_pre_hook(lambda m,args: seen.append((m.training, args[0].shape[1])) if m.training==torch.is_grad_enabled() else 1/0)
     learn.validate()
     evaluated = len(seen)
     for _ in range(2):
@@ -162,20 +162,22 @@ def test_half_precision_is_not_taken_for_an_error():
     assert 1e-3<compare_parts(with_rnn(StatefulRNN(RunningSum())).bfloat16(), window, 20)<.05
     with pytest.raises(ValueError, match='other predictions'): compare_parts(with_rnn(TimeNorm()).bfloat16(), window, 20)
 
-def test_a_later_element_may_be_as_long(signals):
-    "timed says which elements are cut"
+@pytest.mark.parametrize('n', [20, 10])
+def test_a_later_element_may_be_as_long_as_a_window_or_a_sub_window(n):
+    "What has a time axis is that of the window, or as timed says"
     class Two(nn.Module):
         def __init__(self): super().__init__(); self.rnn,self.out = nn.GRU(2, 6, batch_first=True),nn.Linear(6, 1)
         def forward(self, x, scale): return self.out(self.rnn(x)[0])*scale.mean(1)[:,None,None]
     from fastai.data.core import DataLoaders
     x = torch.randn(8, 20, 2)
-    dl = torch.utils.data.DataLoader(list(zip(x, torch.rand(8, 20), x[...,:1])), 4)
+    dl = torch.utils.data.DataLoader(list(zip(x, torch.rand(8, n), x[...,:1])), 4)
     dls = DataLoaders(dl, dl)
     dls.n_inp = 2
     learn = Learner(dls, Two(), nn.L1Loss(), cbs=[TbpttResetCB(10, timed=(True, False, True)), SubWindowCheckCB()])
     fit(learn)
     learn.check_sub_windows()
     learn = Learner(dls, Two(), nn.L1Loss(), cbs=[TbpttResetCB(10), SubWindowCheckCB()])
+    if n==10: return fit(learn)
     with pytest.raises(ValueError, match='other predictions'): fit(learn)
 
 def test_a_layer_made_for_a_window_is_named(signals):
@@ -187,3 +189,10 @@ def test_random_numbers_in_evaluation_are_not_taken_for_an_error(signals):
     class Noise(nn.Module):
         def forward(self, x): return x+torch.randn_like(x)
     fit(TbpttLearner(loaders(signals), with_rnn(Noise())))
+
+def test_an_evaluation_of_a_stream_is_not_compared(signals):
+    u,y = signals
+    learn,seen = TbpttLearner(SequenceDataLoaders.from_arrays([u[:300], u[300:900]], [y[:300], y[300:900]], sub_seq_len=20, bs=2), with_rnn()),[]
+    learn.model.register_forward_pre_hook(lambda m,args: seen.append(args[0].shape[1]))
+    with learn.no_bar(): learn.validate()
+    assert set(seen)<={20, 60%20 or 20} and 10 not in seen

@@ -430,3 +430,17 @@ def test_labels_of_windows():
             with torch.no_grad():
                 for p,g in zip(params, torch.autograd.grad(loss, params)): p -= .05*g
         same(learn.model, rnn2, head2)
+
+def test_what_is_as_long_as_a_piece_is_not_cut():
+    "What has a time axis is that of the window"
+    class Two(Plain):
+        def forward(self, x, scale): return super().forward(x)*scale.mean(1)[:,None,None]
+    x,y = data(8, 20)
+    torch.manual_seed(1)
+    dl = torch.utils.data.DataLoader(list(zip(x, torch.rand(8, 10, dtype=torch.float64), y)), 4)
+    def trained(scheme, **kwargs):
+        dls = DataLoaders(dl, dl)
+        dls.n_inp = 2
+        rnn,head = parts()
+        return list(fit(TbpttLearner(dls, Two(rnn, head), truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05, **kwargs)).model.parameters())
+    for a,b in zip(trained(Exact(10)), trained(None, sub_seq_len=None), strict=True): assert (a-b).abs().max()<1e-12
