@@ -25,16 +25,19 @@ def copy_task(rows, steps, rng):
     shift = rng.integers(0, 2*DELAY, rows)
     return [[row[s:s+steps] for row,s in zip(np.concatenate(o, 2).reshape(rows, -1), shift)] for o in ((symbols,blank), (blank,symbols))]
 
-def train(k, seed, n_epoch):
-    "Perplexity of other data after each epoch, and seconds"
+def make_learner(k, seed):
+    "Its loaders have 64 rows of 4000 steps, and 64 of 1000 others for validation"
     set_seed(seed)
     rng = np.random.default_rng(seed)
     dls = DataLoaders(*(TbpttDL(Sequences(*copy_task(64, steps, rng)), bs=64, num_workers=0) for steps in (4000, 1000)))
     model = TextRNN(6, 50, 'lstm', hidden_size=50, num_layers=2, dropout=0.)
     for o in (model.embedding.weight, model.head.weight): nn.init.uniform_(o, -.1, .1) # small, as in PyTorch's example of a word language model
     nn.init.zeros_(model.head.bias)
-    learn = TbpttLearner(dls, model, truncation=Overlap(k1=k, k2=2*k-1), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=k**.5, grad_clip=1/k)
-    start = time.time()
+    return TbpttLearner(dls, model, truncation=Overlap(k1=k, k2=2*k-1), loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=k**.5, grad_clip=1/k)
+
+def train(k, seed, n_epoch):
+    "Perplexity of other data after each epoch, and seconds"
+    learn,start = make_learner(k, seed),time.time()
     with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch)
     return dict(k=k, seed=seed, perplexity=[float(np.exp(o[1])) for o in learn.recorder.values], seconds=time.time()-start)
 

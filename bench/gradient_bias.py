@@ -1,40 +1,24 @@
 """Is the gradient bias that tbptt_find estimates at least as large as the one that truncation really has? The copy task, several networks
 
 A network has to repeat ten symbols ten steps after it has seen them: C. Aicher, N. Foti and E. Fox, "Adaptively Truncating Backpropagation Through
-Time to Control Gradient Bias" (UAI 2019, arXiv 1905.07473). It is trained in sub-windows of 2K-1 steps, so that a loss reaches back K=10 steps in the
-mean. Then the gradient of losses that reach back K steps is compared with that of losses that reach back to the start of their window: for the weights
+Time to Control Gradient Bias" (UAI 2019, arXiv 1905.07473). It is trained as in copy_task.py, with K=10. Then the gradient of losses that reach back K steps is compared with that of losses that reach back to the start of their window: for the weights
 of embedding and recurrent layers, on which truncation acts, in float64. Exits with an error where an estimate is too small.
 """
 import argparse, json, platform, statistics, time, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
 from copy import deepcopy
 import fastai, numpy as np, torch
-from fastai.optimizer import SGD
 from torch.nn.functional import cross_entropy
+from copy_task import make_learner
 from tbptt_fastai.all import *
 
-DELAY,K,WIN,LAGS = 10,10,200,100 # steps: of the delay, of the gradient in training, of a window to measure on, of the longest lag
+WIN,LAGS = 200,100 # steps: of a window to measure on, of the longest lag
 KS = [5, 10, 15, 20, 30]
 
 
-def copy_task(rows, steps, rng):
-    "Inputs and targets: a start symbol and nine others of four kinds, then ten blanks; each row begins somewhere in it"
-    symbols = rng.integers(2, 6, (rows, steps//(2*DELAY)+1, DELAY))
-    symbols[...,0] = 1
-    blank = np.zeros_like(symbols)
-    shift = rng.integers(0, 2*DELAY, rows)
-    return [[row[s:s+steps] for row,s in zip(np.concatenate(o, 2).reshape(rows, -1), shift)] for o in ((symbols,blank), (blank,symbols))]
-
-def make_learner(seed):
-    "Its loaders: 64 rows of 4000 steps; and windows of these, in every phase of the task, to measure on"
-    set_seed(seed)
-    rng = np.random.default_rng(seed)
-    train,valid = (Sequences(*copy_task(64, steps, rng)) for steps in (4000, 1000))
-    dls = DataLoaders(TbpttDL(train, bs=64, sub_seq_len=2*K-1), TbpttDL(valid, bs=64))
-    model = TextRNN(6, 50, 'lstm', hidden_size=50, num_layers=2, dropout=0.)
-    learn = TbpttLearner(dls, model, loss_func=CrossEntropyLossFlat(), opt_func=SGD, lr=K**.5, grad_clip=1/K)
-    return learn,TbpttDL(SequenceWindows(*train.arrays, win_sz=WIN, stp_sz=WIN-3), bs=64, shuffle=True)
-
+def windows_of(learn):
+    "Windows of the training data, in every phase of the task, to measure on"
+    return TbpttDL(SequenceWindows(*learn.dls.train.dataset.arrays, win_sz=WIN, stp_sz=WIN-3), bs=64, shuffle=True, num_workers=0)
 
 def state_gradients(model, x, y, states, s):
     "Gradient of the loss at step s with respect to the states k = 1, 2, ... steps before, `(lags, rows, units)`; step by step, apart from the library"
@@ -108,7 +92,8 @@ def main():
     print(f'{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; one thread; {args.losses} losses in each of 1280 windows\n')
     print('| seed | epochs | perplexity | beta | suggested sub_seq_len [steps] |\n'+'| --: '*5+'|')
     for seed in args.seeds:
-        learn,windows = make_learner(seed)
+        learn = make_learner(10, seed)
+        windows = windows_of(learn)
         train,trained = learn.dls,0
         for n_epoch in sorted(args.epochs):
             with learn.no_bar(), learn.no_logging():

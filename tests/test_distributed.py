@@ -11,7 +11,7 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastcore.basics import chunked
 from reference import permutations
-from tbptt_fastai.all import SequenceWindows, Standardize, StatefulRNN, SubWindowEvalCB, TbpttDL, TbpttResetCB
+from tbptt_fastai.all import Exact, Jittered, Overlap, RandomUnbiased, SequenceWindows, Standardize, StatefulRNN, SubWindowEvalCB, TbpttDL, TbpttResetCB
 
 pytest.importorskip('accelerate')
 TESTS = Path(__file__).resolve().parent
@@ -64,6 +64,12 @@ CASES = dict( # what differs from: 12 equal windows in batches of 2, TbpttDL, a 
     lengths=dict(n=8, lengths=[30,30,20,20]*2),
     whole=dict(n=8, lengths=[30]*4+[20]*4, sub_seq_len=None),
 )
+SCHEMES = dict( # what they draw has to be the same in both processes, whose random numbers are not
+    jittered=dict(truncation=Jittered(8, std=3, least=2)),
+    unbiased=dict(truncation=RandomUnbiased(7, 6), n_skip=5),
+    overlap=dict(truncation=Overlap(5, 12), model=Stateful),
+    exact=dict(truncation=Exact(7), model=Stateful),
+)
 REFUSED = dict(
     unequal=(dict(n=8, lengths=[30]*6+[20]*2, dl_type=TfmdDL), r'have \[30, 20\] steps.*that is \[3, 2\] sub-windows'),
     unequal_washout=(dict(n=8, lengths=[30]*4+[14]*4, n_skip=15), r'have \[30, 14\] steps.*that is \[2, 0\] sub-windows'),
@@ -83,13 +89,13 @@ class Record(Callback):
         if self.training: self.learn.seen.append(((x[:,0,0]*16).int().tolist(), int(x[0,0,1]*64), x.shape[1]))
     def after_train(self): self.learn.n_iters.append(self.n_iter)
 
-def make_learner(rank, n=12, lengths=30, bs=2, model=Plain, dl_type=TbpttDL, dataset=list, gather=False, sub_seq_len=SUB, n_skip=0, own_state=False, label=False, num_workers=0, **kwargs):
+def make_learner(rank, n=12, lengths=30, bs=2, model=Plain, dl_type=TbpttDL, dataset=list, gather=False, sub_seq_len=SUB, n_skip=0, own_state=False, label=False, num_workers=0, truncation=None, **kwargs):
     random.seed(rank); torch.manual_seed(rank) # what starts out different is made equal by fastai
     ds = dataset(windows(n, lengths, label))
     train = dl_type(SequenceWindows(*map(list, zip(*ds))) if gather else ds, bs=bs, num_workers=num_workers, **dict(sub_seq_len=sub_seq_len) if dl_type is TbpttDL else {}, **kwargs)
     dls = DataLoaders(train, dl_type(windows(7, label=label), bs=bs, num_workers=0), device='cpu')
     model = Plain(own_state, label) if model is Plain else model()
-    return Learner(dls, model, loss_func=nn.MSELoss(), opt_func=SGD, lr=LR, cbs=[TbpttResetCB(sub_seq_len, n_skip), Record()])
+    return Learner(dls, model, loss_func=nn.MSELoss(), opt_func=SGD, lr=LR, cbs=[TbpttResetCB('dls' if truncation else sub_seq_len, n_skip, truncation=truncation), Record()])
 
 def process(case):
     "Train one case; what happened here"
@@ -112,7 +118,7 @@ def process(case):
 
 if __name__=='__main__':
     from fastai.distributed import rank_distrib
-    torch.save({name: process(case) for name,case in {**CASES, **{k: v[0] for k,v in REFUSED.items()}}.items()}, f'{sys.argv[1]}/{rank_distrib()}.pt')
+    torch.save({name: process(case) for name,case in {**CASES, **SCHEMES, **{k: v[0] for k,v in REFUSED.items()}}.items()}, f'{sys.argv[1]}/{rank_distrib()}.pt')
 
 
 # The same by hand, in one process
@@ -227,6 +233,17 @@ def test_F6_evaluation(results, name):
         losses = [evaluate_by_hand(CASES[name], res['params'], n)[2] for n in ([0,1], [2,3])]
         assert res['short']==pytest.approx(float(sum(losses)/2), rel=1e-5)
     assert results[0][name]['alone']==pred.shape
+
+@pytest.mark.parametrize('name', SCHEMES)
+def test_both_processes_follow_one_plan(results, name):
+    a,b = (results[rank][name] for rank in range(2))
+    assert [o[1:] for o in a['seen']]==[o[1:] for o in b['seen']] and [o[0] for o in a['seen']]!=[o[0] for o in b['seen']]
+    if name in ('jittered', 'unbiased'): assert len({o[2] for o in a['seen']})>3
+    for k,v in a['params'].items(): assert torch.equal(v, b['params'][k])
+    assert a['pct_train']==pytest.approx(1)
+
+def test_exact_gradients_of_two_processes(results):
+    for k,v in train_by_hand(dict(model=Stateful, sub_seq_len=None)).items(): torch.testing.assert_close(results[0]['exact']['params'][k], v, rtol=0, atol=1e-6, msg=k)
 
 @pytest.mark.parametrize('name', REFUSED)
 def test_F5_every_process_refuses(results, name):
