@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['Adaptive']
 
-# %% ../nbs/08e_adaptive.ipynb #8e8699f8
+# %% ../nbs/08e_adaptive.ipynb #2b6bc23e
 import warnings
 from typing import Callable
 import numpy as np
 import matplotlib.pyplot as plt
-from fastai.learner import Learner
+import torch
+from fastai.torch_core import maybe_gather
 import tbptt_fastai.find # it adds tbptt_find to Learner
-from .loader import SubWindows, inner_loader
+from .loader import SubWindows, inner_loader, view_of
 from .schemes import Overlap
 from .streams import StreamDL
 from .truncation import Truncation, check_steps
 
-# %% ../nbs/08e_adaptive.ipynb #dc83c983
+# %% ../nbs/08e_adaptive.ipynb #0da2fa2c
 class Adaptive(Truncation):
     "Measure before each epoch how far gradients reach, and use the smallest length with an estimated relative bias below `delta`; after Aicher, Foti and Fox 2019 (arXiv 1905.07473)"
     def __init__(self,
@@ -29,7 +30,7 @@ class Adaptive(Truncation):
         step:int=None, # Resolution of the measurement, in steps; default: a hundredth of `k_max`
         scheme:Callable[[int],Truncation]=lambda k: Overlap(k, 2*k), # What is done with the length: gradients of k steps or more, for each loss
     ):
-        self.delta,self.k_max,self.k_min,self.every,self.n_batches = delta,check_steps('k_max', k_max),check_steps('k_min', k_min),check_steps('every', every),check_steps('n_batches', n_batches)
+        self.delta,self.k_max,self.k_min,self.every,self.n_batches = delta,check_steps('k_max', k_max, 2),check_steps('k_min', k_min),check_steps('every', every),check_steps('n_batches', n_batches)
         if not delta>0: raise ValueError(f"delta is {delta}; expected a relative bias above 0, such as 0.1.")
         if k_min>k_max: raise ValueError(f"k_min is {k_min}, k_max is {k_max}; expected a range of lengths.")
         self._step = max(k_max//100, 1) if step is None else check_steps('step', step)
@@ -42,11 +43,17 @@ class Adaptive(Truncation):
     def sub_seq_len(self): return self._k
     @property
     def block(self): return self._scheme.block
+    @property
+    def random(self): return self._scheme.random
+    @property
+    def recompute(self): return self._scheme.recompute
     def plan(self, win_sz, rng): return self._scheme.plan(win_sz, rng)
+    def weight(self, counted, most): return self._scheme.weight(counted, most)
 
     def before_epoch(self, learn):
-        if learn.epoch==0: self.trace = []
-        if learn.epoch%self.every==0: self._measure(learn)
+        if self.trace and learn.epoch<=self.trace[-1]['epoch']: self.trace = [] # another fit
+        if not self.trace or learn.epoch%self.every==0: self._measure(learn)
+        self._scheme.before_epoch(learn)
         self.trace.append({**self._found, 'epoch': learn.epoch, 'k': self._k})
         if hasattr(learn, 'recorder'): learn.recorder.truncation = self.trace
 
@@ -56,7 +63,10 @@ class Adaptive(Truncation):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning) # the trace says so
             found = learn.tbptt_find(bias=self.delta, n_batches=self.n_batches, max_lag=min(self.k_max, most), step=self._step, show=False)
-        self._use(int(np.clip(found.suggestion, self.k_min, self.k_max)) if found.reached else self.k_max)
+        k = int(np.clip(found.suggestion, self.k_min, self.k_max)) if found.reached else self.k_max
+        view = view_of(learn.dls.train)
+        if view.world_size>1: k,*_ = maybe_gather(torch.tensor([k], device=inner_loader(view).device)).tolist() # the first process measures for all
+        self._use(k)
         self._found = dict(beta=found.beta, reached=found.reached)
 
     def plot(self,

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['TbpttResetCB']
 
-# %% ../nbs/06_callback.ipynb #93b77ebf
+# %% ../nbs/06_callback.ipynb #2aa02dba
 import torch
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import find_bs
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from .checks import check_carries, check_states, check_stream, resolve_truncation
+from .checks import check_carries, check_states, check_statistics, check_stream, resolve_truncation
 from .loader import SubWindows, inner_loader, view_of
 from .metrics import StepSmoothLoss
 from .resets import StateResets, CarryingRun
 from .streams import StreamDL
-from .truncation import Truncation, check_steps
+from .truncation import Fixed, Truncation, check_steps
 
-# %% ../nbs/06_callback.ipynb #0eb23137
+# %% ../nbs/06_callback.ipynb #054d8ba4
 class TbpttResetCB(StateResets):
     "Train on the sub-windows of each window in turn, reset the state where a window or sequence starts, and evaluate whole windows; sequences of a `StreamDL` in sub-windows too"
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
@@ -46,12 +46,14 @@ class TbpttResetCB(StateResets):
         view_of(train, scheme, self.n_skip, self.timed).check()
         for dl in others: view_of(dl, None, self.n_skip, self.timed).check()
         if scheme is not None: check_carries(self.model)
+        if scheme is not None and scheme.recompute: check_statistics(self.model, scheme)
         for dl in self.dls.loaders: check_stream(dl, self.model, scheme)
     after_create = check
 
     def before_fit(self):
         self.check()
-        recorder,by_steps = getattr(self.learn, 'recorder', None),isinstance(inner_loader(self.dls.train), StreamDL)
+        scheme = resolve_truncation(self.setting, self.dls.train)
+        recorder,by_steps = getattr(self.learn, 'recorder', None),isinstance(inner_loader(self.dls.train), StreamDL) or not isinstance(scheme, (Fixed, type(None)))
         if recorder is not None and by_steps!=isinstance(recorder.smooth_loss, StepSmoothLoss): recorder.smooth_loss = (StepSmoothLoss if by_steps else AvgSmoothLoss)(recorder.smooth_loss.beta)
 
     def before_epoch(self):

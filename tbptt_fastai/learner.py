@@ -54,13 +54,13 @@ def default_loss(
     if isinstance(y, Tensor) and y.is_floating_point(): return nn.L1Loss()
     raise ValueError(f"No default loss for targets of type {y.dtype if isinstance(y, Tensor) else type(y).__name__}: pass loss_func, such as CrossEntropyLossFlat().")
 
-# %% ../nbs/07_learner.ipynb #121472ab
+# %% ../nbs/07_learner.ipynb #79a9ef7a
 @delegates(Learner.__init__)
 def TbpttLearner(
     dls, # `DataLoaders` of windows `(batch, time, ...)`
     model:nn.Module=None, # Any model with recurrent or `StatefulRNN` layers; default: that of `RNNLearner`, whose arguments are then accepted too
     sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: whole windows (full backpropagation); 'dls': as the loaders say
-    truncation:Truncation=None, # Another scheme than sub-windows of one length: `Overlap`, `Jittered`, `RandomUnbiased`, `Exact`, or your own
+    truncation:Truncation=None, # Another scheme than sub-windows of one length: `Overlap`, `Jittered`, `RandomUnbiased`, `Adaptive`, `Exact`, or your own
     n_skip:int=0, # Washout: first steps of each window that count neither in loss nor in metrics
     grad_clip:float=None, # Largest norm of the gradient; default: no clipping
     loss_func=None, # Default: the dataset's own, or `nn.L1Loss()` for real targets

@@ -74,7 +74,7 @@ def plain_batch(
     "A batch as fastai's learner gives it to a model: plain tensors, on its device"
     return to_device(tree_map(lambda o: cast(o, Tensor) if isinstance(o, TensorBase) else o, batch), device)
 
-# %% ../nbs/03b_loader.ipynb #f7b3b7cd
+# %% ../nbs/03b_loader.ipynb #223fde7e
 class SubWindows(GetAttr):
     "A view of any loader of windows that yields their sub-windows in order; `sub_window` says which one was yielded last"
     _default = 'dl'
@@ -94,12 +94,12 @@ class SubWindows(GetAttr):
         self.rng = self._new_rng()
         for batch in batches:
             self._open(batch)
-            for self.sub_window in self.plan: yield batch if self.window is None else self.window.cut(*self.sub_window[:2])
+            for self.sub_window,self.warm_up in zip(self.plan, self._warm_ups): yield batch if self.window is None else self.window.cut(*self.sub_window[:2])
         if self.truncation is not None or self.n_skip: self._agree(0, 0)
 
     def _open(self, batch):
-        "Plan a window. Sub-windows without a counted step are not yielded: their inputs are in `warm_up`, to bring the state to the first one"
-        self.window,self.warm_up,self.plan = None,[],[SubWindow(0, None, 0)]
+        "Plan a window. Sub-windows without a counted step are not yielded: their inputs are in `warm_up`, to bring the state to the next one"
+        self.window,self._warm_ups,self.plan = None,[[]],[SubWindow(0, None, 0)]
         if self.truncation is None and not self.n_skip: return
         self.window = Window(batch, self._n_inp(batch), self.timed)
         steps = self.window.steps
@@ -107,7 +107,9 @@ class SubWindows(GetAttr):
         elif steps>self.n_skip or self.world_size==1:
             plan = self.window.plan(self.truncation, self.n_skip, self.rng)
             self.plan = [o for o in plan if o.weight]
-            self.warm_up = [self.window.cut(o.start, o.next_start)[:self._n_inp(batch)] for o in plan if not o.weight and o.next_start>o.start]
+            for o in plan:
+                if o.weight: self._warm_ups.append([])
+                elif o.moves_on: self._warm_ups[-1].append(self.window.cut(o.start, o.next_start)[:self._n_inp(batch)])
         self._agree(steps, len(self.plan) if steps>self.n_skip else 0)
 
     def _new_rng(self):
@@ -170,10 +172,10 @@ class SubWindows(GetAttr):
         "A `ValueError` if sub-window or washout are too long for the first window; a dataset that cannot be indexed is not looked at"
         if getattr(self.dl, 'n', None)==0 or self.truncation is None and not self.n_skip or first_item(self.dl) is None: return
         window = self.first_window
-        longest = self.truncation.sub_seq_len if isinstance(self.truncation, Fixed) else 1
-        if longest>window.steps:
-            raise ValueError(f"sub_seq_len is {longest}, but a window has {window.steps} steps. Use a sub-window of at most {window.steps}, or None for the whole window.")
-        (self.truncation or Fixed(window.steps)).sub_windows(window.steps, self.n_skip)
+        scheme = self.truncation or Fixed(window.steps)
+        if scheme.least_window>window.steps:
+            raise ValueError(f"{f'sub_seq_len is {scheme.sub_seq_len}' if isinstance(scheme, Fixed) else f'{scheme} is for windows of {scheme.least_window} steps or more'}, but a window has {window.steps} steps. Use a sub-window of at most {window.steps}, or None for the whole window.")
+        scheme.sub_windows(window.steps, self.n_skip)
 
     def inputs(self,
         xb:tuple, # Inputs of the sub-window that was yielded last

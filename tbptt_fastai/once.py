@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['once_per_window']
 
-# %% ../nbs/06c_once.ipynb #adc98db2
+# %% ../nbs/06c_once.ipynb #db3bef5f
 from types import MethodType
 import torch
 from fastai.callback.core import Callback
+from .layout import BlockRun
 from .loader import SubWindows
 from .streams import StreamView
 
-# %% ../nbs/06c_once.ipynb #f112808b
+# %% ../nbs/06c_once.ipynb #9ae55fb8
 def once_per_window(
     cb:Callback, # A callback that draws random numbers in `before_batch`, from torch's generator
 )->Callback: # The same callback
@@ -23,8 +24,8 @@ def once_per_window(
 
 def _draw_once(cb):
     window = cb.learn.dl.window if isinstance(cb.learn.dl, SubWindows) else None
-    if isinstance(cb.learn.dl, StreamView) and not (cb.learn.dl.sub_window.start==cb.learn.dl.sub_window.start[0]).all():
-        raise ValueError(f"{cb.name} draws for all rows of a batch, but the rows of this StreamDL begin their sequences at different times. Cut them into windows of one length.")
+    if isinstance(cb.learn.dl, StreamView) and (isinstance(cb.learn.dl.sub_window, BlockRun) or not (cb.learn.dl.sub_window.start==cb.learn.dl.sub_window.start[0]).all()):
+        raise ValueError(f"{cb.name} draws for all rows of a batch, but the rows of this StreamDL begin their sequences at different times, or in the middle of a sub-window. Cut them into windows of one length.")
     if window is None or window is not cb._window:
         cb._window,cb._rng_state = window,torch.get_rng_state()
         return cb._drawing()

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .carry import carry_state
 from .state import detach_state, state_leaves
 
-# %% ../nbs/01c_pieces.ipynb #6f0ff497
+# %% ../nbs/01c_pieces.ipynb #d69bb83c
 class Piece(NamedTuple):
     "A part of a sub-window that the model runs in one call"
     steps:int # Its number of steps
@@ -23,17 +23,25 @@ class Piece(NamedTuple):
     begin:Callable=None # Called before it, to reset the rows of a stream in which a sequence begins
     keep:bool=False # Is the state that it starts from the one that the next sub-window starts from?
 
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+    @staticmethod
+    def backward(ctx, grad): return grad*ctx.factor,None
+
 def _scaled(state, factor):
     "The same state, with a gradient that is multiplied by `factor`"
     if factor==1: return state
-    return tree_map(lambda o: o.detach()+factor*(o-o.detach()) if isinstance(o, Tensor) and o.requires_grad else o, state)
+    return tree_map(lambda o: _Scale.apply(o, factor) if isinstance(o, Tensor) and o.requires_grad else o, state)
 
 def _joined(outs, steps):
     "Predictions of pieces as those of the whole; what has no time axis is that of the last piece"
     def join(*os): return torch.cat(os, 1) if all(isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==n for o,n in zip(os, steps)) else os[-1]
     return tree_map(join, *outs)
 
-# %% ../nbs/01c_pieces.ipynb #89931255
+# %% ../nbs/01c_pieces.ipynb #03213586
 class carry_pieces(carry_state):
     "As `carry_state`; and the next call of the model runs in `pieces`, if there are any"
     def __init__(self,
@@ -48,9 +56,10 @@ class carry_pieces(carry_state):
         cut, # Function of a start, a stop and the model's inputs that gives the inputs of those steps
         keep_last:bool=True, # Does the next sub-window start from where this one ends?
         recompute:bool=False, # Compute activations again in the backward pass, instead of keeping them?
+        join:bool=True, # Join predictions, step by step, or take those of the last piece?
     ):
         "Run the next call of the model so"
-        self.pieces,self._cut,self._keep_last,self._recompute = pieces,cut,keep_last,recompute
+        self.pieces,self._cut,self._keep_last,self._recompute,self._joins = pieces,cut,keep_last,recompute,join
 
     def _done(self): self.pieces,self._outs,self._kept_state,self.keep_graph = [],None,None,False
 
@@ -103,16 +112,10 @@ class carry_pieces(carry_state):
         begun = self._states()
         leaves,form = tree_flatten({i:o[0] for i,o in enumerate(begun.values())})
         def run(*leaves):
-            now,kept = self._states(),self.keep_graph
-            states = tree_unflatten(leaves, form)
+            now,states = self._states(),tree_unflatten(leaves, form)
             self._set_states({m:(states[i], *o[1:]) for i,(m,o) in enumerate(begun.items())})
-            try:
-                self.keep_graph = True
-                out = self._call(model, xb)
-                return out,self._states()
-            finally:
-                self._set_states(now)
-                self.keep_graph = kept
+            try: return self._call(model, xb),self._states()
+            finally: self._set_states(now) # in the backward pass it is that of later steps
         out,states = checkpoint(run, *leaves, use_reentrant=False)
         self._set_states(states)
         return out
@@ -122,4 +125,4 @@ class carry_pieces(carry_state):
         outs,self._outs = [*self._outs, out],None
         if not self._keep_last: self._set_states(self._kept_state)
         self._kept_state = None
-        return _joined(outs, self._steps)
+        return _joined(outs, self._steps) if self._joins else outs[-1]

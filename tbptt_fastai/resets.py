@@ -18,7 +18,7 @@ from .pieces import Piece, carry_pieces
 from .streams import StreamView
 from .truncation import SubWindow
 
-# %% ../nbs/05d_resets.ipynb #5b22fb30
+# %% ../nbs/05d_resets.ipynb #7f7ed874
 class CarryingRun:
     "What `Learner.all_batches` is for an epoch: the same, within `carry_state` if sub-windows are run"
     def __init__(self, cb): self.cb,self.learn = cb,cb.learn
@@ -31,10 +31,13 @@ class CarryingRun:
             with carry_pieces(learn.model, evaluation=not learn.training) as cb._carried: type(learn).all_batches(learn)
         except BaseException:
             vars(learn).pop('all_batches', None) # back to the method
+            cb.after_step() # fastai does not come to it
             raise
         finally: cb._carried = outer
 
-# %% ../nbs/05d_resets.ipynb #05084c59
+# %% ../nbs/05d_resets.ipynb #61ef3d07
+def _pieces(o): return [Piece(b-a, factor, keep=a==o.carry) for a,b,factor in o.pieces()]
+
 class StateResets(Callback):
     "Reset the state where a window or sequence starts; the part of [`TbpttResetCB`](06_callback.ipynb) that looks after it"
     _carried,_window = None,None # the context that a run over the batches is in; the last window that was begun
@@ -66,7 +69,10 @@ class StateResets(Callback):
         for m in stateful_modules(self.model): m.reset(rows, groups)
         if self._carried is not None: self._carried.reset_layers(rows)
 
+    def after_step(self): "For what a step has changed"
+
     def before_batch(self):
+        if self._carried is not None: self._carried.pieces = [] # of a batch that was cancelled
         if self.carries and not self._carrying: raise RuntimeError(
             "No state would be carried: another callback evaluated in `before_epoch`, after this one, or asked for `inner` predictions of a StreamDL. Give it an order below 12, or let it evaluate in another event.")
         if self._stream: return self._begin_rows()
@@ -76,18 +82,16 @@ class StateResets(Callback):
         if window is None or window is not self._window:
             self._window = window
             self.reset()
-            if window is not None:
-                for xb in self.dl.warm_up: self._warm_up(xb)
-        if self.carries and (self.sub_window.cuts or self.sub_window.carry is not None): self._in_pieces([Piece(b-a, factor, keep=a==self.sub_window.carry) for a,b,factor in self.sub_window.pieces()])
+        for xb in self.dl.warm_up if window is not None else (): self._warm_up(xb)
+        if self.carries and (self.sub_window.cuts or self.sub_window.carry is not None): self._in_pieces(_pieces(self.sub_window), self.sub_window)
 
-    def _in_pieces(self, pieces):
+    def _in_pieces(self, pieces, plan):
         "Have the next call of the model run so"
-        plan = self.sub_window.plan if self._stream else self.sub_window
         if len(pieces)==1 and plan.next_start==plan.stop: return pieces[0].begin and pieces[0].begin()
         if resets_itself(self.model) and not stateful_modules(self.model): raise ValueError(
             f"{type(get_model(self.model)).__name__} carries a state by itself, which cannot be kept at a step in the middle, nor with its graph, as {self.dl.truncation} asks for. Carry it in a StatefulRNN, or use sub-windows of one length.")
-        inputs = self.dl.inputs
-        self._carried.in_pieces(pieces, lambda start,stop,xb: inputs(xb).cut(start, stop), plan.next_start==plan.stop, self.dl.truncation.recompute)
+        inputs,timed = self.dl.inputs,getattr(self.dl.window, 'targets_timed', None)
+        self._carried.in_pieces(pieces, lambda start,stop,xb: inputs(xb).cut(start, stop), plan.next_start==plan.stop, self.dl.truncation.recompute, not timed or any(timed))
 
     def _warm_up(self, xb):
         "Bring the state through steps that have no loss and get no gradient"
@@ -109,7 +113,12 @@ class StateResets(Callback):
             begin(block)
             self._warm_up(xb)
             self.dl.seen = block
-        if not isinstance(self.sub_window, BlockRun): return begin(self.sub_window)
+        if not isinstance(self.sub_window, BlockRun):
+            begin(self.sub_window)
+            if self.training and self.dl.truncation is not None and self.dl.block is None: # each block has whole sequences, which the scheme may cut
+                plan, = self.dl.truncation.sub_windows(self.sub_window.steps)
+                self._in_pieces(_pieces(plan), plan)
+            return
         before,run = self.dl.seen,self.sub_window
         def begin_next(i):
             if i: self.dl.seen = run.blocks[i-1]
@@ -120,7 +129,7 @@ class StateResets(Callback):
             goes_on = i and i!=run.plan.carry and i not in factors and not (o.begins(run.blocks[i-1])|(o.n==0)).any()
             if goes_on: pieces[-1] = pieces[-1]._replace(steps=pieces[-1].steps+o.steps)
             else: pieces.append(Piece(o.steps, factors.get(i, 1.), partial(begin_next, i), keep=i==run.plan.carry))
-        self._in_pieces(pieces)
+        self._in_pieces(pieces, run.plan)
 
     def _rest(self, idle, groups):
         "Rows without a sequence stay at their first state, as on padding a state may grow beyond all bounds, and the gradient of its row with it"

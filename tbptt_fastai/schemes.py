@@ -9,7 +9,7 @@ __all__ = ['Overlap', 'Jittered', 'RandomUnbiased', 'Exact']
 from math import ceil
 from .truncation import SubWindow, Truncation, check_steps
 
-# %% ../nbs/02e_schemes.ipynb #18c1fcb1
+# %% ../nbs/02e_schemes.ipynb #ae5298be
 class Overlap(Truncation):
     "Every `k1` steps, backpropagate over the last `k2`; after Williams and Peng 1990"
     def __init__(self,
@@ -24,6 +24,8 @@ class Overlap(Truncation):
     @property
     def sub_seq_len(self): return self.k2
     @property
+    def least_window(self): return self.k1
+    @property
     def block(self): return self.k1 if self.k2%self.k1==0 else None
 
     def plan(self, win_sz, rng):
@@ -31,7 +33,7 @@ class Overlap(Truncation):
         starts = [max(stop-self.k2, 0) for stop in stops]
         for start,stop,carry,before in zip(starts, stops, [*starts[1:], win_sz], [0, *stops]): yield SubWindow(start, stop, before if self.losses=='last' else start, carry=carry)
 
-# %% ../nbs/02e_schemes.ipynb #c0ab9b2c
+# %% ../nbs/02e_schemes.ipynb #9f72fdd5
 class Jittered(Truncation):
     "Sub-windows of varying length, as those of AWD-LSTM; after Merity, Keskar and Socher 2017 (arXiv 1708.02182)"
     random = True
@@ -43,24 +45,30 @@ class Jittered(Truncation):
         longest:int=None, # Longest length, in steps; default: no limit
         rescale:str='loss', # What is multiplied by length/k: the 'loss', so that each step weighs the same; or the learning rate, 'lr', as AWD-LSTM does
     ):
-        self.k,self.half,self.std,self.least,self.longest,self.rescale = check_steps('k', k),half,std,check_steps('least', least),longest and check_steps('longest', longest, least),rescale
+        self.k,self.half,self.std,self.least,self.longest,self.rescale = check_steps('k', k),half,std,check_steps('least', least),longest if longest is None else check_steps('longest', longest, least),rescale
         if not 0<=half<=1 or not std>=0: raise ValueError(f"half is {half}, std is {std}; expected a share, and a number of steps that is not negative.")
         if rescale not in ('loss', 'lr'): raise ValueError(f"rescale is {rescale!r}; expected 'loss' or 'lr'.")
 
     @property
     def sub_seq_len(self): return self.k
+    @property
+    def least_window(self): return self.k
 
     def plan(self, win_sz, rng):
         start = 0
         while start<win_sz:
             n = max(self.least, int(rng.gauss(self.k/2 if rng.random()<self.half else self.k, self.std)))
             stop = min(start+min(n, self.longest or n), win_sz)
-            yield SubWindow(start, stop, start, lr=(stop-start)/self.k if self.rescale=='lr' else 1.)
+            yield start,stop
             start = stop
 
     def weight(self, counted, most): return counted/self.k if self.rescale=='loss' else 1.
 
-# %% ../nbs/02e_schemes.ipynb #0a0cbd7e
+    def sub_windows(self, win_sz, n_skip=0, rng=None):
+        plan = super().sub_windows(win_sz, n_skip, rng)
+        return plan if self.rescale=='loss' else [o._replace(lr=(o.stop-o.loss_start)/self.k if o.weight else 1.) for o in plan]
+
+# %% ../nbs/02e_schemes.ipynb #ce7ea437
 class RandomUnbiased(Truncation):
     "Cut at random, and scale up gradients that pass, so that the mean gradient is the full one; ARTBP, Tallec and Ollivier 2017 (arXiv 1705.08209)"
     random = True
@@ -75,6 +83,8 @@ class RandomUnbiased(Truncation):
 
     @property
     def sub_seq_len(self): return round(self.mean)
+    @property
+    def least_window(self): return round(self.mean)
 
     def probability(self,
         n:int, # Blocks since the last cut
@@ -95,13 +105,13 @@ class RandomUnbiased(Truncation):
 
     def weight(self, counted, most): return counted/self.mean # a sum over a constant, as unbiasedness asks for
 
-# %% ../nbs/02e_schemes.ipynb #b6d99d84
+# %% ../nbs/02e_schemes.ipynb #c995e641
 class Exact(Truncation):
     "Full backpropagation through whole windows that keeps one segment's activations at a time; after Gruslys et al. 2016 (arXiv 1606.03401)"
     recompute = True
     def __init__(self,
         segment:int=None, # Steps that are computed again at a time; default: the square root of the window's
-    ): self.segment = segment and check_steps('segment', segment)
+    ): self.segment = segment if segment is None else check_steps('segment', segment)
 
     def plan(self, win_sz, rng):
         step = self.segment or ceil(win_sz**.5)

@@ -75,7 +75,7 @@ def transform_block(
             f"The batch transform {type(tfm).__name__} draws random numbers, other ones in each sub-window of a window. Make it a RandTransform that draws in `before_call`: that is done once per window.")
     return batch
 
-# %% ../nbs/03c_streams.ipynb #de53fec6
+# %% ../nbs/03c_streams.ipynb #5865372d
 class StreamView(SubWindows):
     "A view of a `StreamDL`, for one run over it, that yields its blocks; `sub_window` says which steps of which sequences were yielded last"
     evaluation,seen = False,None # evaluation: is every block yielded, also without a loss? seen: the last block that the model has seen
@@ -97,7 +97,9 @@ class StreamView(SubWindows):
         "How a scheme that is not `Fixed` joins blocks to training steps: `SubWindow`s in blocks; `None` if each block is one"
         if self.block is None or isinstance(self.truncation, Fixed): return None
         n = len(self.layout)
-        def blocks(steps): return -(-steps//self.block)
+        def blocks(steps):
+            if steps%self.block: raise ValueError(f"{self.truncation} says that its blocks have {self.block} steps, but it has a bound at step {steps}. Its bounds have to be multiples of `block`.")
+            return steps//self.block
         return [o._replace(start=blocks(o.start), stop=blocks(o.stop), loss_start=blocks(o.loss_start), carry=blocks(o.next_start), cuts=tuple((blocks(s), f) for s,f in o.cuts))
             for o in self.truncation.sub_windows(n*self.block, rng=self._new_rng())] if n else []
 

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['SubWindow', 'check_steps', 'Truncation', 'Fixed', 'as_truncation']
 
-# %% ../nbs/02_truncation.ipynb #06517c86
+# %% ../nbs/02_truncation.ipynb #5ad1ef8b
 from inspect import signature
+from math import isfinite
 from operator import index
 from random import Random
 from typing import NamedTuple
 
-# %% ../nbs/02_truncation.ipynb #e5e2f3e1
+# %% ../nbs/02_truncation.ipynb #bc3eb9ef
 class SubWindow(NamedTuple):
     "One training step's part of a window, in steps from the window's start"
     start:int # First step; 0 marks a new window
     stop:int|None # One past the last step; `None`: to the end of the window
     loss_start:int # First step whose loss counts
-    weight:float=1. # Factor for a loss that is a mean over steps, so that every counted step of a window weighs the same; 0: no step counts
+    weight:float=1. # Factor for a loss that is a mean over steps, so that every counted step of a window weighs the same; 0: no step counts. `Truncation.sub_windows` sets it
     carry:int|None=None # Step whose state the next sub-window starts from; default: `stop`
     cuts:tuple=() # Pairs `(step, factor)`: what the gradient of the state is multiplied by where it goes back over that step
     lr:float=1. # Factor for the learning rate of this training step
@@ -56,9 +57,15 @@ def check_steps(
     if n<least: raise ValueError(f"{name} is {n}; expected at least {least}.")
     return n
 
-# %% ../nbs/02_truncation.ipynb #7005b9bf
+# %% ../nbs/02_truncation.ipynb #fffaa6d4
+class _NoRandom:
+    "In the place of random numbers, for schemes that draw none"
+    def __init__(self, name): self._name = name
+    def __getattr__(self, attr): raise ValueError(f"{self._name} draws random numbers: say so by `random = True` in its class, so that each window gets others, and each process the same.")
+
 class Truncation:
     "A plan over one window, made anew for each window. Subclasses have a `plan`"
+    least_window = 1 # Steps that a window has to have
     sub_seq_len = None # Steps that gradients usually go back over; `None`: those of the window
     random = False # Does the plan draw random numbers?
     recompute = False # Are activations computed again in the backward pass, piece by piece between the `cuts`?
@@ -90,29 +97,41 @@ class Truncation:
         "The plan, checked, with washout and weights. A sub-window of weight 0 only brings the state to its `next_start`"
         win_sz,n_skip = check_steps('win_sz', win_sz),check_steps('n_skip', n_skip, least=0)
         if n_skip>=win_sz: raise ValueError(f"n_skip is {n_skip}, the window has {win_sz} steps: no step would count in the loss. Use a smaller n_skip or a longer window.")
-        plan = [o if isinstance(o, SubWindow) else SubWindow(*o, o[0]) for o in self.plan(win_sz, rng or Random(0))]
-        self._check(plan, win_sz)
+        plan = self._checked(self.plan(win_sz, (rng or Random(0)) if self.random else _NoRandom(type(self).__name__)), win_sz)
         counted = [max(o.stop-max(o.loss_start, n_skip), 0) for o in plan]
-        return [o._replace(loss_start=o.stop-n, weight=self.weight(n, max(counted)) if n else 0.) for o,n in zip(plan, counted)]
+        most = max(counted)
+        if most==0: raise ValueError(f"In the plan of {type(self).__name__} for {win_sz} steps, {n_skip} of them washout, no step counts in a loss.")
+        return [o._replace(loss_start=o.stop-n, weight=self.weight(n, most) if n else 0.) for o,n in zip(plan, counted)]
 
-    def _check(self, plan, win_sz):
-        at = 0
+    def _checked(self, plan, win_sz):
+        at,res,which = 0,[],f"the plan of {type(self).__name__} for {win_sz} steps"
+        try: plan = list(plan)
+        except TypeError: raise TypeError(f"{which} is a {type(plan).__name__}; expected SubWindows, or pairs (start, stop).".replace('the', 'The', 1)) from None
         for i,o in enumerate(plan):
-            if o.start!=at or not o.start<=o.next_start<=o.stop<=win_sz or not o.start<=o.loss_start<=o.stop or o.start==o.stop or not all(o.start<step<o.stop for step,_ in o.cuts):
-                raise ValueError(f"Sub-window {i} of the plan of {type(self).__name__} for {win_sz} steps is {o}; expected start={at}, and start < stop <= {win_sz}, with carry, loss_start and cuts between them.")
+            try:
+                if not isinstance(o, SubWindow):
+                    start,stop = o
+                    o = SubWindow(start, stop, start)
+                bounds = [index(step) for step in (o.start, o.stop, o.loss_start, o.next_start, *(step for step,_ in o.cuts))]
+                fits = isfinite(o.lr) and o.lr>0 and all(isfinite(factor) for _,factor in o.cuts) and len(dict(o.cuts))==len(o.cuts)
+            except (TypeError, ValueError): raise TypeError(f"Sub-window {i} of {which} is {o}; expected a SubWindow, or a pair (start, stop), of whole steps; cuts are pairs (step, factor).") from None
+            if o.start!=at or not o.start<o.stop<=win_sz or not all(o.start<=step<=o.stop for step in bounds) or not all(o.start<step<o.stop for step,_ in o.cuts) or not fits:
+                raise ValueError(f"Sub-window {i} of {which} is {o}; expected start={at}, and start < stop <= {win_sz}, with carry, loss_start and cuts between them, each cut once, and finite factors.")
             at = o.next_start
-        if not plan or plan[-1].stop!=win_sz: raise ValueError(f"The plan of {type(self).__name__} for {win_sz} steps ends at {plan[-1].stop if plan else 0}; expected the window's end.")
+            res.append(o)
+        if not res or res[-1].stop!=win_sz: raise ValueError(f"{which} ends at {res[-1].stop if res else 0}; expected the window's end.".replace('the', 'The', 1))
+        return res
 
     def __repr__(self):
         args = ((k, getattr(self, k, p.default), p.default) for k,p in signature(type(self)).parameters.items())
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v,default in args if v!=default)})"
 
-# %% ../nbs/02_truncation.ipynb #55f7549d
+# %% ../nbs/02_truncation.ipynb #2536c121
 class Fixed(Truncation):
     "Cut a window every `sub_seq_len` steps; the last sub-window has what is left"
     def __init__(self,
         sub_seq_len:int, # Steps of a sub-window
-    ): self.sub_seq_len = self.block = check_steps('sub_seq_len', sub_seq_len)
+    ): self.sub_seq_len = self.block = self.least_window = check_steps('sub_seq_len', sub_seq_len)
 
     def plan(self, win_sz, rng): return [(start, min(start+self.sub_seq_len, win_sz)) for start in range(0, win_sz, self.sub_seq_len)]
 

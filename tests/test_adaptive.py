@@ -1,5 +1,6 @@
 "Adaptive measures, and leaves no trace but the length; what it then does is what Overlap does with that length"
 from functools import partial
+from random import Random
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loader import TbpttDL
 from tbptt_fastai.rnn import StatefulRNN
 from tbptt_fastai.streams import StreamDL
+from tbptt_fastai.schemes import Exact, Jittered, RandomUnbiased
 from tbptt_fastai.truncation import Fixed
 from tbptt_fastai.windows import Sequences
 
@@ -106,3 +108,15 @@ def test_settings_that_make_no_sense():
     for kwargs in (dict(delta=0), dict(k_max=0), dict(k_min=5, k_max=4), dict(every=0)):
         with pytest.raises(ValueError, match='; expected'): Adaptive(**kwargs)
     with pytest.raises(ValueError, match='too short to see gradients fall'): fit(learner(Adaptive(k_max=400, step=20)))
+
+def test_it_is_its_scheme_in_all():
+    scheme = Adaptive(k_max=10, scheme=lambda k: RandomUnbiased(5, 6))
+    own = RandomUnbiased(5, 6)
+    assert scheme.random and scheme.sub_windows(30, rng=Random(1))==own.sub_windows(30, rng=Random(1)) and not scheme.recompute
+    assert Adaptive(scheme=Exact).recompute and Adaptive(k_max=10, scheme=lambda k: Jittered(7)).sub_windows(30, rng=Random(2))==Jittered(7).sub_windows(30, rng=Random(2))
+
+def test_a_fit_that_begins_later():
+    scheme = Adaptive(delta=.3, k_max=20, every=2)
+    learn = learner(scheme)
+    with learn.no_bar(), learn.no_logging(): learn.fit(4, start_epoch=1)
+    assert [o['epoch'] for o in scheme.trace][-1]==3 and all('beta' in o for o in scheme.trace)

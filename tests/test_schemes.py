@@ -6,7 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.progress import ProgressCallback # noqa: with it comes Learner.no_bar
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
@@ -20,10 +20,10 @@ from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loader import SubWindows, TbpttDL
 from tbptt_fastai.memory import activation_memory
 from tbptt_fastai.parts import SubWindowCheckCB
-from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.rnn import StatefulRNN, learned_state
 from tbptt_fastai.streams import StreamDL
 from tbptt_fastai.schemes import Exact, Jittered, Overlap, RandomUnbiased
-from tbptt_fastai.truncation import Fixed, Truncation
+from tbptt_fastai.truncation import Fixed, SubWindow, Truncation
 from tbptt_fastai.windows import SequenceWindows, Sequences
 
 f64 = dict(dtype=torch.float64)
@@ -183,7 +183,7 @@ def test_jittered(kind, stateful, n_skip, rescale):
             if stop-start<=skip: continue
             loss = nn.functional.mse_loss(head(out)[:,skip:], y[idxs][:,start+skip:stop])
             grads = torch.autograd.grad(loss, params)
-            scale = (stop-start-skip)/7 if rescale=='loss' else (stop-start)/7
+            scale = (stop-start-skip)/7
             with torch.no_grad():
                 for p,g in zip(params, grads): p -= .05*scale*g
     same(learn.model, rnn, head)
@@ -444,3 +444,176 @@ def test_what_is_as_long_as_a_piece_is_not_cut():
         rnn,head = parts()
         return list(fit(TbpttLearner(dls, Two(rnn, head), truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05, **kwargs)).model.parameters())
     for a,b in zip(trained(Exact(10)), trained(None, sub_seq_len=None), strict=True): assert (a-b).abs().max()<1e-12
+
+
+class Own(Truncation):
+    "A plan as it is given"
+    def __init__(self, *plan, **attrs):
+        self._plan = plan
+        vars(self).update(attrs)
+    def plan(self, win_sz, rng): return [o._replace(stop=o.stop or win_sz) for o in self._plan]
+
+def test_one_prediction_per_window_is_not_joined():
+    "As many steps in a piece as there are classes, or one"
+    x,_ = data(9, 20)
+    class Last(Plain):
+        def forward(self, x): return super().forward(x)[:,-1]
+    for label,n_out,loss in ((torch.arange(9)%5, 5, nn.CrossEntropyLoss()), (torch.randn(9, 1, dtype=torch.float64), 1, nn.MSELoss())):
+        def trained(scheme, **kwargs):
+            dl = torch.utils.data.DataLoader(list(zip(x, label)), 4)
+            rnn,_ = parts()
+            torch.manual_seed(1)
+            return list(fit(TbpttLearner(DataLoaders(dl, dl), Last(rnn, nn.Linear(3, n_out).double()), truncation=scheme, loss_func=loss, opt_func=sgd, lr=.05, **kwargs)).model.parameters())
+        for a,b in zip(trained(Exact(n_out)), trained(None, sub_seq_len=None), strict=True): assert (a-b).abs().max()<1e-12
+        trained(RandomUnbiased(8, 6))
+
+def test_a_sub_window_without_a_loss_is_run_in_its_turn():
+    x,y = data()
+    learn = fit(learner(loaders(), Own(SubWindow(0, 8, 0), SubWindow(8, 16, 16), SubWindow(16, 0, 16)), *parts()))
+    rnn,head = parts()
+    params = [*rnn.parameters(), *head.parameters()]
+    for idxs in batches():
+        out,state = rnn(x[idxs][:,:8])
+        for a,b in ((0, 8), (16, 23)):
+            if a:
+                with torch.no_grad(): _,state = rnn(x[idxs][:,8:16], tuple(s.detach() for s in state))
+                out,state = rnn(x[idxs][:,a:b], state)
+            loss = nn.functional.mse_loss(head(out), y[idxs][:,a:b])*((b-a)/8)
+            with torch.no_grad():
+                for p,g in zip(params, torch.autograd.grad(loss, params)): p -= .05*g
+    same(learn.model, rnn, head)
+
+@pytest.mark.parametrize('stateful', [True, False])
+def test_what_is_computed_again_is_part_of_any_plan(stateful):
+    "Several sub-windows, with states kept in the middle and gradients scaled: the same with and without"
+    plan = SubWindow(0, 9, 0, carry=4, cuts=((2, 1.), (6, .5))),SubWindow(4, 15, 7, cuts=((10, 2.), (12, 1.))),SubWindow(15, 0, 15, cuts=((20, .3),))
+    a,b = (fit(learner(loaders(), Own(*plan, recompute=o), *parts(), stateful), 2) for o in (True, False))
+    for p,q in zip(a.model.parameters(), b.model.parameters(), strict=True): assert (p-q).abs().max()<1e-13
+
+def test_exact_on_streams_needs_less_memory():
+    "Calls of the layer: one for each segment, and again for all but the last"
+    seen = []
+    rnn,head = parts()
+    rnn.register_forward_pre_hook(lambda m,args: seen.append(args[0].shape[1]) if torch.is_grad_enabled() else None)
+    x,y = data(2, 30)
+    dl = StreamDL(Sequences(list(x), list(y), **f64), bs=2)
+    fit(learner(DataLoaders(dl, dl), Exact(10), rnn, head))
+    assert seen==[10]*5
+
+def test_pieces_of_a_cancelled_batch_are_not_those_of_the_next():
+    class Skip(Callback):
+        order = 20
+        def before_batch(self):
+            if self.training and self.train_iter%2==0: raise CancelBatchException()
+    scheme = Own(SubWindow(0, 10, 0, cuts=((5, 2.),)), SubWindow(10, 0, 10))
+    fit(learner(loaders(), scheme, *parts(), cbs=Skip()))
+    fit(learner(loaders(), RandomUnbiased(4, 6), *parts(), cbs=Skip()))
+
+def test_an_interrupted_step_leaves_the_learning_rate_as_it_was():
+    class Stop(Callback):
+        order = 90
+        def before_step(self):
+            if self.train_iter==1: raise RuntimeError('stop')
+    learn = learner(loaders(), Jittered(7, std=3, least=2, rescale='lr'), *parts())
+    with pytest.raises(RuntimeError, match='stop'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop())
+    assert learn.opt.hypers[0]['lr']==.05
+    seen = []
+    class Watch(Callback):
+        order = 90
+        def before_step(self): seen.append(self.opt.hypers[0]['lr']/self.dl.sub_window.lr)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .001, cbs=Watch())
+    assert seen==pytest.approx([.001]*len(seen))
+
+@pytest.mark.parametrize('scheme', [Overlap(10, 20), RandomUnbiased(10, 6, block=5)], ids=repr)
+def test_plans_of_long_windows(scheme): # a hundred times as long took ten thousand times as long before
+    assert len(scheme.sub_windows(400_000))>20_000
+
+def test_a_layer_with_statistics_is_warned_about():
+    rnn,head = parts()
+    model = nn.Sequential(StatefulRNN(rnn), nn.BatchNorm1d(WIN).double(), head)
+    with pytest.warns(UserWarning, match=r'BatchNorm1d \(1\) takes the statistics of a segment'): TbpttLearner(loaders(), model, truncation=Exact(5), loss_func=nn.MSELoss())
+
+def test_the_smoothed_loss_weighs_sub_windows_by_their_steps():
+    x,y = data()
+    learn = learner(loaders(bs=9), Own(SubWindow(0, 20, 0), SubWindow(20, 0, 20)), *parts(), lr=0.)
+    fit(learn)
+    with torch.no_grad(): errors = (learn.model(x)-y).square() if not learn.model.train(False).training else None
+    beta = learn.recorder.smooth_loss.beta
+    a,b = errors[:,:20].mean(),errors[:,20:].mean()
+    expected = (beta*(1-beta)*a+(1-beta)*b*(3/20))/(beta*(1-beta)+(1-beta)*(3/20))
+    assert learn.recorder.losses[-1].item()==pytest.approx(expected.item(), rel=1e-5)
+
+def test_a_state_may_be_infinite():
+    class LogSum(nn.Module):
+        "The logarithm of a sum that nothing is added to, beside a running mean"
+        def __init__(self): super().__init__(); self.lift = nn.Linear(2, 3)
+        def initial_state(self, bs, device, dtype): return torch.zeros(bs, 3, device=device, dtype=dtype),torch.full((bs, 3), -torch.inf, device=device, dtype=dtype)
+        def forward(self, x, state):
+            mean,log_sum,out = *state,[]
+            for z in self.lift(x).unbind(1):
+                mean,log_sum = .9*mean+.1*z,log_sum+0*z
+                out.append(mean+log_sum.exp())
+            return torch.stack(out, 1),(mean, log_sum)
+    torch.manual_seed(0)
+    model = nn.Sequential(StatefulRNN(LogSum()), nn.Linear(3, 1)).double()
+    fit(TbpttLearner(loaders(), model, truncation=RandomUnbiased(8, block=2), loss_func=nn.MSELoss(), opt_func=sgd, lr=.05))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+@pytest.mark.parametrize('plan,error', [
+    ([(0, 10, 3)], 'expected a SubWindow, or a pair'), ([SubWindow(0, 10, 0, cuts=((5, .5), (5, .5)))], 'each cut once'), ([SubWindow(0, 10, 0, cuts=((5, float('nan')),))], 'finite factors'),
+    ([SubWindow(0, 10, 0, lr=-1.)], 'finite factors'), ([SubWindow(0, 10, 0, cuts=(5,))], 'cuts are pairs'), ([SubWindow(0, None, 0)], 'of whole steps'), ([(0., 10.)], 'of whole steps'), (None, 'The plan of Bad for 10 steps is a NoneType'),
+    ([(0, 5)], 'ends at 5'), ([(0, 5), (6, 10)], 'expected start=5'), ([], 'ends at 0'), ([SubWindow(0, 10, 10)], 'no step counts'), ([(0, 11)], 'expected start=0'), ([(0, 0), (0, 10)], 'start < stop'), ([SubWindow(0, 10, 0, carry=11)], 'expected start=0')])
+def test_plans_that_cannot_be(plan, error):
+    class Bad(Truncation):
+        def plan(self, win_sz, rng): return plan
+    with pytest.raises((ValueError, TypeError), match=error): Bad().sub_windows(10)
+
+def test_a_scheme_that_draws_says_so():
+    class Draws(Truncation):
+        def plan(self, win_sz, rng): return [(0, rng.randint(1, 5)), (5, win_sz)]
+    with pytest.raises(ValueError, match='say so by `random = True`'): Draws().sub_windows(10)
+
+def test_a_block_that_is_none():
+    class Wrong(Truncation):
+        block = 5
+        def plan(self, win_sz, rng): return [(0, 7), (7, win_sz)]
+    with pytest.raises(ValueError, match='blocks have 5 steps, but it has a bound at step 7'): stream(Wrong(), 2, 5, *parts(), True)
+
+@pytest.mark.parametrize('scheme', [Overlap(50, 100), Jittered(500), RandomUnbiased(500)], ids=repr)
+def test_windows_that_are_too_short(scheme):
+    with pytest.raises(ValueError, match='is for windows of (50|500) steps or more, but a window has 23'): learner(loaders(), scheme, *parts())
+
+def test_the_lengths_of_jittered_are_those_of_awd_lstm():
+    "b = k with probability .95, else k/2; max(5, int(N(b, 5)))"
+    n = np.array([o.steps for o in Jittered(70).sub_windows(1_000_000)][:-1])
+    short = n<52
+    assert short.mean()==pytest.approx(.05, abs=.006) and n[short].mean()==pytest.approx(34.5, abs=.5) and n[~short].mean()==pytest.approx(69.5, abs=.2)
+    assert n[~short].std()==pytest.approx(5, abs=.15) and min(o.steps for o in Jittered(6).sub_windows(10_000)[:-1])==5 and max(o.steps for o in Jittered(70, longest=75).sub_windows(10_000))==75
+
+@pytest.mark.parametrize('scheme', SCHEMES, ids=repr)
+def test_an_evaluation_in_the_middle_of_training(scheme):
+    def trained(evaluate):
+        class Evaluate(Callback):
+            order = 70
+            def after_batch(self):
+                if self.training and self.train_iter in (2, 5) and evaluate:
+                    learn = self.learn
+                    kept = {k:getattr(learn, k) for k in ('dl','xb','yb','pred','loss','iter','n_iter','training')}
+                    with learn.no_bar(), learn.no_logging(), learn.no_mbar() if hasattr(learn, 'no_mbar') else learn.no_bar(): learn._do_epoch_validate(1)
+                    for k,v in kept.items(): setattr(learn, k, v)
+                    learn.model.train()
+        set_seed(4)
+        rnn,head = parts()
+        return list(fit(learner(loaders(), scheme, rnn, head, cbs=Evaluate())).model.parameters())
+    for a,b in zip(trained(True), trained(False), strict=True): assert torch.equal(a, b)
+
+def test_groups_of_a_stream():
+    xs,ys = sequences()
+    names = list('abcdef')
+    rnn,head = parts()
+    dl = StreamDL(Sequences(xs, ys, groups=names, **f64), bs=2, sub_seq_len=5)
+    first = learned_state(rnn, names)
+    learn = TbpttLearner(DataLoaders(dl, dl), nn.Sequential(StatefulRNN(rnn, initial=first), head), truncation=Overlap(5, 15), n_skip=2, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05)
+    fit(learn)
+    assert all((p!=0).any() for p in first.parameters()) and float(learn.pct_train)==pytest.approx(1)
+    assert 'keep_graph' not in vars(learn.model[0])
