@@ -35,7 +35,7 @@ class CarryingRun:
             raise
         finally: cb._carried = outer
 
-# %% ../nbs/05d_resets.ipynb #61ef3d07
+# %% ../nbs/05d_resets.ipynb #9114ae0d
 def _pieces(o): return [Piece(b-a, factor, keep=a==o.carry) for a,b,factor in o.pieces()]
 
 class StateResets(Callback):
@@ -99,37 +99,37 @@ class StateResets(Callback):
 
     def _begin_rows(self):
         "Reset the rows of a stream in which a sequence begins"
-        def begin(block):
-            idle = block.n==0
-            rows = block.begins(self.dl.seen)|idle
-            if not rows.any(): return
-            groups = self.dl.groups(block)
-            if not (self._carrying or self.training): # whole sequences in evaluation, which leaves the training state alone
-                reset_own_state(self.model)
-                for m in stateful_modules(self.model): m._groups = groups
-            elif rows[~idle].any(): self.reset(None if rows.all() else rows, groups)
-            else: self._rest(idle, groups)
         for block,xb in self.dl.warm_up:
-            begin(block)
+            self._begin(block)
             self._warm_up(xb)
             self.dl.seen = block
-        if not isinstance(self.sub_window, BlockRun):
-            begin(self.sub_window)
-            if self.training and self.dl.truncation is not None and self.dl.block is None: # each block has whole sequences, which the scheme may cut
-                plan, = self.dl.truncation.sub_windows(self.sub_window.steps)
-                self._in_pieces(_pieces(plan), plan)
-            return
-        before,run = self.dl.seen,self.sub_window
-        def begin_next(i):
-            if i: self.dl.seen = run.blocks[i-1]
-            begin(run.blocks[i])
-        self.sub_window.last_carried = run.blocks[run.plan.carry-1] if run.plan.carry else before
+        if isinstance(self.sub_window, BlockRun): return self._in_pieces(self._pieces_of_run(self.sub_window), self.sub_window.plan)
+        self._begin(self.sub_window)
+        if self.training and self.dl.truncation is not None and self.dl.block is None: # a block of whole sequences, which the scheme may cut
+            plan, = self.dl.truncation.sub_windows(self.sub_window.steps)
+            self._in_pieces(_pieces(plan), plan)
+
+    def _begin(self, block, last=None):
+        "Reset the rows that have another sequence than the `last` block, or than the one that the model has seen last"
+        if last is not None: self.dl.seen = last
+        idle = block.n==0
+        rows = block.begins(self.dl.seen)|idle
+        if not rows.any(): return
+        groups = self.dl.groups(block)
+        if not (self._carrying or self.training): # whole sequences in evaluation, which leaves the training state alone
+            reset_own_state(self.model)
+            for m in stateful_modules(self.model): m._groups = groups
+        elif rows[~idle].any(): self.reset(None if rows.all() else rows, groups)
+        else: self._rest(idle, groups)
+
+    def _pieces_of_run(self, run):
+        "Blocks in which no row begins go on from the one before, in one piece with it"
+        run.last_carried = run.blocks[run.plan.carry-1] if run.plan.carry else self.dl.seen
         factors,pieces = dict(run.plan.cuts),[]
-        for i,o in enumerate(run.blocks):
-            goes_on = i and i!=run.plan.carry and i not in factors and not (o.begins(run.blocks[i-1])|(o.n==0)).any()
-            if goes_on: pieces[-1] = pieces[-1]._replace(steps=pieces[-1].steps+o.steps)
-            else: pieces.append(Piece(o.steps, factors.get(i, 1.), partial(begin_next, i), keep=i==run.plan.carry))
-        self._in_pieces(pieces, run.plan)
+        for i,(block,last) in enumerate(zip(run.blocks, [None, *run.blocks])):
+            if i and i!=run.plan.carry and i not in factors and not (block.begins(last)|(block.n==0)).any(): pieces[-1] = pieces[-1]._replace(steps=pieces[-1].steps+block.steps)
+            else: pieces.append(Piece(block.steps, factors.get(i, 1.), partial(self._begin, block, last), keep=i==run.plan.carry))
+        return pieces
 
     def _rest(self, idle, groups):
         "Rows without a sequence stay at their first state, as on padding a state may grow beyond all bounds, and the gradient of its row with it"
