@@ -35,7 +35,7 @@ class CarryingRun:
             raise
         finally: cb._carried = outer
 
-# %% ../nbs/05d_resets.ipynb #9114ae0d
+# %% ../nbs/05d_resets.ipynb #239d89af
 def _pieces(o): return [Piece(b-a, factor, keep=a==o.carry) for a,b,factor in o.pieces()]
 
 class StateResets(Callback):
@@ -105,7 +105,7 @@ class StateResets(Callback):
             self.dl.seen = block
         if isinstance(self.sub_window, BlockRun): return self._in_pieces(self._pieces_of_run(self.sub_window), self.sub_window.plan)
         self._begin(self.sub_window)
-        if self.training and self.dl.truncation is not None and self.dl.block is None: # a block of whole sequences, which the scheme may cut
+        if self.training and self.dl.truncation is not None and self.dl.block is None and not self.dl.varies: # a block of whole sequences, which the scheme may cut
             plan, = self.dl.truncation.sub_windows(self.sub_window.steps)
             self._in_pieces(_pieces(plan), plan)
 

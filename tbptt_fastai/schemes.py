@@ -33,7 +33,7 @@ class Overlap(Truncation):
         starts = [max(stop-self.k2, 0) for stop in stops]
         for start,stop,carry,before in zip(starts, stops, [*starts[1:], win_sz], [0, *stops]): yield SubWindow(start, stop, before if self.losses=='last' else start, carry=carry)
 
-# %% ../nbs/02e_schemes.ipynb #9f72fdd5
+# %% ../nbs/02e_schemes.ipynb #41d0b807
 class Jittered(Truncation):
     "Sub-windows of varying length, as those of AWD-LSTM; after Merity, Keskar and Socher 2017 (arXiv 1708.02182)"
     random = True
@@ -54,13 +54,17 @@ class Jittered(Truncation):
     @property
     def least_window(self): return self.k
 
+    def lengths(self, rng):
+        while True:
+            n = max(self.least, int(rng.gauss(self.k/2 if rng.random()<self.half else self.k, self.std)))
+            yield min(n, self.longest or n)
+
     def plan(self, win_sz, rng):
         start = 0
-        while start<win_sz:
-            n = max(self.least, int(rng.gauss(self.k/2 if rng.random()<self.half else self.k, self.std)))
-            stop = min(start+min(n, self.longest or n), win_sz)
-            yield start,stop
-            start = stop
+        for n in self.lengths(rng):
+            yield start,min(start+n, win_sz)
+            start += n
+            if start>=win_sz: return
 
     def weight(self, counted, most): return counted/self.k if self.rescale=='loss' else 1.
 

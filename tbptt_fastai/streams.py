@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_ahead', 'keep_draw', 'applies', 'transform_block', 'StreamView', 'StreamDL']
 
-# %% ../nbs/03c_streams.ipynb #0fed1a09
+# %% ../nbs/03c_streams.ipynb #864a77a1
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -18,7 +18,7 @@ from fastai.torch_core import to_device
 from fastcore.basics import first, noop
 from fastcore.meta import delegates
 from torch import Tensor
-from .layout import Block, BlockRun, Layout
+from .layout import Block, BlockRun, Layout, VaryingLayout
 from .loader import SubWindows, TbpttDL
 from .truncation import Fixed, check_steps
 from .windows import Sequences
@@ -75,7 +75,7 @@ def transform_block(
             f"The batch transform {type(tfm).__name__} draws random numbers, other ones in each sub-window of a window. Make it a RandTransform that draws in `before_call`: that is done once per window.")
     return batch
 
-# %% ../nbs/03c_streams.ipynb #5865372d
+# %% ../nbs/03c_streams.ipynb #7ba3dcec
 class StreamView(SubWindows):
     "A view of a `StreamDL`, for one run over it, that yields its blocks; `sub_window` says which steps of which sequences were yielded last"
     evaluation,seen = False,None # evaluation: is every block yielded, also without a loss? seen: the last block that the model has seen
@@ -87,7 +87,12 @@ class StreamView(SubWindows):
     @cached_property
     def layout(self):
         "Where the sequences are in this run; shuffled, if the loader shuffles"
-        return self.dl.layout(self.block, self.n_skip)
+        if not self.varies: return self.dl.layout(self.block, self.n_skip)
+        seed = random.getrandbits(62)
+        return VaryingLayout(self.dl.layout(self.truncation.sub_seq_len, self.n_skip), lambda: self.truncation.lengths(random.Random(seed)))
+
+    @property
+    def varies(self): return self.truncation is not None and self.truncation.lengths is not None
 
     @property
     def block(self): return self.truncation and self.truncation.block
@@ -135,7 +140,8 @@ class StreamView(SubWindows):
     def n_windows(self):
         "Steps of the run: those that have a loss, or all of them in evaluation"
         if self.runs is not None: return len(self.runs) if not self.n_skip else self._n_runs_with_loss()
-        return self.layout.n_counted() if self.n_skip and not self.evaluation else self.dl.n_blocks(self.block)
+        if self.n_skip and not self.evaluation: return self.layout.n_counted()
+        return len(self.layout) if self.varies else self.dl.n_blocks(self.block)
 
     def _n_runs_with_loss(self):
         counts = [bool(block._counts.any()) for block in self.layout]
@@ -158,7 +164,9 @@ class StreamView(SubWindows):
         longest,n_skip = int(lengths.max()),self.n_skip
         if self.block is not None and self.block>longest:
             raise ValueError(f"sub_seq_len is {self.block}, but the longest sequence has {longest} steps. Use a sub-window of at most {longest}, or None for whole sequences.")
-        if self.block is None and self.truncation is not None and len(self.truncation.sub_windows(longest))>1:
+        if self.varies and self.truncation.least_window>longest: raise ValueError(f"{self.truncation} is for sequences of {self.truncation.least_window} steps or more, but the longest has {longest}.")
+        if self.varies and getattr(self.truncation, 'rescale', 'loss')!='loss': raise ValueError(f"{self.truncation} scales the learning rate by the length of a window's part; the rows of a StreamDL have parts of different lengths. Use rescale='loss'.")
+        if self.block is None and self.truncation is not None and not self.varies and len(self.truncation.sub_windows(longest))>1:
             raise ValueError(f"{self.truncation} does not cut in blocks of one length, in which a StreamDL is read. Use lengths that are multiples of each other, another scheme, or windows.")
         if n_skip>=longest: raise ValueError(f"n_skip is {n_skip}, the longest sequence has {longest} steps: no step would count in the loss. Use a smaller n_skip.")
         if n_skip>=lengths.min():

@@ -57,7 +57,7 @@ def check_steps(
     if n<least: raise ValueError(f"{name} is {n}; expected at least {least}.")
     return n
 
-# %% ../nbs/02_truncation.ipynb #fffaa6d4
+# %% ../nbs/02_truncation.ipynb #f1f93de9
 class _NoRandom:
     "In the place of random numbers, for schemes that draw none"
     def __init__(self, name): self._name = name
@@ -69,6 +69,7 @@ class Truncation:
     sub_seq_len = None # Steps that gradients usually go back over; `None`: those of the window
     random = False # Does the plan draw random numbers?
     recompute = False # Are activations computed again in the backward pass, piece by piece between the `cuts`?
+    lengths = None # A method `lengths(rng)` that yields lengths without end, if they vary and sub-windows follow each other: then it works on a `StreamDL` too
     block = None # Steps that all its bounds are multiples of, but for the window's end; needed for a `StreamDL`
 
     def plan(self,

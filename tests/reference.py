@@ -199,11 +199,28 @@ def scaled_gradients(rnn, head, x, y, state, factors, loss_func):
     return grads,tree_map(torch.detach, last)
 
 
-def train_scheme_on_stream(rnn, head, xs, ys, bs, size, runs, opt, loss_func, weigh, n_skip=0):
+def stream_of_sizes(lengths, bs, usual, sizes):
+    "As `stream_by_hand`, in steps of the given sizes, one after the other"
+    queues,place,res = rows_by_hand(lengths, bs, usual, range(len(lengths))),None,[]
+    place = [(0, 0)]*len(queues)
+    for size in sizes:
+        step = []
+        for row,(i,a) in enumerate(place):
+            if i==len(queues[row]): step.append(None); continue
+            seq = queues[row][i]
+            b = min(a+size, lengths[seq])
+            step.append((seq, a, b))
+            place[row] = (i+1, 0) if b==lengths[seq] else (i, b)
+        res.append(step)
+    assert all(i==len(q) for (i,_),q in zip(place, queues))
+    return res
+
+
+def train_scheme_on_stream(rnn, head, xs, ys, bs, size, runs, opt, loss_func, weigh, n_skip=0, steps=None):
     """A scheme over sequences in rows, each row run alone and block by block. `runs` are, for each training step, `(first block, one past the last, first whose
     losses count, block that the next step starts from, {block: factor})`; `weigh(run, counted steps, rows)` is the weight of a mean loss"""
     lengths = [len(x) for x in xs]
-    steps = stream_by_hand(lengths, bs, size, range(len(lengths)))
+    steps = steps or stream_by_hand(lengths, bs, size, range(len(lengths)))
     state = [None]*len(steps[0])
     for run in runs:
         lo,hi,first,carry,factors = run

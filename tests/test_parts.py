@@ -3,7 +3,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed

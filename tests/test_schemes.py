@@ -2,7 +2,6 @@
 import warnings
 from functools import partial
 from itertools import pairwise
-from random import Random
 import numpy as np
 import pytest
 import torch
@@ -13,18 +12,16 @@ from fastai.data.core import DataLoaders
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
-from reference import permutations, scaled_gradients, stream_by_hand, train_overlap, train_scheme_on_stream, window_epochs, windows_by_hand
-from tbptt_fastai.callback import TbpttResetCB
+from reference import scaled_gradients, stream_by_hand, stream_of_sizes, train_overlap, train_scheme_on_stream
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.loader import SubWindows, TbpttDL
-from tbptt_fastai.memory import activation_memory
+from tbptt_fastai.loader import TbpttDL
 from tbptt_fastai.parts import SubWindowCheckCB
 from tbptt_fastai.rnn import StatefulRNN, learned_state
 from tbptt_fastai.streams import StreamDL
 from tbptt_fastai.schemes import Exact, Jittered, Overlap, RandomUnbiased
 from tbptt_fastai.truncation import Fixed, SubWindow, Truncation
-from tbptt_fastai.windows import SequenceWindows, Sequences
+from tbptt_fastai.windows import Sequences
 
 f64 = dict(dtype=torch.float64)
 sgd = partial(OptimWrapper, opt=torch.optim.SGD)
@@ -304,8 +301,41 @@ def test_exact_on_streams_is_full_backpropagation(bs):
     same(a.model, c.model, tol=1e-12)
 
 def test_what_a_stream_refuses():
-    for scheme in (Jittered(7), Overlap(5, 12)):
-        with pytest.raises(ValueError, match='does not cut in blocks of one length'): stream(scheme, 2, 5, *parts(), True)
+    with pytest.raises(ValueError, match='does not cut in blocks of one length'): stream(Overlap(5, 12), 2, 5, *parts(), True)
+    with pytest.raises(ValueError, match="Use rescale='loss'"): stream(Jittered(7, rescale='lr'), 2, 5, *parts(), True)
+    with pytest.raises(ValueError, match='sequences of 50 steps or more, but the longest has 31'): stream(Jittered(50), 2, 5, *parts(), True)
+
+@pytest.mark.parametrize('stateful', [True, False])
+@pytest.mark.parametrize('bs,n_skip', [(1, 0), (3, 0), (3, 6), (9, 0)])
+def test_jittered_on_streams(stateful, bs, n_skip):
+    xs,ys = ([torch.from_numpy(o) for o in seqs] for seqs in sequences())
+    sizes = []
+    class Watch(Callback):
+        order = 13
+        def before_train(self): sizes.append([o.steps for o in self.learn.dl.layout])
+    set_seed(2)
+    learn = stream(Jittered(7, half=.3, std=2, least=2), bs, 5, *parts(), stateful, n_skip, cbs=Watch())
+    assert len(sizes)==2 and sizes[0]!=sizes[1] and len(set(sizes[0]))>2 and float(learn.pct_train)==pytest.approx(1)
+    rnn,head = parts()
+    opt = torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=.05)
+    for some in sizes:
+        steps = stream_of_sizes([len(x) for x in xs], bs, 7, some)
+        runs = [(k, k+1, k, k+1, {}) for k in range(len(steps))]
+        train_scheme_on_stream(rnn, head, xs, ys, bs, 7, runs, opt, nn.functional.mse_loss, lambda run,n,rows: n/(7*rows), n_skip, steps)
+    same(learn.model, rnn, head)
+
+def test_jittered_on_text():
+    "Where AWD-LSTM uses it"
+    dls = SequenceDataLoaders.from_text('the quick brown fox jumps over the lazy dog '*40, bs=4, sub_seq_len=20)
+    seen = []
+    class Watch(Callback):
+        order = 13
+        def before_batch(self):
+            if self.training: seen.append(self.xb[0].shape[1])
+    learn = TbpttLearner(dls, rnn_type='lstm', hidden_size=8, truncation=Jittered(20), cbs=Watch())
+    fit(learn)
+    n = dls.train.dataset.lengths.max()
+    assert sum(seen)==n and len(set(seen))>3
 
 SCHEMES = [Fixed(6), Overlap(4, 10), Overlap(4, 10, 'all'), Jittered(7, std=2, least=2), RandomUnbiased(8, 6), RandomUnbiased(8, block=2), Exact(), Exact(5)]
 
