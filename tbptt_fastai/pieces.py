@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .carry import carry_state
 from .state import detach_state, state_leaves
 
-# %% ../nbs/01c_pieces.ipynb #d69bb83c
+# %% ../nbs/01c_pieces.ipynb #bee8e44a
 class Piece(NamedTuple):
     "A part of a sub-window that the model runs in one call"
     steps:int # Its number of steps
@@ -34,6 +34,7 @@ class _Scale(torch.autograd.Function):
 def _scaled(state, factor):
     "The same state, with a gradient that is multiplied by `factor`"
     if factor==1: return state
+    state_leaves(state) # registers dataclasses
     return tree_map(lambda o: _Scale.apply(o, factor) if isinstance(o, Tensor) and o.requires_grad else o, state)
 
 def _joined(outs, steps):
@@ -41,7 +42,7 @@ def _joined(outs, steps):
     def join(*os): return torch.cat(os, 1) if all(isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==n for o,n in zip(os, steps)) else os[-1]
     return tree_map(join, *outs)
 
-# %% ../nbs/01c_pieces.ipynb #03213586
+# %% ../nbs/01c_pieces.ipynb #1f4498b4
 class carry_pieces(carry_state):
     "As `carry_state`; and the next call of the model runs in `pieces`, if there are any"
     def __init__(self,
@@ -110,6 +111,7 @@ class carry_pieces(carry_state):
     def _again(self, model, xb):
         "A piece whose activations are computed again in the backward pass, from the state it started from"
         begun = self._states()
+        for state,*_ in begun.values(): state_leaves(state)
         leaves,form = tree_flatten({i:o[0] for i,o in enumerate(begun.values())})
         def run(*leaves):
             now,states = self._states(),tree_unflatten(leaves, form)

@@ -1,4 +1,5 @@
 "Each truncation scheme against a loop by hand, step by step, in float64 to 1e-10; alone, and with washout, ragged tails, streams and callbacks"
+import dataclasses
 import warnings
 from functools import partial
 from itertools import pairwise
@@ -272,6 +273,7 @@ def test_overlap_on_streams(stateful, bs, k1, k2, losses, n_skip):
     most = max(hi-first for _,hi,first,*_ in runs)*k1
     for _ in range(2): train_scheme_on_stream(rnn, head, xs, ys, bs, k1, runs, opt, nn.functional.mse_loss, lambda run,steps,rows: steps/(most*rows), n_skip)
     same(learn.model, rnn, head)
+    assert float(learn.pct_train)==pytest.approx(1)
 
 @pytest.mark.parametrize('stateful', [True, False])
 @pytest.mark.parametrize('bs,n_skip', [(1, 0), (3, 0), (3, 7)])
@@ -286,6 +288,7 @@ def test_unbiased_on_streams(stateful, bs, n_skip):
     assert len(plans)==2 and plans[0]!=plans[1] and any(o.cuts for o in plans[0]) and len(plans[0])>1
     rnn,head = parts()
     opt = torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=.05)
+    assert float(learn.pct_train)==pytest.approx(1)
     for plan in plans:
         runs = [(o.start, o.stop, o.loss_start, o.stop, dict(o.cuts)) for o in plan]
         train_scheme_on_stream(rnn, head, xs, ys, bs, 4, runs, opt, nn.functional.mse_loss, lambda run,steps,rows: steps/(12*rows), n_skip)
@@ -647,3 +650,24 @@ def test_groups_of_a_stream():
     fit(learn)
     assert all((p!=0).any() for p in first.parameters()) and float(learn.pct_train)==pytest.approx(1)
     assert 'keep_graph' not in vars(learn.model[0])
+
+
+@pytest.mark.parametrize('scheme', [Own(SubWindow(0, 10, 0, cuts=((5, 3.),)), SubWindow(10, 0, 10)), Exact(5), Overlap(4, 10)], ids=['scaled', 'again', 'kept'])
+def test_states_in_a_dataclass_that_was_not_met_before(scheme):
+    "The same as in a dict"
+    def trained(as_state, of_state):
+        class Core(nn.Module):
+            def __init__(self): super().__init__(); self.cell = nn.GRUCell(2, 3)
+            def initial_state(self, bs, device, dtype): return as_state(torch.zeros(bs, 3, device=device, dtype=dtype))
+            def forward(self, x, state):
+                h,out = of_state(state),[]
+                for u in x.unbind(1): out.append(h := self.cell(u, h))
+                return torch.stack(out, 1),as_state(h)
+        torch.manual_seed(0)
+        model = nn.Sequential(StatefulRNN(Core()), nn.Linear(3, 1)).double()
+        set_seed(1)
+        learn = TbpttLearner(loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05)
+        learn.remove_cb(SubWindowCheckCB) # which would meet it
+        return list(fit(learn).model.parameters())
+    State = dataclasses.make_dataclass('State', ['h'])
+    for a,b in zip(trained(State, lambda o: o.h), trained(lambda h: {'h': h}, lambda o: o['h']), strict=True): assert torch.equal(a, b)
