@@ -15,7 +15,8 @@ from ignite.metrics import RunningAverage
 from torch import nn
 from tsfast.training.learner import TbpttLearner
 from tsfast.tsdata.pipeline import create_dls
-from step_cost import ADAM, CLIP, CONTENDERS, LR, SUB, WIN, Net, main, quiet, set_lr, timed
+from step_cost import main
+from step_loops import ADAM, CLIP, CONTENDERS, LR, SUB, WIN, Net, quiet, set_lr, timed
 
 FOLDER = tempfile.TemporaryDirectory()
 

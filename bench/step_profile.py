@@ -21,15 +21,15 @@ from tbptt_fastai.callback import TbpttResetCB
 from tbptt_fastai.carry import carry_state
 from tbptt_fastai.loader import SubWindows
 from tbptt_fastai.parts import SubWindowCheckCB
-import step_cost
-from step_cost import CASES, Work, by_fastai, by_hand, fused, tbptt
+import step_loops
+from step_loops import CASES, Work, by_fastai, by_hand, fused, tbptt
 
 HOOKS = '_start_pass','_before','_after','_before_stateful'
 CALLBACKS = {TrainEvalCallback: 'other callbacks', CastToTensor: 'other callbacks', SubWindowCheckCB: 'other callbacks', TbpttResetCB: 'TbpttResetCB', GradientClip: 'clipping',
              Recorder: 'recorder', ProgressCallback: 'progress bar', ParamScheduler: 'scheduler'}
-PLACES = [(torch.Tensor, ['backward'], 'backward'), (nn.L1Loss, ['forward'], 'loss'), (nn.utils, ['clip_grad_norm_'], 'clipping'), (step_cost, ['set_lr'], 'scheduler'),
+PLACES = [(torch.Tensor, ['backward'], 'backward'), (nn.L1Loss, ['forward'], 'loss'), (nn.utils, ['clip_grad_norm_'], 'clipping'), (step_loops, ['set_lr'], 'scheduler'),
           (torch.optim.Adam, ['step'], 'optimizer'), (Optimizer, ['step'], 'optimizer'), (torch.optim.Adam, ['zero_grad'], 'zero_grad'), (Optimizer, ['zero_grad'], 'zero_grad'),
-          (step_cost.Net, ['forward'], 'model'), (rnn.SequenceRNN, ['forward'], 'model'), (carry_state, HOOKS, 'carried state: hooks'), (rnn, ['check_carried','detach_state'], 'carried state: checked, detached'),
+          (step_loops.Net, ['forward'], 'model'), (rnn.SequenceRNN, ['forward'], 'model'), (carry_state, HOOKS, 'carried state: hooks'), (rnn, ['check_carried','detach_state'], 'carried state: checked, detached'),
           (Work, ['batch'], 'windows: loaded'), (TfmdDL, ['__iter__'], 'windows: loaded'), (SubWindows, ['__iter__'], 'sub-windows: cut'), (Learner, ['_set_device','_split'], 'device, split of the batch'),
           (Learner, ['__call__'], 'event dispatch'), *((cb, [o for o in _inner_loop if hasattr(cb, o)], part) for cb,part in CALLBACKS.items())]
 
@@ -102,12 +102,12 @@ def cost_of_clock(n=20_000):
 
 def clocked(run):
     "Run it with the clock on while it is timed"
-    parts,timed = Parts(),step_cost.timed
+    parts,timed = Parts(),step_loops.timed
     def with_clock(f):
         with parts: f()
-    step_cost.timed = with_clock
+    step_loops.timed = with_clock
     try: run()
-    finally: step_cost.timed = timed
+    finally: step_loops.timed = timed
     return parts
 
 def profile(work, contenders, repeats):
