@@ -1,0 +1,146 @@
+"""Where does the time of a training step go, part by part, against the same loop written by hand?
+
+Functions are wrapped in a clock that gives each moment to the innermost part it lies in. The clock takes about a microsecond for each call, which is measured
+on a function that does nothing and taken off; what the parts then do not account for is the rest.
+"""
+import argparse, platform, statistics, time, warnings
+warnings.filterwarnings('ignore', category=FutureWarning)
+from collections import Counter
+from functools import partial, wraps
+import fastai, torch
+from fastai.callback.core import TrainEvalCallback, _inner_loop
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.training import GradientClip
+from fastai.data.core import TfmdDL
+from fastai.learner import CastToTensor, Learner, Recorder
+from fastai.optimizer import Optimizer
+from torch import nn
+from tbptt_fastai import rnn
+from tbptt_fastai.callback import TbpttResetCB
+from tbptt_fastai.carry import carry_state
+from tbptt_fastai.loader import SubWindows
+from tbptt_fastai.parts import SubWindowCheckCB
+import step_loops
+from step_loops import CASES, Work, by_fastai, by_hand, fused, tbptt
+
+HOOKS = '_start_pass','_before','_after','_before_stateful'
+CALLBACKS = {TrainEvalCallback: 'other callbacks', CastToTensor: 'other callbacks', SubWindowCheckCB: 'other callbacks', TbpttResetCB: 'TbpttResetCB', GradientClip: 'clipping',
+             Recorder: 'recorder', ProgressCallback: 'progress bar', ParamScheduler: 'scheduler'}
+PLACES = [(torch.Tensor, ['backward'], 'backward'), (nn.L1Loss, ['forward'], 'loss'), (nn.utils, ['clip_grad_norm_'], 'clipping'), (step_loops, ['set_lr'], 'scheduler'),
+          (torch.optim.Adam, ['step'], 'optimizer'), (Optimizer, ['step'], 'optimizer'), (torch.optim.Adam, ['zero_grad'], 'zero_grad'), (Optimizer, ['zero_grad'], 'zero_grad'),
+          (step_loops.Net, ['forward'], 'model'), (rnn.SequenceRNN, ['forward'], 'model'), (carry_state, HOOKS, 'carried state: hooks'), (rnn, ['check_carried','detach_state'], 'carried state: checked, detached'),
+          (Work, ['batch'], 'windows: loaded'), (TfmdDL, ['__iter__'], 'windows: loaded'), (SubWindows, ['__iter__'], 'sub-windows: cut'), (Learner, ['_set_device','_split'], 'device, split of the batch'),
+          (Learner, ['__call__'], 'event dispatch'), *((cb, [o for o in _inner_loop if hasattr(cb, o)], part) for cb,part in CALLBACKS.items())]
+
+
+class Parts:
+    "A clock that gives each moment to the innermost part"
+    def __init__(self): self.spent,self.calls,self.within,self.inside,self.outside = Counter(),Counter(),['rest of the loop'],0.,0.
+
+    def enter(self, part):
+        now = time.perf_counter()
+        self.spent[self.within[-1]] += now-self.since
+        self.calls[part,self.within[-1]] += 1
+        self.within.append(part)
+        self.since = time.perf_counter()
+
+    def leave(self):
+        now = time.perf_counter()
+        self.spent[self.within.pop()] += now-self.since
+        self.since = time.perf_counter()
+
+    def wrap(self, f, part):
+        @wraps(f)
+        def clocked(*args, **kwargs):
+            self.enter(part)
+            try: res = f(*args, **kwargs)
+            finally: self.leave()
+            return self.wrap_iter(res, part) if f.__name__=='__iter__' else res
+        return clocked
+
+    def wrap_iter(self, it, part):
+        while True:
+            self.enter(part)
+            try: o = next(it)
+            except StopIteration: return
+            finally: self.leave()
+            yield o
+
+    def __enter__(self):
+        self.kept = [(owner, name, vars(owner).get(name)) for owner,names,_ in PLACES for name in names]
+        for owner,names,part in PLACES:
+            for name in names: setattr(owner, name, self.wrap(getattr(owner, name), part))
+        self.since = time.perf_counter()
+        return self
+
+    def __exit__(self, *exc):
+        self.leave()
+        for owner,name,f in self.kept: setattr(owner, name, f) if f is not None else delattr(owner, name)
+
+    def per_step(self, n_steps):
+        "Microseconds, without what the clock itself took"
+        inside,outside = cost_of_clock()
+        spent = Counter(self.spent)
+        for (part,outer),n in self.calls.items():
+            spent[part] -= n*inside
+            spent[outer] -= n*outside
+        return {part: 1e6*seconds/n_steps for part,seconds in spent.items()}
+
+
+def cost_of_clock(n=20_000):
+    "Seconds of a call that are counted in the part that is called, and in the one that calls"
+    clock,empty = Parts(),lambda: None
+    f = clock.wrap(empty, 'inner')
+    clock.since = start = time.perf_counter()
+    for _ in range(n): empty()
+    plain = time.perf_counter()-start
+    clock.since = time.perf_counter()
+    for _ in range(n): f()
+    return clock.spent['inner']/n,(clock.spent['rest of the loop']-plain)/n
+
+
+def clocked(run):
+    "Run it with the clock on while it is timed"
+    parts,timed = Parts(),step_loops.timed
+    def with_clock(f):
+        with parts: f()
+    step_loops.timed = with_clock
+    try: run()
+    finally: step_loops.timed = timed
+    return parts
+
+def profile(work, contenders, repeats):
+    "Microseconds of a step by part, and without a clock"
+    seen,whole = ({name: [] for name in contenders} for _ in range(2))
+    for i in range(repeats+1):
+        for name,make in contenders.items(): # interleaved
+            _,run = make(work)
+            plain = 1e6*run()[0]/work.n_steps
+            _,run = make(work)
+            parts = clocked(run)
+            if i: # after a turn to warm up
+                whole[name].append(plain)
+                seen[name].append(parts.per_step(work.n_steps))
+    return seen,whole
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--case', type=int, default=0, help='0: LSTM-40; 1: LSTM-128')
+    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--path', help='cache of nonlinear_benchmarks')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    case,contenders = list(CASES)[args.case],{'by hand': by_hand, 'TbpttLearner': partial(by_fastai, tbptt), 'TbpttLearner, fused Adam': partial(by_fastai, partial(tbptt, opt_func=fused))}
+    seen,whole = profile(Work(**CASES[case], path=args.path), contenders, args.repeats)
+    print(f'{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; one thread; {case}; microseconds of a step, median of {args.repeats}\n')
+    print(f"| part | {' | '.join(contenders)} | TbpttLearner, more |\n| --- | {' | '.join(['--:']*(len(contenders)+1))} |")
+    med = {name: {part: statistics.median(o.get(part, 0) for o in runs) for part in {p for o in runs for p in o}} for name,runs in seen.items()}
+    hand,ours,*_ = med.values()
+    def row(part, values): print(f"| {part} | {' | '.join(f'{v:.0f}' if abs(v)>=.5 else '–' for v in (*values, values[1]-values[0]))} |")
+    for part in sorted({p for o in med.values() for p in o}, key=lambda p: -(ours.get(p, 0)-hand.get(p, 0))): row(part, [o.get(part, 0) for o in med.values()])
+    row('sum', [sum(o.values()) for o in med.values()])
+    row('without a clock', [statistics.median(o) for o in whole.values()])
+
+if __name__ == '__main__': main()
