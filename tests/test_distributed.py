@@ -11,7 +11,7 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastcore.basics import chunked
 from reference import permutations
-from tbptt_fastai.all import Exact, Jittered, Overlap, RandomUnbiased, SequenceWindows, Standardize, StatefulRNN, SubWindowEvalCB, TbpttDL, TbpttResetCB
+from tbptt_fastai.all import Adaptive, Exact, Jittered, Overlap, RandomUnbiased, SequenceWindows, Standardize, StatefulRNN, SubWindowEvalCB, TbpttDL, TbpttResetCB
 
 pytest.importorskip('accelerate')
 TESTS = Path(__file__).resolve().parent
@@ -69,6 +69,7 @@ SCHEMES = dict( # what they draw has to be the same in both processes, whose ran
     unbiased=dict(truncation=RandomUnbiased(7, 6), n_skip=5),
     overlap=dict(truncation=Overlap(5, 12), model=Stateful),
     exact=dict(truncation=Exact(7), model=Stateful),
+    adaptive=dict(truncation=Adaptive(delta=.5, k_max=12, n_batches=1), shuffle=True), # each would find another length
 )
 REFUSED = dict(
     unequal=(dict(n=8, lengths=[30]*6+[20]*2, dl_type=TfmdDL), r'have \[30, 20\] steps.*that is \[3, 2\] sub-windows'),

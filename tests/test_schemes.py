@@ -17,6 +17,7 @@ from reference import scaled_gradients, stream_by_hand, stream_of_sizes, train_o
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loader import TbpttDL
+from tbptt_fastai.once import once_per_window
 from tbptt_fastai.parts import SubWindowCheckCB
 from tbptt_fastai.rnn import StatefulRNN, learned_state
 from tbptt_fastai.streams import StreamDL
@@ -671,3 +672,9 @@ def test_states_in_a_dataclass_that_was_not_met_before(scheme):
         return list(fit(learn).model.parameters())
     State = dataclasses.make_dataclass('State', ['h'])
     for a,b in zip(trained(State, lambda o: o.h), trained(lambda h: {'h': h}, lambda o: o['h']), strict=True): assert torch.equal(a, b)
+
+def test_random_callbacks_and_runs_of_blocks():
+    "Rows begin in the middle of a run, where no callback is asked"
+    class Noisy(Callback):
+        def before_batch(self): torch.rand(1)
+    with pytest.raises(ValueError, match='or in the middle of a sub-window'): stream(Overlap(5, 10), 2, 5, *parts(), True, cbs=once_per_window(Noisy()))
