@@ -22,7 +22,7 @@ from .callback import TbpttResetCB
 from .carry import carry_state, reset_own_state
 from .checks import resolve_truncation, stateful_modules
 from .loader import Window, inner_loader, plain_batch
-from .parts import compare_parts, difference, on_trial, run_in_parts, unread
+from .parts import compare_parts, difference, first_output, on_trial, run_in_parts, unread
 from .streams import StreamDL, transform_block
 from .truncation import check_steps
 from .windows import Sequences
@@ -91,8 +91,6 @@ def _double_by_default():
 
 def _to_double(o): return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, o)
 
-def _first(o): return o[0] if isinstance(o, tuple) else o # the models of fastai.text return more than predictions
-
 @patch
 def check_memory_grads(self:Learner,
     steps:int=None, # Steps of the window that is tried; default: those of a sub-window, and no more than 100; 20 for a sub-window of one step
@@ -152,7 +150,7 @@ def _leaks(model, window, groups, tol):
             model(*window.cut(0, steps))
             reset_own_state(model)
             carried.reset(groups=groups)
-            return _first(model(*window.batch))
+            return first_output(model(*window.batch))
     with torch.no_grad(): a,b = after(1),after(window.steps)
     return bool((a-b).abs().max()>tol*a.abs().max())
 

@@ -62,16 +62,19 @@ def relative_bias(
 # %% ../nbs/08c_find.ipynb #2bcf150b
 class _KeepGraph(carry_state):
     "As `carry_state`, but states are not detached"
+    keep_graph = True
     def __enter__(self):
         super().__enter__()
-        self._seen = {}
-        for m in self._stateful: self._hooks += [m.rnn.register_forward_hook(self._see), m.register_forward_hook(self._keep)]
+        for m in self._stateful:
+            m.keep_graph = True
+            self._hooks.append(m.register_forward_hook(self._view))
         return self
 
-    def _see(self, rnn, args, output): self._seen[rnn] = output[1]
-    def _keep(self, m, args, output): m._state = _views(self._seen.pop(m.rnn))
-    def _after(self, layer, args, output):
-        if layer in self.carrying: self.states[layer] = output[1]
+    def __exit__(self, *exc):
+        for m in self._stateful: vars(m).pop('keep_graph', None)
+        super().__exit__(*exc)
+
+    def _view(self, m, args, output): m._state = _views(m._state)
 
     def leaves(self):
         "Those tensors of the state that have a gradient, each with its batch dimension; the keys are the layer and the place in its state"

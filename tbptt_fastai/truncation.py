@@ -105,9 +105,9 @@ class Truncation:
         return [o._replace(loss_start=o.stop-n, weight=self.weight(n, most) if n else 0.) for o,n in zip(plan, counted)]
 
     def _checked(self, plan, win_sz):
-        at,res,which = 0,[],f"the plan of {type(self).__name__} for {win_sz} steps"
+        at,res,which = 0,[],f"plan of {type(self).__name__} for {win_sz} steps"
         try: plan = list(plan)
-        except TypeError: raise TypeError(f"{which} is a {type(plan).__name__}; expected SubWindows, or pairs (start, stop).".replace('the', 'The', 1)) from None
+        except TypeError: raise TypeError(f"The {which} is a {type(plan).__name__}; expected SubWindows, or pairs (start, stop).") from None
         for i,o in enumerate(plan):
             try:
                 if not isinstance(o, SubWindow):
@@ -115,12 +115,12 @@ class Truncation:
                     o = SubWindow(start, stop, start)
                 bounds = [index(step) for step in (o.start, o.stop, o.loss_start, o.next_start, *(step for step,_ in o.cuts))]
                 fits = isfinite(o.lr) and o.lr>0 and all(isfinite(factor) for _,factor in o.cuts) and len(dict(o.cuts))==len(o.cuts)
-            except (TypeError, ValueError): raise TypeError(f"Sub-window {i} of {which} is {o}; expected a SubWindow, or a pair (start, stop), of whole steps; cuts are pairs (step, factor).") from None
+            except (TypeError, ValueError): raise TypeError(f"Sub-window {i} of the {which} is {o}; expected a SubWindow, or a pair (start, stop), of whole steps; cuts are pairs (step, factor).") from None
             if o.start!=at or not o.start<o.stop<=win_sz or not all(o.start<=step<=o.stop for step in bounds) or not all(o.start<step<o.stop for step,_ in o.cuts) or not fits:
-                raise ValueError(f"Sub-window {i} of {which} is {o}; expected start={at}, and start < stop <= {win_sz}, with carry, loss_start and cuts between them, each cut once, and finite factors.")
+                raise ValueError(f"Sub-window {i} of the {which} is {o}; expected start={at}, and start < stop <= {win_sz}, with carry, loss_start and cuts between them, each cut once, and finite factors.")
             at = o.next_start
             res.append(o)
-        if not res or res[-1].stop!=win_sz: raise ValueError(f"{which} ends at {res[-1].stop if res else 0}; expected the window's end.".replace('the', 'The', 1))
+        if not res or res[-1].stop!=win_sz: raise ValueError(f"The {which} ends at {res[-1].stop if res else 0}; expected the window's end.")
         return res
 
     def __repr__(self):

@@ -188,19 +188,21 @@ def test_a_layer_that_does_not_is_no_harm(signals, layer, swap):
     TbpttLearner(loaders(signals), Beside(layer(), swap)).check_sub_windows()
 
 
+class Early(nn.Module):
+    "Detached after each step"
+    def __init__(self, n_in=2, size=16): super().__init__(); self.cell = nn.GRUCell(n_in, size)
+    def forward(self, x, h=None):
+        out = []
+        for xt in x.unbind(1):
+            h = self.cell(xt, h)
+            out.append(h)
+            h = h.detach()
+        return torch.stack(out, 1),h
+
 @pytest.mark.parametrize('bad_first', [True, False])
 def test_one_memory_that_is_detached_beside_a_healthy_one(signals, bad_first):
     torch.manual_seed(0)
-    class Cell(nn.Module):
-        def __init__(self): super().__init__(); self.cell = nn.GRUCell(2, 2)
-        def forward(self, x, h=None):
-            out = []
-            for xt in x.unbind(1):
-                h = self.cell(xt, h)
-                out.append(h)
-                h = h.detach()
-            return torch.stack(out, 1),h
-    layers = [StatefulRNN(Cell()), StatefulRNN(nn.GRU(2, 2, batch_first=True))]
+    layers = [StatefulRNN(Early(2, 2)), StatefulRNN(nn.GRU(2, 2, batch_first=True))]
     model = nn.Sequential(*(layers if bad_first else layers[::-1]), nn.Linear(2, 1))
     verdict = TbpttLearner(loaders(signals), model).check_memory_grads().attrs['verdict']
     assert verdict.startswith(f'detached too early in {0 if bad_first else 1}: ')
@@ -246,17 +248,6 @@ def test_predictions_that_are_not_finite_are_not_compared(signals):
     nn.init.constant_(model[1].bias, float('nan'))
     with pytest.raises(ValueError, match='not finite'): TbpttLearner(loaders(signals), model).check_sub_windows()
 
-
-class Early(nn.Module):
-    "Detached after each step"
-    def __init__(self, n_in=2, size=16): super().__init__(); self.cell = nn.GRUCell(n_in, size)
-    def forward(self, x, h=None):
-        out = []
-        for xt in x.unbind(1):
-            h = self.cell(xt, h)
-            out.append(h)
-            h = h.detach()
-        return torch.stack(out, 1),h
 
 class NoGrad(nn.Module):
     def __init__(self): super().__init__(); self.rnn = nn.GRU(2, 6, batch_first=True)

@@ -264,6 +264,11 @@ def busy(kind):
 def fit(learn, n=2):
     with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-2)
 
+def same_training(a, b):
+    "Bit by bit"
+    assert a.recorder.values==b.recorder.values
+    for v,w in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True): assert torch.equal(v, w)
+
 class Stop(Exception): pass
 
 @pytest.mark.parametrize('kind,interrupted', [*((kind, when) for kind in ('torch', 'windows', 'stream') for when in (False, True, 'cost')), *((kind, False) for kind in ('loader', 'sampler', 'batch_sampler', 'items'))])
@@ -304,9 +309,7 @@ def test_the_learner_stays_as_it_is(kind, interrupted, monkeypatch):
         learn.model.rnn.reset()
         fit(learn)
         learns.append(learn)
-    a,b = learns
-    assert a.recorder.values==b.recorder.values
-    for v,w in zip(a.model.state_dict().values(), b.model.state_dict().values()): assert torch.equal(v, w)
+    same_training(*learns)
 
 
 class MainProcessOnly(list):
@@ -347,9 +350,7 @@ def test_within_a_training(stateful):
             if cbs: np.testing.assert_allclose(learn.find_within.res.phi, alone.phi, rtol=1e-5)
             fit(learn)
         learns.append(learn)
-    a,b = learns
-    assert a.recorder.values==b.recorder.values
-    for v,w in zip(a.model.state_dict().values(), b.model.state_dict().values()): assert torch.equal(v, w)
+    same_training(*learns)
 
 
 class GivesAState(Plain):
