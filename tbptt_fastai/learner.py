@@ -17,6 +17,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 from .arrays import channel_stats
 from .callback import TbpttResetCB
+from .dispatch import LeanLearner
 from .loader import first_item
 from .parts import SubWindowCheckCB
 from .rnn import SequenceRNN, Standardize
@@ -74,7 +75,7 @@ def TbpttLearner(
     if grad_clip is not None:
         if not grad_clip>0: raise ValueError(f"grad_clip is {grad_clip}; expected the largest norm of the gradient, above 0, or None.")
         cbs += GradientClip(grad_clip)
-    return Learner(dls, model, loss_func=loss_func or default_loss(dls), cbs=cbs, **kwargs)
+    return LeanLearner(dls, model, loss_func=loss_func or default_loss(dls), cbs=cbs, **kwargs)
 
 @delegates(TbpttLearner, but=['model'])
 def RNNLearner(

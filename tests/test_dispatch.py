@@ -1,0 +1,313 @@
+"LeanLearner does what fastai's Learner does: the same events in the same order, the same parameters and records, bit for bit"
+import copy
+import pickle
+from functools import partial
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
+                                  CancelTrainException, CancelValidException, FetchPredsCallback, _events)
+from fastai.callback.data import CollectDataCallback
+from fastai.callback.hook import ActivationStats
+from fastai.callback.mixup import MixUp
+from fastai.callback.progress import CSVLogger
+from fastai.callback.rnn import ModelResetter, RNNRegularizer
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
+from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner, load_learner
+from fastai.losses import MSELossFlat
+from fastai.metrics import mae
+from fastai.torch_core import defaults, set_seed
+from torch import nn
+from tbptt_fastai import dispatch
+from tbptt_fastai.callback import TbpttResetCB
+from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.dispatch import LeanLearner, fastai_code, is_known
+from tbptt_fastai.learner import TbpttLearner
+from tbptt_fastai.rnn import SequenceRNN
+
+WIN,SUB,BS = 60,25,5
+
+def data(signals): return SequenceDataLoaders.from_arrays(*[o[:720] for o in signals], valid=[o[720:960] for o in signals], win_sz=WIN, bs=BS)
+
+def build(cls, signals, cbs=(), log=None, **kwargs):
+    set_seed(0)
+    dls,model = data(signals),SequenceRNN(2, 1, hidden_size=4)
+    learn = cls.__new__(cls)
+    if log is not None: learn.add_cb = partial(traced_add, learn, log)
+    learn.__init__(dls, model, nn.L1Loss(), cbs=[TbpttResetCB(SUB), *cbs], metrics=mae, **kwargs)
+    return learn
+
+def traced_add(learn, log, cb):
+    "Add a callback whose events are logged"
+    if isinstance(cb, type): cb = cb()
+    for e in _events:
+        if not hasattr(cb, e): continue
+        def run(f=getattr(cb, e), e=e):
+            log.append((type(cb).__name__, e, getattr(learn, 'training', None), getattr(learn, 'train_iter', None)))
+            return f()
+        vars(cb)[e] = run
+    return type(learn).add_cb(learn, cb)
+
+def records(learn):
+    r = learn.recorder
+    return [p.detach().numpy() for p in learn.model.parameters()],[v[:3] for v in r.values],r.lrs,[float(o) for o in r.losses],r.iters,getattr(r, 'hps', None)
+
+def assert_same(a, b):
+    np.testing.assert_equal(a, b) # bitwise, NaN included
+
+def train(learn, how='fit_one_cycle', n=2):
+    with learn.no_bar(), learn.no_logging():
+        getattr(learn, how)(n, 1e-2)
+        return [*records(learn), learn.validate(), learn.get_preds()[0].numpy()]
+
+class Everywhere(Callback):
+    "Has every event"
+    order = 30
+    def __init__(self):
+        for e in _events: vars(self)[e] = lambda: None
+class TrainOnly(Callback):
+    run_valid = False
+    def after_batch(self): assert self.training
+class ValidOnly(Callback):
+    run_train = False
+    def after_batch(self): assert not self.training
+class Off(Callback):
+    def before_fit(self): self.run = False
+    def after_pred(self): raise AssertionError('called')
+class OwnCall(Callback):
+    "Sees all events, whether it has them or not"
+    def __init__(self): self.seen = []
+    def __call__(self, event_name):
+        self.seen.append(event_name)
+        if event_name=='after_loss' and self.training: self.learn.loss_grad = self.loss_grad*.5
+class OwnGetattr(Callback):
+    "Has an event that is not found on its class"
+    def __getattr__(self, k):
+        if k=='after_pred' and 'learn' in vars(self): return self.scale
+        return super().__getattr__(k)
+    def scale(self): self.learn.pred = self.pred*1.5
+class OwnTraining(Callback):
+    "Takes itself to be in evaluation, always"
+    run_train,training = False,False
+    def after_pred(self): self.learn.pred = self.pred+.1
+class SetsTraining(Callback):
+    "The same, for one object"
+    run_train = False
+    def __init__(self): vars(self)['training'] = False
+    def after_pred(self): self.learn.pred = self.pred+.1
+class Doubles(Callback):
+    def after_loss(self): self.learn.loss_grad = self.loss_grad*2
+
+SETS = dict(none=list, clip=lambda: [GradientClip(.05)], accumulate=lambda: [GradientAccumulation(BS*3)], mixup=lambda: [MixUp(.4)], regularize=lambda: [RNNRegularizer(alpha=0.)],
+            freeze=lambda: [BnFreeze()], nan=lambda: [TerminateOnNaNCallback()], save=lambda: [SaveModelCallback(comp=np.greater)], stop=lambda: [EarlyStoppingCallback(comp=np.greater)],
+            plateau=lambda: [ReduceLROnPlateau(comp=np.greater, factor=4.)], log=lambda: [CSVLogger()], short=lambda: [ShortEpochCallback(.4, short_valid=False)],
+            collect=lambda: [CollectDataCallback()], activations=lambda: [ActivationStats(with_hist=True)], resets=lambda: [ModelResetter()],
+            everywhere=lambda: [Everywhere()], train_only=lambda: [TrainOnly(), ValidOnly()], off=lambda: [Off()], own_call=lambda: [OwnCall()], own_getattr=lambda: [OwnGetattr()],
+            own_training=lambda: [OwnTraining()], sets_training=lambda: [SetsTraining()], function=lambda: [Callback(after_pred=lambda self: setattr(self.learn, 'pred', self.pred*.9))], double=lambda: [Doubles()])
+
+@pytest.mark.filterwarnings("ignore:You are shadowing an attribute .modules.:UserWarning") # ActivationStats does, whatever the learner
+@pytest.mark.parametrize('how', ['fit_one_cycle','fit_flat_cos'])
+@pytest.mark.parametrize('cbs', SETS.values(), ids=SETS)
+def test_same_as_fastai(signals, cbs, how):
+    logs = [],[]
+    fastais,ours = (train(build(cls, signals, cbs(), log), how) for cls,log in zip((Learner,LeanLearner), logs))
+    assert logs[0]==logs[1] and len(logs[0])>100
+    assert_same(fastais, ours)
+
+@pytest.mark.parametrize('exc', [CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException])
+@pytest.mark.parametrize('where', ['before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_step','after_batch'])
+def test_cancelled_in_the_same_place(signals, exc, where):
+    def cancel(self):
+        if self.train_iter==4 and self.training: raise exc('enough')
+    def run(cls, log):
+        learn = build(cls, signals, [Callback(**{where: cancel})], log)
+        try: return train(learn)
+        except exc as e: return [repr(e), *records(learn)[:1]] # nobody catches it there
+    logs = [],[]
+    assert_same(run(Learner, logs[0]), run(LeanLearner, logs[1]))
+    assert logs[0]==logs[1]
+
+def test_lr_find_and_fetched_predictions(signals):
+    def run(cls):
+        learn = build(cls, signals, [FetchPredsCallback()])
+        with learn.no_bar(), learn.no_logging():
+            found = learn.lr_find(num_it=12, show_plot=False)
+            learn.fit(1)
+        return [found.valley, *records(learn), learn.fetch_preds.preds[0].numpy()]
+    assert_same(run(Learner), run(LeanLearner))
+
+
+# --- callbacks that come and go
+
+class Late(Callback):
+    order = 40
+    def before_batch(self): pass
+    def after_pred(self): self.learn.pred = self.pred*.9
+    def after_loss(self): self.learn.loss_grad = self.loss_grad*.9
+
+class Given(Callback):
+    "Was given a method"
+    def __init__(self): vars(self)['after_loss'] = lambda: setattr(self.learn, 'loss_grad', self.learn.loss_grad*.7)
+
+def adds_one(self):
+    if self.train_iter==3: self.learn.add_cb(Late())
+def adds_an_earlier_one(self):
+    if self.train_iter==3:
+        late = Late()
+        late.order = -50
+        self.learn.add_cb(late)
+def removes_itself(self):
+    if self.train_iter==3: self.learn.remove_cb(self)
+def removes_the_next(self):
+    if self.train_iter==3: self.learn.remove_cb(GradientClip)
+def adds_and_removes(self):
+    (self.learn.add_cb(Late()) if self.train_iter%2 else self.learn.remove_cb(Late)) if self.training else None
+def reorders(self): self.order = 100 if self.train_iter==3 else -100 if self.train_iter==6 else self.order
+def switches_off(self):
+    for cb in self.learn.cbs:
+        if isinstance(cb, GradientClip): cb.run = self.train_iter%3!=0
+def changes_a_method(self):
+    for cb in self.learn.cbs:
+        if isinstance(cb, GradientClip): cb.before_step = lambda: None
+def loses_a_method(self):
+    for cb in self.learn._grab_cbs(Given):
+        if self.train_iter==3: vars(cb).pop('after_loss', None)
+def swaps_the_last(self):
+    if self.train_iter==3 and not isinstance(self.learn.cbs[-1], Late):
+        clip = self.learn._grab_cbs(GradientClip)[0]
+        late = Late()
+        late.order = clip.order
+        self.learn.cbs.items[self.learn.cbs.items.index(clip)] = late
+        late.learn = self.learn
+def replaces_the_list(self):
+    if self.train_iter==3: self.learn.cbs = self.learn.cbs.filter(lambda cb: not isinstance(cb, GradientClip))
+
+@pytest.mark.parametrize('where', ['before_batch','after_pred','after_batch','before_step','before_validate','before_epoch'])
+@pytest.mark.parametrize('change', [adds_one, adds_an_earlier_one, removes_itself, removes_the_next, adds_and_removes, reorders, switches_off, changes_a_method, loses_a_method, swaps_the_last, replaces_the_list])
+def test_callbacks_come_and_go(signals, change, where):
+    def run(cls, log):
+        learn = build(cls, signals, [GradientClip(.05), Given()], log)
+        cb = Callback(**{where: change})
+        cb.order = 10.5 # before GradientClip, 11
+        learn.add_cb(cb)
+        try: return train(learn)
+        except AttributeError as e: return [e.args] # a callback that was removed while it was to be called
+    logs = [],[]
+    assert_same(run(Learner, logs[0]), run(LeanLearner, logs[1]))
+    assert logs[0]==logs[1]
+
+def test_a_callback_of_two_learners(signals):
+    "It belongs to the one it was added to last; the other one calls it as fastai would"
+    def run(cls):
+        shared = TrainOnly()
+        shared.after_batch = lambda: seen.append(1)
+        seen,(a,b) = [],(build(cls, signals, [shared]) for _ in range(2))
+        b.training = True
+        return [*train(a), len(seen)]
+    assert_same(run(Learner), run(LeanLearner))
+
+@pytest.mark.parametrize('where', ['before_batch','after_pred','after_batch','before_fit','after_epoch'])
+@pytest.mark.parametrize('exc', [ValueError('wrong', 3), KeyError('k'), ZeroDivisionError()], ids=lambda e: type(e).__name__)
+def test_errors_read_the_same(signals, exc, where):
+    def fail(self): raise type(exc)(*exc.args)
+    def run(cls):
+        with pytest.raises(Exception) as e: train(build(cls, signals, [Callback(**{where: fail})]))
+        return type(e.value),e.value.args
+    assert run(Learner)==run(LeanLearner)
+
+def test_a_model_with_a_method_named_like_an_event(signals):
+    "fastai finds it for every callback that has no such event, and so calls it as many times"
+    class Net(SequenceRNN):
+        calls = 0
+        def before_backward(self): self.calls += 1
+    def run(cls):
+        learn = build(cls, signals)
+        learn.model.__class__ = Net
+        train(learn)
+        return learn.model.calls
+    assert run(Learner)==run(LeanLearner)>0
+
+
+# --- what it is for, and when it is not taken
+
+def test_callbacks_without_an_event_are_not_asked(signals):
+    "... but once; in fastai each of them looks for it in the model, in every step"
+    asked = []
+    class Net(SequenceRNN):
+        def __getattr__(self, k):
+            asked.append(k)
+            return super().__getattr__(k)
+    def times(cls, n):
+        asked.clear()
+        learn = build(cls, signals)
+        learn.model.__class__ = Net
+        with learn.no_bar(), learn.no_logging(): learn.fit(n)
+        return sum(o in ('before_backward','after_backward','before_step') for o in asked)
+    n_cbs = 5 # TrainEval, Recorder, CastToTensor, ProgressCallback, TbpttResetCB
+    assert times(Learner, 1)>=9*2*(n_cbs-1) and times(LeanLearner, 1)<=3*n_cbs # 9 steps
+    assert times(LeanLearner, 4)==4*times(LeanLearner, 1) # once an epoch
+
+def test_fastai_is_what_it_was():
+    "If this fails, fastai has changed what LeanLearner does itself: compare, then add the digest"
+    assert is_known(*fastai_code()) and is_known(*fastai_code(LeanLearner))
+
+def plain_path(learn):
+    learn('before_fit')
+    return not learn._lean
+
+def test_a_changed_fastai_takes_the_plain_path(signals, monkeypatch):
+    learn = build(LeanLearner, signals)
+    assert not plain_path(learn)
+    seen,call = [],Callback.__call__
+    def other(self, event_name):
+        seen.append(event_name)
+        return call(self, event_name)
+    monkeypatch.setattr(Callback, '__call__', other)
+    train(learn)
+    assert plain_path(learn) and seen.count('before_backward')==18*len(learn.cbs) # 2 epochs of 9 steps; ParamScheduler was one more
+    
+def test_a_subclass_that_dispatches_itself_is_left_alone(signals):
+    seen = []
+    class Own(LeanLearner):
+        def _call_one(self, event_name):
+            seen.append(event_name)
+            super()._call_one(event_name)
+    train(build(Own, signals))
+    assert 'before_backward' in seen
+
+def test_code_without_a_source_is_not_known():
+    f = eval('lambda self, event_name: None')
+    assert not is_known(f, f, f, f) and not is_known(len)
+
+def test_TbpttLearner_is_lean_and_survives_copies(signals, tmp_path):
+    learn = TbpttLearner(data(signals), SequenceRNN(2, 1, hidden_size=4), SUB, path=tmp_path)
+    assert type(learn) is LeanLearner
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1)
+        copied = copy.deepcopy(learn)
+        learn.export()
+        with pytest.warns(UserWarning, match='pickle'): loaded = load_learner(tmp_path/'export.pkl')
+        for o in (learn,copied): set_seed(1); o.fit(1)
+    assert type(loaded) is type(copied) is LeanLearner and all(map(torch.equal, learn.model.parameters(), copied.model.parameters()))
+
+
+# --- batches that are where they should be
+
+def test_batches_are_left_alone_where_they_are(signals, monkeypatch):
+    learn = build(LeanLearner, signals)
+    learn('before_fit')
+    x,y = torch.zeros(2, 3, 2),torch.zeros(2, 3, 1)
+    b = x,y
+    assert learn._set_device(b) is b
+    for other in ((x, dict(a=y), 'label'), [x, dict(a=y), 'label']):
+        moved = learn._set_device(other)
+        assert type(moved) is type(other) and moved[0] is x and moved[1]['a'] is y and moved[2]=='label'
+    both = [x, y]
+    assert learn._set_device(both) is not both # as everywhere in fastai, a list is made anew
+    learn.model.to('meta')
+    on_meta = learn._set_device(b)
+    assert {o.device.type for o in on_meta}=={'meta'}
+    monkeypatch.setattr(defaults, 'use_cuda', False) # fastai then puts batches on the CPU, wherever the model is
+    with pytest.raises(NotImplementedError, match='meta'): learn._set_device(on_meta)
