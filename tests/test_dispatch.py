@@ -15,7 +15,7 @@ from fastai.callback.rnn import ModelResetter, RNNRegularizer
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner, load_learner
+from fastai.learner import Learner, Recorder, load_learner
 from fastai.losses import MSELossFlat
 from fastai.metrics import mae
 from fastai.torch_core import defaults, set_seed
@@ -115,6 +115,7 @@ def test_same_as_fastai(signals, cbs, how):
     fastais,ours = (train(build(cls, signals, cbs(), log), how) for cls,log in zip((Learner,LeanLearner), logs))
     assert logs[0]==logs[1] and len(logs[0])>100
     assert_same(fastais, ours)
+    assert_same(fastais, train(build(LeanLearner, signals, cbs()), how)) # without a log, which shortcuts do not show up in
 
 @pytest.mark.parametrize('exc', [CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException])
 @pytest.mark.parametrize('where', ['before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_step','after_batch'])
@@ -284,13 +285,91 @@ def test_code_without_a_source_is_not_known():
 def test_TbpttLearner_is_lean_and_survives_copies(signals, tmp_path):
     learn = TbpttLearner(data(signals), SequenceRNN(2, 1, hidden_size=4), SUB, path=tmp_path)
     assert type(learn) is LeanLearner
+    class Copies(Callback):
+        "In the middle of an epoch"
+        def after_batch(self): pickle.dumps({k: v for k,v in learn.__getstate__().items() if k=='_having'})
     with learn.no_bar(), learn.no_logging():
-        learn.fit(1)
+        learn.fit(1, cbs=Copies())
         copied = copy.deepcopy(learn)
         learn.export()
         with pytest.warns(UserWarning, match='pickle'): loaded = load_learner(tmp_path/'export.pkl')
         for o in (learn,copied): set_seed(1); o.fit(1)
     assert type(loaded) is type(copied) is LeanLearner and all(map(torch.equal, learn.model.parameters(), copied.model.parameters()))
+
+
+# --- shortcuts
+
+def run_with(signals, cbs=(), loss_func=None, y=None, **kwargs):
+    def run(cls):
+        learn = build(cls, signals, [o() for o in cbs], **kwargs)
+        if loss_func is not None: learn.loss_func = loss_func
+        return train(learn)
+    return run(Learner),run(LeanLearner)
+
+def test_train_metrics(signals):
+    def run(cls):
+        learn = build(cls, signals)
+        learn.remove_cb(Recorder)
+        learn.add_cb(Recorder(train_metrics=True))
+        return train(learn)
+    assert_same(run(Learner), run(LeanLearner))
+
+def test_losses_that_are_no_scalars_and_typed_ones(signals):
+    class Rows(Callback):
+        def after_loss(self):
+            if self.training: self.learn.loss = self.loss.expand(3)
+    assert_same(*run_with(signals, [Rows], MSELossFlat()))
+
+def test_a_recorder_of_ones_own(signals):
+    "It overrides the event: no shortcut is taken"
+    class Half(Recorder):
+        name = 'recorder'
+        def after_batch(self):
+            super().after_batch()
+            if self.training: self.losses[-1] = self.losses[-1]/2
+    def run(cls):
+        learn = build(cls, signals)
+        learn.remove_cb(Recorder)
+        learn.add_cb(Half())
+        return train(learn)
+    assert_same(run(Learner), run(LeanLearner))
+
+def test_cancelled_training_is_not_recorded_twice(signals):
+    class Stop(Callback):
+        order = 45
+        def before_batch(self):
+            if self.training and self.epoch==0 and self.iter==4: raise CancelTrainException()
+    assert_same(*run_with(signals, [Stop]))
+
+@pytest.mark.parametrize('how', ['fit_one_cycle','fit_flat_cos','fit_sgdr'])
+def test_schedules_of_groups(signals, how):
+    def run(cls):
+        learn = build(cls, signals, splitter=lambda m: [list(m.rnn.parameters()), list(m.head.parameters())])
+        with learn.no_bar(), learn.no_logging():
+            if how=='fit_sgdr': learn.fit_sgdr(2, 1, slice(1e-3, 1e-2))
+            else: getattr(learn, how)(2, slice(1e-3, 1e-2))
+        return records(learn)
+    assert_same(run(Learner), run(LeanLearner))
+
+def test_a_schedule_that_is_changed_on_the_way(signals):
+    from fastai.callback.schedule import ParamScheduler, combined_cos
+    class Change(Callback):
+        def before_batch(self):
+            if self.train_iter==5: self.learn.param_scheduler.scheds['lr'] = combined_cos(.5, 1e-3, 1e-1, 1e-3)
+    assert_same(*run_with(signals, [partial(ParamScheduler, dict(lr=combined_cos(.25, 1e-4, 1e-2, 1e-6))), Change]))
+
+def test_the_bar_shows_the_same(signals, capsys):
+    def run(cls):
+        learn,shown = build(cls, signals),[]
+        class Look(Callback):
+            order = 61
+            def after_batch(self): shown.append(f'{self.learn.progress.pbar.comment}')
+        with learn.no_logging():
+            learn.fit(2, cbs=Look())
+            learn.validate(cbs=Look())
+        return shown
+    fastais,ours = run(Learner),run(LeanLearner)
+    assert fastais==ours and len(set(ours))>10
 
 
 # --- batches that are where they should be
