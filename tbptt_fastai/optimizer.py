@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from fastai.optimizer import Optimizer, adam_step, average_grad, average_sqr_grad, step_stat, weight_decay
 
-# %% ../nbs/04_optimizer.ipynb #61ec6d89
+# %% ../nbs/04_optimizer.ipynb #729c6e9c
 class FusedAdam(Optimizer):
     "fastai's `Adam` with decoupled weight decay (Loshchilov & Hutter 2019), by PyTorch's fused kernel: the same hypers, state and results to rounding"
     def __init__(self,
         params, # Parameters, or a list of them for each parameter group
-        lr:float, # Learning rate
+        lr:float|slice, # Learning rate; a slice spreads over the groups
         mom:float=0.9, # Decay of the mean of gradients, per step (beta1)
         sqr_mom:float=0.99, # Decay of the mean of squared gradients, per step (beta2)
         eps:float=1e-5, # Added to the root of the mean square, in the unit of gradients
