@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from fastai.optimizer import Optimizer, adam_step, average_grad, average_sqr_grad, step_stat, weight_decay
 
-# %% ../nbs/04_optimizer.ipynb #729c6e9c
+# %% ../nbs/04_optimizer.ipynb #4d588684
 class FusedAdam(Optimizer):
     "fastai's `Adam` with decoupled weight decay (Loshchilov & Hutter 2019), by PyTorch's fused kernel: the same hypers, state and results to rounding"
     def __init__(self,
@@ -54,7 +54,7 @@ class FusedAdam(Optimizer):
     def _row(self, p, grad, state):
         "What the kernel needs of one parameter, or None if it cannot: on the CPU it reads and writes as many contiguous values as the parameter has, whatever it is given"
         dtype,shape = p.dtype,p.shape
-        if not ((dtype is torch.float32 or dtype is torch.float64) and grad.dtype is dtype and grad.layout is torch.strided and grad.shape==shape
+        if not ((dtype is torch.float32 or dtype is torch.float64) and grad.dtype is dtype and grad.shape==shape
             and (p.is_cpu or p.is_cuda) and p.is_contiguous() and grad.is_contiguous()): return
         if (avg := state.get('grad_avg')) is None: avg = state['grad_avg'] = torch.zeros_like(grad)
         if (sqr_avg := state.get('sqr_avg')) is None: sqr_avg = state['sqr_avg'] = torch.zeros_like(grad)

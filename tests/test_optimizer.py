@@ -75,7 +75,7 @@ def fused(opt): return all(isinstance(s['step'], torch.Tensor) for s in opt.stat
 def calls(monkeypatch):
     "The arguments by name of each call of the kernel"
     res,adamw = [],optimizer.adamw
-    monkeypatch.setattr(optimizer, 'adamw', lambda *args, **kwargs: (res.append({**kwargs, 'n': len(args[0])}), adamw(*args, **kwargs)))
+    monkeypatch.setattr(optimizer, 'adamw', lambda *args, **kwargs: (res.append({**kwargs, 'n': len(args[0]), 'grad': torch.is_grad_enabled()}), adamw(*args, **kwargs)))
     return res
 
 @pytest.fixture
@@ -114,6 +114,7 @@ def test_one_call_per_group_and_decay(calls):
     opt.set_hyper('wd', 0.)
     opt.step()
     assert [(o['n'], o['weight_decay']) for o in calls]==[(4, 0.), (4, 0.)]
+    assert not any(o['grad'] for o in calls)
 
 
 @pytest.mark.parametrize('dtype', TOL)
@@ -293,10 +294,10 @@ def test_set_hyper(v, n):
 
 def test_set_hyper_where_groups_were_taken_away():
     res = []
-    for v in (.1, [.1], [.1, .2], np.array([.1, .2])):
+    for v,attr in [(v, attr) for v in (.1, [.1], [.1, .2], np.array([.1]), np.array([.1, .2])) for attr in ('param_lists', 'hypers')]:
         for f in BOTH:
             opt = f([tensors() for _ in range(2)], lr=1.)
-            opt.param_lists = opt.param_lists[:1]
+            setattr(opt, attr, getattr(opt, attr)[:1])
             def set_it():
                 opt.set_hyper('lr', v)
                 return opt.hypers
@@ -331,7 +332,7 @@ def test_sparse_gradients_fail_as_fastai_has_them_fail(no_kernel):
         with pytest.raises(Exception) as e: opt.step()
         errors.append((type(e.value), str(e.value)))
     assert errors[0]==errors[1]
-    assert_same(*opts) if not any(o.is_sparse for s in opts[1].state.values() for o in s.values() if isinstance(o, torch.Tensor)) else None
+    for p,q in zip(*(o.param_lists[0] for o in opts)): assert torch.equal(p, q)
     for opt in opts: opt.zero_grad()
     assert all(not p.grad.to_dense().any() for p in opts[0].param_lists[0])
 
@@ -370,6 +371,43 @@ def test_gradients_that_are_not_contiguous(make, no_kernel):
     assert_same(*opts, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('what', ['param', 'grad_avg', 'sqr_avg'])
+def test_one_tensor_that_is_laid_out_otherwise(what, calls):
+    opts = [f(tensors(((3,2), (2,))), lr=.1, wd=.3) for f in BOTH]
+    def turned(o): return o.T.contiguous().T
+    for opt in opts:
+        p = opt.param_lists[0][0]
+        for i in range(6):
+            if i==3 and what=='param': p.data = turned(p.data)
+            elif i==3: opt.state[p][what] = turned(opt.state[p][what])
+            give_grads(opt.param_lists[0], i)
+            p.grad = p.grad.contiguous()
+            opt.step()
+    assert len(calls)==3 and not fused(opts[0])
+    assert_same(*opts)
+
+def test_gradients_that_were_there_before_the_parameter_changed(no_kernel):
+    "Such as one that `p.data = ` gave another dtype or shape"
+    for data in (lambda p: p.data.double(), lambda p: p.data[:2]):
+        opts = [f(tensors(((3,2),), torch.float32), lr=.1) for f in BOTH]
+        res = []
+        for opt in opts:
+            p = opt.param_lists[0][0]
+            give_grads([p], 0)
+            p.data = data(p)
+            res.append(result(lambda: opt.step() or []))
+        assert res[0]==res[1]
+        assert_same(*opts, rtol=0, atol=0)
+
+def test_devices_without_a_kernel_are_left_to_fastai(no_kernel):
+    for f in BOTH:
+        p = nn.Parameter(torch.ones(3, device='meta'))
+        opt = f([p], lr=.1)
+        p.grad = torch.ones_like(p)
+        opt.step()
+        assert opt.state[p]['step']==1 and opt.state[p]['grad_avg'].is_meta
+
+
 def test_between_kernel_and_fastai():
     "A step of fastai's own between steps of the kernel, and all again after the state was loaded"
     opts = [f(tensors(((3,2), (2,))), lr=.1, wd=.3) for f in BOTH]
@@ -405,6 +443,7 @@ def test_a_model_that_becomes_another_dtype():
         give_grads(opt.param_lists[0], 2)
         opt.step()
     assert fused(opts[0]) and opts[0].state_dict()['state'][0]['step']==3
+    assert all(s['step'].dtype is torch.float32 for s in opts[0].state.values())
     assert_same(*opts, rtol=1e-6, atol=1e-6)
 
 
