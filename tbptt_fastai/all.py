@@ -16,6 +16,7 @@ from tbptt_fastai.streams import *
 from tbptt_fastai.frames import *
 from tbptt_fastai.text import *
 from tbptt_fastai.data import *
+from tbptt_fastai.optimizer import *
 from tbptt_fastai.metrics import *
 from tbptt_fastai.checks import *
 from tbptt_fastai.resets import *
