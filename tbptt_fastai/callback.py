@@ -87,31 +87,34 @@ class TbpttResetCB(StateResets):
             raise ValueError("Inputs cannot be put in the order of the predictions of a StreamDL: leave out with_input, and take them from its dataset.")
 
     def after_pred(self):
-        if self._carrying and self.training and not self._checked and self.sub_window.moves_on:
+        learn,sub_window = self.learn,self.sub_window
+        if learn.training and self._carrying and not self._checked and sub_window.moves_on:
             self._checked = True
-            check_states(self.model, self._carried, find_bs(self.xb), self.sub_window.steps)
+            check_states(self.model, self._carried, find_bs(self.xb), sub_window.steps)
         if self._stream:
-            self.dl.seen = getattr(self.sub_window, 'last_carried', self.sub_window)
-            self.learn.pred,self.learn.yb = tree_map(self.sub_window.real_steps, (self.pred, self.yb))
-        whole = self.pred,self.yb
+            learn.dl.seen = getattr(sub_window, 'last_carried', sub_window)
+            learn.pred,learn.yb = tree_map(sub_window.real_steps, (learn.pred, learn.yb))
+        whole = learn.pred,learn.yb
         self._skip_washout()
-        if not self.training and (self.pred is not whole[0] or self.yb is not whole[1]): self._whole = whole
+        if not learn.training and (learn.pred is not whole[0] or learn.yb is not whole[1]): self._whole = whole
 
     def after_loss(self):
-        if not self.training:
+        learn,weight = self.learn,self.sub_window.weight
+        if not learn.training:
             if '_whole' in vars(self): self.learn.pred,self.learn.yb = vars(self).pop('_whole')
             if self._stream and getattr(self.loss_func, 'reduction', None)=='none' and len(self.yb): self.learn.loss = self._step_losses()
             return
-        if not len(self.yb): return # no targets, no loss
-        by_steps = self._stream and any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs) # which weighs by the size of `yb`, that is by steps
-        if self.sub_window.weight!=1 and not by_steps and getattr(self.loss_func, 'reduction', 'mean')!='sum': self.learn.loss_grad = self.loss_grad*self.sub_window.weight
-        if self.loss.dtype==torch.float64: self.learn.loss = self.loss.float() # what Recorder smooths has to be float32
+        if not len(learn.yb): return # no targets, no loss
+        by_steps = self._stream and any(isinstance(cb, GradientAccumulation) for cb in learn.cbs) # which weighs by the size of `yb`, that is by steps
+        if weight!=1 and not by_steps and getattr(learn.loss_func, 'reduction', 'mean')!='sum': learn.loss_grad = learn.loss_grad*weight
+        if learn.loss.dtype==torch.float64: learn.loss = learn.loss.float() # what Recorder smooths has to be float32
 
     def after_batch(self):
-        if not self.training: return self._skip_washout()
-        if not isinstance(self.dl, SubWindows): return
-        n,n_first = len(self.dl.plan),self.n_iter//self.dl.n_windows
-        if n!=n_first: self.learn.pct_train += (n_first/n-1)/(self.n_iter*self.n_epoch) # fastai counts on windows as long as the first
+        learn = self.learn
+        if not learn.training: return self._skip_washout()
+        if not isinstance(learn.dl, SubWindows): return
+        n,n_first = len(learn.dl.plan),learn.n_iter//learn.dl.n_windows
+        if n!=n_first: learn.pct_train += (n_first/n-1)/(learn.n_iter*learn.n_epoch) # fastai counts on windows as long as the first
 
     def before_step(self):
         if self.sub_window.lr==1: return
@@ -130,14 +133,15 @@ class TbpttResetCB(StateResets):
         return losses
 
     def _skip_washout(self):
+        sub_window = self.sub_window
         if self._stream:
-            if self.sub_window.counted is None or not len(self.yb): return
-            if len(self.sub_window.counted)==0: self.learn.yb = () # no loss, no metrics
-            else: self.learn.pred,self.learn.yb = tree_map(self.sub_window.counted_steps, (self.pred, self.yb))
+            if sub_window.counted is None or not len(self.yb): return
+            if len(sub_window.counted)==0: self.learn.yb = () # no loss, no metrics
+            else: self.learn.pred,self.learn.yb = tree_map(sub_window.counted_steps, (self.pred, self.yb))
             return
-        n_skip = self.sub_window.loss_start-self.sub_window.start
+        n_skip = sub_window.loss_start-sub_window.start
         if n_skip==0 or not any(self.dl.window.targets_timed): return
-        steps = self.sub_window.steps
+        steps = sub_window.steps
         if n_skip==steps: raise ValueError(f"n_skip is {self.n_skip}, a window to evaluate has {steps} steps: no step would count.")
         targets,form = tree_flatten(self.yb)
         self.learn.pred = tree_map(lambda o: o[:,n_skip:] if isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==steps else o, self.pred)

@@ -93,7 +93,7 @@ class carry_state:
 
     def _before_stateful(self, rnn, args):
         if rnn not in self._stateful: return
-        rnn.carry_in_evaluation = self._active # even if it is in evaluation mode by itself, such as a frozen encoder
+        vars(rnn)['carry_in_evaluation'] = self._active # even if it is in evaluation mode by itself, such as a frozen encoder
         if not self._active: return
         if rnn in self.carrying: self._refuse_second_call(rnn, self._stateful[rnn])
         self.carrying.add(rnn)

@@ -8,7 +8,8 @@ __all__ = ['DIGESTS', 'fastai_code', 'is_known', 'LeanLearner']
 # %% ../nbs/06f_dispatch.ipynb #e8b30b89
 from functools import cache
 from hashlib import sha256
-from inspect import getsource
+from linecache import getlines
+from inspect import getblock
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
                                   CancelTrainException, CancelValidException, _inner_loop)
 from fastai.callback.schedule import ParamScheduler, combine_scheds
@@ -28,13 +29,16 @@ def fastai_code(
     "The functions of fastai whose work `LeanLearner` does itself"
     return cls._call_one,Callback.__call__,Learner.__call__,Learner._set_device,ParamScheduler._update_val,Recorder._train_mets.fget,AvgSmoothLoss.accumulate,combine_scheds,*shortcuts
 
+def _source(f):
+    code = getattr(f, '__code__', None) # `inspect.getsource` would look through every module that is loaded
+    return ''.join(getblock(getlines(code.co_filename)[code.co_firstlineno-1:])) if code else ''
+
 @cache
 def is_known(
     *functions, # What `fastai_code` gives
 )->bool:
     "Is this the code that `LeanLearner` was written against?"
-    try: return sha256(''.join(map(getsource, functions)).encode()).hexdigest()[:16] in DIGESTS
-    except (OSError, TypeError): return False
+    return sha256(''.join(map(_source, functions)).encode()).hexdigest()[:16] in DIGESTS
 
 # %% ../nbs/06f_dispatch.ipynb #ec3fa873
 _inner_events = frozenset(_inner_loop)

@@ -19,6 +19,7 @@ from .arrays import channel_stats
 from .callback import TbpttResetCB
 from .dispatch import LeanLearner
 from .loader import first_item
+from .optimizer import FusedAdam
 from .parts import SubWindowCheckCB
 from .rnn import SequenceRNN, Standardize
 from .text import TextRNN, TextRows
@@ -65,17 +66,18 @@ def TbpttLearner(
     n_skip:int=0, # Washout: first steps of each window that count neither in loss nor in metrics
     grad_clip:float=None, # Largest norm of the gradient; default: no clipping
     loss_func=None, # Default: the dataset's own, or `nn.L1Loss()` for real targets
+    opt_func=FusedAdam, # Optimizer; the default is fastai's `Adam` by a fused kernel
     cbs=None, # More callbacks
     **kwargs
 )->Learner:
     "A `Learner` that trains by truncated backpropagation through time; all its methods are fastai's own"
-    own = dict(sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, grad_clip=grad_clip, loss_func=loss_func, cbs=cbs)
+    own = dict(sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, grad_clip=grad_clip, loss_func=loss_func, opt_func=opt_func, cbs=cbs)
     if model is None: return RNNLearner(dls, **own, **kwargs)
     cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, truncation=truncation)+SubWindowCheckCB()
     if grad_clip is not None:
         if not grad_clip>0: raise ValueError(f"grad_clip is {grad_clip}; expected the largest norm of the gradient, above 0, or None.")
         cbs += GradientClip(grad_clip)
-    return LeanLearner(dls, model, loss_func=loss_func or default_loss(dls), cbs=cbs, **kwargs)
+    return LeanLearner(dls, model, loss_func=loss_func or default_loss(dls), opt_func=opt_func, cbs=cbs, **kwargs)
 
 @delegates(TbpttLearner, but=['model'])
 def RNNLearner(

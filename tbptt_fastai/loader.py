@@ -7,7 +7,9 @@ __all__ = ['Window', 'plain_batch', 'SubWindows', 'inner_loader', 'first_item', 
 
 # %% ../nbs/03b_loader.ipynb #3dcf0e5c
 import random
+from functools import cached_property
 from itertools import chain
+from operator import is_
 from random import Random
 from statistics import mean
 from types import SimpleNamespace
@@ -46,6 +48,7 @@ class Window:
         self.timed = [_is_array(o) and o.ndim>1 and o.shape[1]==self.steps for o in self._elements] if timed is None else list(timed)[:len(self._elements)]
         inputs = batch[:n_inp] if isinstance(batch, (tuple,list)) else batch
         self.targets_timed = self.timed[len(tree_leaves(inputs)):]
+        self._flat = type(batch) is tuple and len(batch)==len(self._elements) and all(map(is_, batch, self._elements))
 
     def cut(self,
         start:int, # First step
@@ -53,7 +56,8 @@ class Window:
     ): # As the batch
         "Views of those steps; elements without a time axis are whole"
         if (start,stop)==(0,self.steps): return self.batch
-        return tree_unflatten([o[:,start:stop] if t else o for o,t in zip(self._elements, self.timed)], self._form)
+        cut = [o[:,start:stop] if t else o for o,t in zip(self._elements, self.timed)]
+        return tuple(cut) if self._flat else tree_unflatten(cut, self._form)
 
     def plan(self,
         truncation:Truncation, # Scheme
@@ -135,7 +139,7 @@ class SubWindows(GetAttr):
         "Steps of an epoch, if all windows are as long as the first"
         return self.n_windows*self.n_sub
 
-    @property
+    @cached_property
     def n_windows(self):
         "Batches of windows in an epoch, for this process"
         if self.world_size>1: # DistributedDL counts the sub-windows of a TbpttDL, and a batch that drop_last leaves out

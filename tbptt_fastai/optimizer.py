@@ -38,18 +38,21 @@ class FusedAdam(Optimizer):
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
         calls = []
         for pg,h in zip(self.param_lists, self.hypers):
-            wd,rows = float(h['wd']),{} # rows by weight decay
+            rows,decayed = [],[]
             for p in pg:
                 if (grad := p.grad) is None: continue
                 state = self.state[p]
                 if not (row := self._row(p, grad, state)): return self._plain_step()
-                rows.setdefault(wd if state.get('do_wd', True) else 0., []).append(row)
-            calls += [(h, decay, *map(list, zip(*o))) for decay,o in rows.items()]
+                rows.append(row)
+                if state.get('do_wd', True): decayed.append(p.data)
+            if rows: calls.append((h, decayed, *map(list, zip(*rows))))
         if any(len({*map(id, ps)})<len(ps) for _,_,ps,*_ in calls): return self._plain_step() # a parameter twice takes two steps, one after the other
         with torch.no_grad():
-            for h,wd,ps,grads,avgs,sqr_avgs,steps in calls:
-                adamw(ps, grads, avgs, sqr_avgs, [], steps, fused=True, amsgrad=False, maximize=False, weight_decay=wd,
-                    lr=float(h['lr']), beta1=float(h['mom']), beta2=float(h['sqr_mom']), eps=float(h['eps']))
+            for h,decayed,ps,grads,avgs,sqr_avgs,steps in calls:
+                lr,wd = float(h['lr']),float(h['wd'])
+                if decayed and wd!=0: torch._foreach_mul_(decayed, 1-lr*wd)
+                adamw(ps, grads, avgs, sqr_avgs, [], steps, fused=True, amsgrad=False, maximize=False, weight_decay=0.,
+                    lr=lr, beta1=float(h['mom']), beta2=float(h['sqr_mom']), eps=float(h['eps']))
 
     def _row(self, p, grad, state):
         "What the kernel needs of one parameter, or None if it cannot: on the CPU it reads and writes as many contiguous values as the parameter has, whatever it is given"

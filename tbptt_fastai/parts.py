@@ -6,6 +6,7 @@
 __all__ = ['on_trial', 'unread', 'first_output', 'run_in_parts', 'difference', 'compare_parts', 'SubWindowCheckCB']
 
 # %% ../nbs/06d_parts.ipynb #f47a57fd
+import sys
 from contextlib import contextmanager, nullcontext
 import torch
 from fastai.callback.core import Callback
@@ -20,6 +21,10 @@ from .loader import SubWindows, Window, inner_loader
 from .streams import StreamView
 
 # %% ../nbs/06d_parts.ipynb #15da2350
+def _without_compiling():
+    "Compiled models run as they were written; where nothing has been compiled, there is no compiler to load for this"
+    return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
+
 @contextmanager
 def on_trial(
     model:nn.Module, # Any model
@@ -30,7 +35,7 @@ def on_trial(
     model.eval()
     try:
         # cuDNN has no gradient in evaluation mode; to compile a model for the lengths that are tried would take longer than all the rest
-        with out_of_reach(model), no_random(), torch.backends.cudnn.flags(enabled=False), torch.autocast(device, enabled=False), torch.compiler.set_stance('force_eager'): yield
+        with out_of_reach(model), no_random(), torch.backends.cudnn.flags(enabled=False), torch.autocast(device, enabled=False), _without_compiling(): yield
     finally:
         for m,training in modes.items(): m.training = training
         reset_own_state(model)

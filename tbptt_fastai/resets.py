@@ -43,20 +43,22 @@ class StateResets(Callback):
     _carried,_window = None,None # the context that a run over the batches is in; the last window that was begun
 
     @property
-    def _stream(self): return isinstance(self.dl, StreamView)
+    def _stream(self): return isinstance(self.learn.dl, StreamView)
 
     @property
     def carries(self):
         "Does the state go from one batch to the next? In training by sub-windows, and in the evaluation of a stream"
-        return isinstance(self.dl, SubWindows) and self.dl.truncation is not None and (self.training or self._stream)
+        dl = self.learn.dl
+        return isinstance(dl, SubWindows) and dl.truncation is not None and (self.learn.training or self._stream)
 
     @property
-    def _carrying(self): return self._carried is not None and self._carried.evaluation!=self.training
+    def _carrying(self): return self._carried is not None and self._carried.evaluation!=self.learn.training
 
     @property
     def sub_window(self):
         "What the batch is of its window; every batch of a loader that is not ours is a new window"
-        return self.dl.sub_window if isinstance(self.dl, SubWindows) else SubWindow(0, None, 0)
+        dl = self.learn.dl
+        return dl.sub_window if isinstance(dl, SubWindows) else SubWindow(0, None, 0)
 
     def reset(self,
         rows=None, # bool `(bs,)`: the rows that begin a new window; default: all
@@ -73,17 +75,19 @@ class StateResets(Callback):
 
     def before_batch(self):
         if self._carried is not None: self._carried.pieces = [] # of a batch that was cancelled
-        if self.carries and not self._carrying: raise RuntimeError(
+        carries,dl = self.carries,self.learn.dl
+        if carries and not self._carrying: raise RuntimeError(
             "No state would be carried: another callback evaluated in `before_epoch`, after this one, or asked for `inner` predictions of a StreamDL. Give it an order below 12, or let it evaluate in another event.")
         if self._stream: return self._begin_rows()
-        if not self.training: # all but a model's own state starts evaluation from the initial one by itself, and keeps that of the training
+        if not self.learn.training: # all but a model's own state starts evaluation from the initial one by itself, and keeps that of the training
             return reset_own_state(self.model)
-        window = self.dl.window if isinstance(self.dl, SubWindows) else None
+        window = dl.window if isinstance(dl, SubWindows) else None
         if window is None or window is not self._window:
             self._window = window
             self.reset()
-        for xb in self.dl.warm_up if window is not None else (): self._warm_up(xb)
-        if self.carries and (self.sub_window.cuts or self.sub_window.carry is not None): self._in_pieces(_pieces(self.sub_window), self.sub_window)
+        if window is None: return
+        for xb in dl.warm_up: self._warm_up(xb)
+        if carries and (dl.sub_window.cuts or dl.sub_window.carry is not None): self._in_pieces(_pieces(dl.sub_window), dl.sub_window)
 
     def _in_pieces(self, pieces, plan):
         "Have the next call of the model run so"

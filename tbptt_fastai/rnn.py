@@ -10,7 +10,7 @@ __all__ = ['rnn_types', 'refuse_bidirectional', 'check_carried', 'InitialState',
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .state import batch_dims, check_state, detach_state, state_batch_size, state_leaves, where_state
 
 # %% ../nbs/01_rnn.ipynb #658cd22c
@@ -35,7 +35,7 @@ def check_carried(
     if state is None: return
     check_state(state, x.shape[0 if getattr(rnn, 'batch_first', True) else 1], x.device, batch_dim)
     if isinstance(rnn, nn.RNNBase) and not torch.is_autocast_enabled(x.device.type):
-        dtypes = {t.dtype for t in tree_leaves(state)}
+        dtypes = {t.dtype for t in state_leaves(state)}
         if dtypes != {x.dtype}: raise ValueError(f"The carried hidden state is {dtypes.pop()}, the input {x.dtype}. Call `reset()` before changing the type of a model or its data.")
 
 # %% ../nbs/01_rnn.ipynb #5c7ac819
@@ -107,8 +107,8 @@ class StatefulRNN(nn.Module):
         res = self.rnn(x, state)
         if not (isinstance(res, tuple) and len(res)==2 and res[1] is not None):
             raise TypeError(f"{type(self.rnn).__name__} returned {'no state' if isinstance(res, tuple) and len(res)==2 else f'a {type(res).__name__}'}; expected (out, state).")
-        if carry: self._state = res[1] if self.keep_graph else detach_state(res[1])
-        if carry or self._begins is None: self._begins = self._groups = None # rows that begin anew wait until it is carried
+        if carry: vars(self)['_state'] = res[1] if self.keep_graph else detach_state(res[1]) # an `nn.Module` looks twice at what is set on it
+        if carry or self._begins is None: vars(self).update(_begins=None, _groups=None) # rows that begin anew wait until it is carried
         return res[0]
 
     def _begin(self, x, state):

@@ -21,10 +21,16 @@ def _register_dataclass(cls):
         return o
     register_pytree_node(cls, lambda o: ([getattr(o, name) for name in names], None), build)
 
+def _is_flat(state):
+    "Is it a plain tuple of tensors, as that of `nn.LSTM`? Those are in every training step, and take no walk"
+    return type(state) is tuple and all(type(o) is Tensor for o in state)
+
 def state_leaves(
     state, # Hidden state of any nesting
 )->list:
     "Its tensors, numbers and `None`s, in a fixed order"
+    if _is_flat(state): return list(state)
+    if type(state) is Tensor: return [state]
     leaves = tree_leaves(state)
     unknown = {type(o) for o in leaves if dataclasses.is_dataclass(o) and not isinstance(o, type)}
     if not unknown: return leaves
@@ -41,6 +47,8 @@ def detach_state(
     state, # Hidden state: tensors, numbers and None in tuples, lists, dicts, named tuples or dataclasses of any nesting
 ):
     "The same values, cut from the graph: gradients of later losses stop here"
+    if _is_flat(state): return tuple(o.detach() for o in state)
+    if type(state) is Tensor: return state.detach()
     state_leaves(state)
     return tree_map(_detach_leaf, state)
 
@@ -65,8 +73,9 @@ def batch_dims(
 )->list: # For each of the leaves: a number, or `None`
     "Where the batch is in each leaf of a state"
     leaves = state_leaves(state)
-    if any(o is not None and type(o) is not int for o in state_leaves(batch_dim)): raise TypeError(f"batch_dim is {batch_dim!r}; expected a number, or a nest of numbers and None.")
-    declared = [batch_dim]*len(leaves) if isinstance(batch_dim, int) else _leaves_like(batch_dim, state, 'batch_dim')
+    if type(batch_dim) is int: declared = [batch_dim]*len(leaves)
+    elif all(o is None or type(o) is int for o in state_leaves(batch_dim)): declared = _leaves_like(batch_dim, state, 'batch_dim')
+    else: raise TypeError(f"batch_dim is {batch_dim!r}; expected a number, or a nest of numbers and None.")
     return [dim%o.ndim if isinstance(o, Tensor) and dim is not None and -o.ndim<=dim<o.ndim else None for o,dim in zip(leaves, declared)]
 
 def state_batch_size(

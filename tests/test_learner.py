@@ -14,6 +14,8 @@ from torch import nn
 from tbptt_fastai.callback import TbpttResetCB
 from tbptt_fastai.checks import resolve_truncation
 from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.dispatch import LeanLearner
+from tbptt_fastai.optimizer import FusedAdam
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, scaling_from_data
 from tbptt_fastai.arrays import channel_stats
 from tbptt_fastai.rnn import SequenceRNN, Standardize, StatefulRNN
@@ -54,8 +56,8 @@ def test_scaling_sees_what_the_model_sees(signals):
 
 def test_defaults(dls):
     learn = TbpttLearner(dls, model())
-    assert isinstance(learn, Learner) and type(learn) is Learner
-    assert isinstance(learn.loss_func, nn.L1Loss) and learn.opt_func is Adam and not learn._grab_cbs(GradientClip)
+    assert isinstance(learn, Learner) and type(learn) is LeanLearner
+    assert isinstance(learn.loss_func, nn.L1Loss) and learn.opt_func is FusedAdam and not learn._grab_cbs(GradientClip)
     assert learn._grab_cbs(TbpttResetCB)[0].order==12
     assert TbpttLearner(dls, model(), grad_clip=.5)._grab_cbs(GradientClip)[0].max_norm==.5
     assert TbpttLearner(dls, model(), loss_func=MSELossFlat(), lr=.02, wd=.1).lr==.02

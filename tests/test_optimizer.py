@@ -104,17 +104,15 @@ def test_fifty_steps(dtype, kwargs):
     assert_same(*opts, **TOL[dtype])
 
 
-def test_one_call_per_group_and_decay(calls):
+def test_one_call_per_group(calls):
+    "... and no trace of it for autograd: gradients may be on their way through old values, as with fastai's"
     opt = FusedAdam([tensors(), tensors()], lr=1e-2, wd=.3)
     opt.state[opt.param_lists[0][1]]['do_wd'] = False
     for pg in opt.param_lists: give_grads(pg, 0)
+    versions = [p._version for p in sum(opt.param_lists, [])]
     opt.step()
-    assert [(o['n'], o['weight_decay']) for o in calls]==[(3, .3), (1, 0.), (4, .3)]
-    calls.clear()
-    opt.set_hyper('wd', 0.)
-    opt.step()
-    assert [(o['n'], o['weight_decay']) for o in calls]==[(4, 0.), (4, 0.)]
-    assert not any(o['grad'] for o in calls)
+    assert [o['n'] for o in calls]==[4, 4] and not any(o['grad'] for o in calls)
+    assert versions==[p._version for p in sum(opt.param_lists, [])]
 
 
 @pytest.mark.parametrize('dtype', TOL)
