@@ -24,6 +24,10 @@ def refuse_bidirectional(
             raise ValueError(f"{type(m).__name__}{f' ({inner})' if inner else ''} is bidirectional: its backward half starts at the end of the window, "
                              "which a sub-window has not seen. Use bidirectional=False.")
 
+def _fits(state, bs, x, batch_dim):
+    "Is it a tuple of tensors, as that of `nn.LSTM`, of the input's kind? Most are, and are looked at in every step"
+    return type(state) is tuple and type(batch_dim) is int and all(type(o) is Tensor and -o.ndim<=batch_dim<o.ndim and o.shape[batch_dim]==bs and o.device==x.device and o.dtype==x.dtype for o in state)
+
 def check_carried(
     rnn:nn.Module, # The module that is about to be called
     x, # Its input
@@ -32,8 +36,9 @@ def check_carried(
 ):
     "Refuse an input that a carried state does not belong to: another batch size, device or type, or a packed sequence"
     if isinstance(x, PackedSequence): raise TypeError("A state can be carried over padded tensors, not over a PackedSequence: packing reorders the batch and so the state.")
-    if state is None: return
-    check_state(state, x.shape[0 if getattr(rnn, 'batch_first', True) else 1], x.device, batch_dim)
+    bs = x.shape[0 if getattr(rnn, 'batch_first', True) else 1]
+    if state is None or _fits(state, bs, x, batch_dim): return
+    check_state(state, bs, x.device, batch_dim)
     if isinstance(rnn, nn.RNNBase) and not torch.is_autocast_enabled(x.device.type):
         dtypes = {t.dtype for t in state_leaves(state)}
         if dtypes != {x.dtype}: raise ValueError(f"The carried hidden state is {dtypes.pop()}, the input {x.dtype}. Call `reset()` before changing the type of a model or its data.")

@@ -130,9 +130,15 @@ class Truncation:
 # %% ../nbs/02_truncation.ipynb #2536c121
 class Fixed(Truncation):
     "Cut a window every `sub_seq_len` steps; the last sub-window has what is left"
+    _last = None
     def __init__(self,
         sub_seq_len:int, # Steps of a sub-window
     ): self.sub_seq_len = self.block = self.least_window = check_steps('sub_seq_len', sub_seq_len)
+
+    def sub_windows(self, win_sz, n_skip=0, rng=None):
+        asked = self.sub_seq_len,win_sz,n_skip # most windows are as long as the last one
+        if self._last is None or self._last[0]!=asked: self._last = asked,super().sub_windows(win_sz, n_skip, rng)
+        return list(self._last[1])
 
     def plan(self, win_sz, rng): return [(start, min(start+self.sub_seq_len, win_sz)) for start in range(0, win_sz, self.sub_seq_len)]
 

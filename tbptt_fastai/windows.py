@@ -128,6 +128,7 @@ class _Pieces(Sequences):
     def __len__(self): return int(self._ends[-1])
 
     def _locate(self, idxs):
+        if len(self._ends)==1: return np.zeros_like(idxs),idxs*self.stp_sz
         seq = self._ends.searchsorted(idxs, side='right')
         return seq,(idxs-self._ends[seq]+self._counts[seq])*self.stp_sz
 
@@ -164,16 +165,14 @@ class SequenceWindows(_Pieces):
     def gather(self,
         idxs, # Numbers of windows
     )->tuple[Tensor,...]: # x and y `(len(idxs), win_sz, ...)`
-        "A batch of windows, by one indexing operation per sequence that they lie in"
+        "A batch of windows, by one indexing operation, or one copy of slices if there are several sequences"
         if self.in_files: return self.read(idxs, np.zeros_like(idxs), np.full(len(idxs), self.win_sz))
         seq,start = self.locate(idxs)
         return tuple(self._cut(seqs, seq, start) for seqs in self.arrays)
 
     def _cut(self, seqs, seq, start):
-        batch = seqs[0].new_empty((len(seq), self.win_sz, *seqs[0].shape[1:]))
-        for i in np.unique(seq):
-            rows,every = np.flatnonzero(seq==i),seqs[i].unfold(0, self.win_sz, 1).movedim(-1, 1)
-            batch[rows] = every[start[rows]]
+        if len(seqs)==1: batch = seqs[0].unfold(0, self.win_sz, 1).movedim(-1, 1)[torch.from_numpy(start)]
+        else: batch = torch.stack([seqs[i][a:a+self.win_sz] for i,a in zip(seq.tolist(), start.tolist())])
         return batch.to(self.dtype) if batch.is_floating_point() else batch
 
     def __getitem__(self, i): return super().__getitem__(i) if self.in_files or not hasattr(i, '__index__') else tuple(b[0] for b in self.gather([index(i)]))

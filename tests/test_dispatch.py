@@ -386,6 +386,7 @@ def test_batches_are_left_alone_where_they_are(signals, monkeypatch):
     both = [x, y]
     assert learn._set_device(both) is not both # as everywhere in fastai, a list is made anew
     learn.model.to('meta')
+    learn('before_epoch') # it may not move within the batches of an epoch
     on_meta = learn._set_device(b)
     assert {o.device.type for o in on_meta}=={'meta'}
     monkeypatch.setattr(defaults, 'use_cuda', False) # fastai then puts batches on the CPU, wherever the model is
