@@ -44,9 +44,9 @@ def spread(values, form='.2f'):
     "Median and range"
     return f'{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})'
 
-def table(header, rows, left=1):
-    "Print a table; all columns but the first `left` are numbers"
-    print(f"| {' | '.join(header)} |\n| {' | '.join(['---']*left+['--:']*(len(header)-left))} |")
+def table(header, rows, text=(0,)):
+    "Print a table; columns in `text` are words, all others numbers"
+    print(f"| {' | '.join(header)} |\n| {' | '.join('---' if i in text else '--:' for i in range(len(header)))} |")
     for row in rows: print(f"| {' | '.join(map(str, row))} |")
 
 

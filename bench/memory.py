@@ -123,7 +123,7 @@ def length_table(args):
     runs = turns([(w,k) for w in args.windows for k in (SUB,0)], args.repeats, lambda c, _: in_process(__file__, 'length', *c))
     headline('one thread', f'LSTM-{HIDDEN}, batch {BS}, sub-window {SUB}', f'median (range) of {args.repeats}')
     table(['window [steps]','training','rise of resident memory [MiB]','activations of a step [MiB]','window itself [MiB]'],
-          [(f'{w:,}', f'TBPTT, {k}' if k else 'full backpropagation', spread(column(o, 'peak'), '.0f'), f"{o[0]['activations']:.1f}", f"{o[0]['window']:.1f}") for (w,k),o in runs.items()])
+          [(f'{w:,}', f'TBPTT, {k}' if k else 'full backpropagation', spread(column(o, 'peak'), '.0f'), f"{o[0]['activations']:.1f}", f"{o[0]['window']:.1f}") for (w,k),o in runs.items()], text=(1,))
     return [dict(win_sz=w, sub_seq_len=k, runs=seen) for (w,k),seen in runs.items()]
 
 def holding_table(args):
@@ -136,7 +136,7 @@ def holding_table(args):
         base = runs['by hand, windows held']
         rows += [(f'{bs} windows, {channels} + 1 channels', name, *(spread(column(o, k), '.0f') for k in SHOWN), *(spread(ratios(o, base, k)) for k in SHOWN)) for name,o in runs.items()]
         res.append(dict(bs=bs, channels=channels, window=bs*(channels+1)*args.long*4/2**20, runs=runs))
-    table(['batch','training',*(f'{o} [MiB]' for o in SHOWN.values()),*(f'{o}, ratio' for o in SHOWN.values())], rows, left=2)
+    table(['batch','training',*(f'{o} [MiB]' for o in SHOWN.values()),*(f'{o}, ratio' for o in SHOWN.values())], rows, text=(0,1))
     return res
 
 def main():
