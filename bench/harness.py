@@ -1,5 +1,5 @@
 """What the benchmarks have in common: turns, medians with their range, tables, and a file of measurements that says where they come from"""
-import argparse, json, os, platform, statistics, subprocess, sys
+import argparse, json, os, platform, re, statistics, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -69,4 +69,5 @@ def save(args, results, packages=()):
     "Write all measurements to the file that was asked for, with machine, versions and arguments; without where files are"
     if not args.json: return
     given = {k: v for k,v in vars(args).items() if k not in ('json','path','tmp')}
-    Path(args.json).write_text(json.dumps({**machine(), 'versions': versions(*packages), 'arguments': given, 'results': results}, indent=1)+'\n')
+    text = json.dumps({**machine(), 'versions': versions(*packages), 'arguments': given, 'results': results}, indent=1)
+    Path(args.json).write_text(re.sub(r'[{[][^{}[\]]*[]}]', lambda o: re.sub(r'\s*\n\s*', ' ', o[0]), text)+'\n') # one measurement a line

@@ -92,8 +92,8 @@ def show(what, runs):
     return [f"{o:,} {what}: {statistics.median(r['cpu']):.3f} times the processor time" for o,r in rel.items() if statistics.median(r['cpu'])>LIMIT]
 
 def main():
-    parser = arguments(__doc__, 11, windows=dict(type=int, nargs='*', default=[10**o for o in range(3, 7)], help='steps of a window'),
-        numbers=dict(type=int, nargs='*', default=[10**o for o in range(3, 8)], help='windows'), steps=dict(type=int, default=500, help=f'training steps that are timed, after {WARM}'))
+    parser = arguments(__doc__, 41, windows=dict(type=int, nargs='*', default=[10**o for o in range(3, 7)], help='steps of a window'),
+        numbers=dict(type=int, nargs='*', default=[10**o for o in range(3, 8)], help='windows'), steps=dict(type=int, default=200, help=f'training steps that are timed, after {WARM}'))
     args = parser.parse_args()
     torch.set_num_threads(1)
     length = max(args.windows, default=0)+N_WIN*SUB # of the series that windows of every length are taken from
