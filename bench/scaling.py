@@ -74,7 +74,7 @@ def train(learn):
     load,cut,rest = waits[opened & counted if (opened & counted).any() else opened].mean(0),waits[~opened & counted].mean(0),rest[counted].mean(0)
     step = rest+cut*(1-1/n_sub)+load/n_sub
     named = dict(step=step, load=load, load_share=load/n_sub, cut=cut, rest=rest, shuffle=clock.shuffling/len(clock.firsts), set_up=clock.set_up)
-    return {f'{k}_{kind}': 1e3*v for k,both in named.items() for kind,v in zip(('wall','cpu'), both)}
+    return {f'{k}_{kind}': round(1e3*v, 6) for k,both in named.items() for kind,v in zip(('wall','cpu'), both.tolist())}
 
 
 def compare(series, sizes, args):
