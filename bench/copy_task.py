@@ -6,12 +6,13 @@ steps, so that a loss reaches back over K to 2K-1 steps, its own included; the d
 1.866: of twenty targets eleven are certain, and nine are one of four kinds. Exits with an error unless K=5 stays there, and K=10 is below 1.06 after
 thirty epochs.
 """
-import argparse, json, platform, statistics, time, warnings
+import argparse, statistics, time, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
-import fastai, numpy as np, torch
+import numpy as np, torch
 from torch import nn
 from fastai.optimizer import SGD
 from tbptt_fastai.all import *
+from harness import headline, save
 
 DELAY = 10 # steps
 MEMORYLESS = float(np.exp(.45*np.log(4)))
@@ -60,8 +61,7 @@ def main():
     parser.add_argument('--json', help='file for all measurements')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f'{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; one thread; '
-          f'LSTM-50, two layers, batch 64, 4000 steps an epoch; without memory {MEMORYLESS:.3f}; seeds {args.seeds}'+'; median (range)'*(len(args.seeds)>1)+'\n')
+    headline('one thread', f'LSTM-50, two layers, batch 64, 4000 steps an epoch; without memory {MEMORYLESS:.3f}; seeds {args.seeds}'+'; median (range)'*(len(args.seeds)>1))
     shown = [o for o in (1, 5, 10, 20, 30, 60) if o<=args.epochs]
     print('| K [steps] | updates an epoch | '+' | '.join(f'perplexity after {o}' for o in shown)+' | time of an epoch [s] |\n'+'| --: '*(len(shown)+3)+'|')
     runs = []
@@ -71,8 +71,7 @@ def main():
         cells = [[r['perplexity'][o-1] for r in mine] for o in shown]+[[r['seconds']/args.epochs for r in mine]]
         formats = ['.3f']*len(shown)+['.1f']
         print(f'| {k} | {-(-4000//k)} | '+' | '.join(f'{statistics.median(o):{f}}'+(f' ({min(o):{f}}–{max(o):{f}})' if len(o)>1 else '') for o,f in zip(cells, formats))+' |', flush=True)
-    if args.json:
-        with open(args.json, 'w') as f: json.dump(runs, f, indent=1)
+    save(args, runs)
     wrong = failures(runs)
     if wrong: raise SystemExit('\n'+'\n'.join(wrong))
 

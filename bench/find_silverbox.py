@@ -2,10 +2,11 @@
 
 One epoch is trained in sub-windows of 100, tbptt_find is asked, and training starts anew: with the suggestion, and with whole windows.
 """
-import argparse, platform, statistics, warnings
+import argparse, statistics, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
-import fastai, torch
+import torch
 from tbptt_fastai.all import *
+from harness import headline
 
 
 def learner(sub_seq_len, seed, path):
@@ -28,7 +29,7 @@ def main():
     parser.add_argument('--path', help='cache of nonlinear_benchmarks')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f'{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; one thread; {args.epochs} epochs; bias {args.bias}\n')
+    headline('one thread', f'{args.epochs} epochs', f'bias {args.bias}')
     print('| seed | suggested sub_seq_len [steps] | beta | RMSE, suggestion [mV] | RMSE, full backpropagation [mV] | ratio |\n| --: | --: | --: | --: | --: | --: |')
     ratios = []
     for seed in args.seeds:

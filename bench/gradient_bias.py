@@ -5,13 +5,14 @@ Time to Control Gradient Bias" (UAI 2019, arXiv 1905.07473). It is trained as in
 steps is compared with that of losses that reach back to the start of their window: for the weights of embedding and recurrent layers, on which
 truncation acts, in float64. Exits with an error where an estimate is too small.
 """
-import argparse, json, platform, statistics, time, warnings
+import argparse, time, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
 from copy import deepcopy
-import fastai, numpy as np, torch
+import numpy as np, torch
 from torch.nn.functional import cross_entropy
 from copy_task import make_learner
 from tbptt_fastai.all import *
+from harness import headline, save, spread
 
 WIN,LAGS = 200,100 # steps: of a window to measure on, of the longest lag
 KS = [5, 10, 15, 20, 30]
@@ -69,7 +70,7 @@ def table(runs):
             seeds = [r for r in runs if r['epochs']==n_epoch]
             cells = [[r[o][i] for r in seeds] for o in ('measured','found','of_one_step','aicher','sum_of_norms')]
             cells.insert(2, [r['found'][i]/r['measured'][i] for r in seeds])
-            print(f'| {n_epoch} | {k} | '+' | '.join(f'{statistics.median(o):.2g} ({min(o):.2g}–{max(o):.2g})' for o in cells)+' |')
+            print(f'| {n_epoch} | {k} | '+' | '.join(spread(o, '.2g') for o in cells)+' |')
 
 def failures(runs):
     "What was expected, and is not so"
@@ -89,7 +90,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     start,runs = time.time(),[]
-    print(f'{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; one thread; {args.losses} losses in each of 1280 windows\n')
+    headline('one thread', f'{args.losses} losses in each of 1280 windows')
     print('| seed | epochs | perplexity | beta | suggested sub_seq_len [steps] |\n'+'| --: '*5+'|')
     for seed in args.seeds:
         learn = make_learner(10, seed)
@@ -108,8 +109,7 @@ def main():
             print(f'| {seed} | {n_epoch} | {perplexity:.3f} | {found.beta:.3f} | {found.suggestion} |', flush=True)
     table(runs)
     print(f'\n{time.time()-start:.0f} s')
-    if args.json:
-        with open(args.json, 'w') as f: json.dump(dict(K=KS, runs=runs), f, indent=1)
+    save(args, dict(K=KS, runs=runs))
     wrong = failures(runs)
     if wrong: raise SystemExit('\n'+'\n'.join(wrong))
 

@@ -5,11 +5,12 @@ experiment is that of C. Tallec and Y. Ollivier, "Unbiasing Truncated Backpropag
 mean gradient of a step is while the parameter is held at 1/2, where the full gradient is 24; and where training ends, when the best parameter is -1/6.
 Exits with an error where an answer is not the expected one.
 """
-import argparse, json, platform, statistics, time, warnings
+import argparse, statistics, time, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
-import fastai, torch
+import torch
 from torch import nn
 from tbptt_fastai.all import *
+from harness import headline, save
 
 BEST,FULL,BURN_IN = -1/6,24.,200 # BURN_IN: first steps of a window whose loss does not count, until the state is at rest
 
@@ -126,10 +127,9 @@ def main():
     parser.add_argument('--json', help='file for all measurements')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f'{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; one thread; theta held at 1/2 in 20 windows of 5000 steps, ± standard error; trained from there with seeds {args.seeds}\n')
+    headline('one thread', 'theta held at 1/2 in 20 windows of 5000 steps, ± standard error', f'trained from there with seeds {args.seeds}')
     gradients,trainings = table_of_gradients(),table_of_trainings(args.seeds, args.steps)
-    if args.json:
-        with open(args.json, 'w') as f: json.dump(dict(gradients=gradients, trainings=trainings), f, indent=1)
+    save(args, dict(gradients=gradients, trainings=trainings))
     wrong = failures(gradients, trainings)
     if wrong: raise SystemExit('\n'+'\n'.join(wrong))
 

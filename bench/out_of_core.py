@@ -5,17 +5,13 @@ resident memory of that process from its start on, so with everything that finds
 page cache before training. The stall is the time that training waits for the reading thread; the loader's time is all that passes from when a training step
 asks for its sub-window until it has it. Processor time is that of both threads, which other work on the machine changes less than it changes the speed.
 """
-import argparse, json, os, platform, statistics, subprocess, sys, tempfile
+import json, os, statistics, sys, tempfile
 from itertools import islice
 from pathlib import Path
 from time import perf_counter, process_time
+from harness import arguments, column, headline, in_process, save, spread, status, table, turns
 
 BS,HIDDEN,SUB,WARM = 4,40,200,50
-
-
-def status(key):
-    "A line of this process's memory status, in MiB"
-    with open('/proc/self/status') as f: return next(int(line.split()[1]) for line in f if line.startswith(key))/1024
 
 
 def make_files(folder, win_sz, hdf5):
@@ -106,52 +102,38 @@ def one_run(folder, win_sz, source, n_steps, skip):
                           tenths=[float(1/o.mean()) for o in np.array_split(step, 10)])))
 
 
-def run(*args):
-    res = subprocess.run([sys.executable, '-W', 'ignore', __file__, '--one', *map(str, args)], capture_output=True, text=True)
-    if res.returncode: sys.exit(res.stderr)
-    return json.loads(res.stdout.splitlines()[-1])
-
-
-def spread(seen, key, form='.0f', scale=1):
-    values = sorted(r[key]*scale for r in seen)
-    return f'{statistics.median(values):{form}} ({values[0]:{form}}–{values[-1]:{form}})'
+def show(runs):
+    def cell(seen, key, form='.0f', scale=1): return spread(column(seen, key, scale), form)
+    rows = []
+    for (w,source,_,_,what),seen in runs.items():
+        stall = ('–',)*3 if source=='memory' else (cell(seen, 'stall', '.1f', 100),cell(seen, 'longest_stall_ms', '.1f'),cell(seen, 'loader', '.1f', 100))
+        rows.append((f'{w:,}', what, cell(seen, 'peak'), cell(seen, 'grown', '.1f'), cell(seen, 'rate'), cell(seen, 'cpu_ms', '.2f'), *stall, cell(seen, 'set_up', '.1f')))
+    table(['window [steps]','steps trained on','peak resident memory [MiB]','growth while training [MiB]','training steps per second','processor time of a step [ms]','stall [% of time]',
+           'longest stall [ms]','loader in all [% of time]','set-up [s]'], rows, text=(1,))
+    print(f"\nOf the memory, {statistics.median(r['base'] for seen in runs.values() for r in seen):.0f} MiB are there once everything is imported.")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--windows', type=int, nargs='+', default=[10**5, 10**6, 10**7, 10**8], help='steps of the window')
-    parser.add_argument('--steps', type=int, default=1000, help='training steps that are measured')
-    parser.add_argument('--deep', type=int, default=20_000, help='training steps of one more run on the longest window; 0: none')
-    parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--hdf5', action='store_true', help='HDF5 files instead of raw float32')
-    parser.add_argument('--tmp', help='folder for the files; default: that of the system')
-    parser.add_argument('--json', help='file for all measurements')
-    parser.add_argument('--one', nargs=5, help=argparse.SUPPRESS) # folder, win_sz, source, n_steps and skip, in this process
+    if sys.argv[1:2]==['--one']: # one figure, in this process
+        folder,win_sz,source,n_steps,skip = sys.argv[2:]
+        return one_run(folder, int(win_sz), source, int(n_steps), int(skip))
+    parser = arguments(__doc__, 5, windows=dict(type=int, nargs='+', default=[10**5, 10**6, 10**7, 10**8], help='steps of the window'),
+        steps=dict(type=int, default=1000, help='training steps that are measured'), deep=dict(type=int, default=20_000, help='training steps of one more run on the longest window; 0: none'),
+        hdf5=dict(action='store_true', help='HDF5 files instead of raw float32'), tmp=dict(help='folder for the files; default: that of the system'))
     args = parser.parse_args()
-    if args.one: return one_run(args.one[0], int(args.one[1]), args.one[2], int(args.one[3]), int(args.one[4]))
-    import torch, fastai
     kind,longest = 'hdf5' if args.hdf5 else 'memmap',max(args.windows)
     cases = [(w, kind, args.steps, 0, 'first sub-windows') for w in args.windows]
     cases.append((longest, kind, args.steps, longest//SUB-WARM-args.steps, 'last sub-windows'))
     if not args.hdf5: cases.insert(0, (min(args.windows), 'memory', args.steps, 0, 'in memory, cut by a TbpttDL'))
-    runs = {c: [] for c in cases}
     with tempfile.TemporaryDirectory(dir=args.tmp) as folder:
         for w in args.windows: make_files(Path(folder), w, args.hdf5)
-        for _ in range(args.repeats):
-            for c,seen in runs.items(): seen.append(run(folder, *c[:4])) # interleaved
-        deep = run(folder, longest, kind, args.deep, 0) if args.deep else None
-    print(f'{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; one thread for computing; {kind}; '
-          f'LSTM-{HIDDEN}, batch {BS}, sub-window {SUB}; {args.steps} training steps after {WARM}; median (range) of {args.repeats}\n')
-    print('| window [steps] | steps trained on | peak resident memory [MiB] | growth while training [MiB] | training steps per second | processor time of a step [ms] | stall [% of time] | longest stall [ms] | loader in all [% of time] | set-up [s] |\n'
-          '| --: | --- | --: | --: | --: | --: | --: | --: | --: | --: |')
-    for (w,source,_,_,what),seen in runs.items():
-        stall = ('–',)*3 if source=='memory' else (spread(seen, 'stall', '.1f', 100),spread(seen, 'longest_stall_ms', '.1f'),spread(seen, 'loader', '.1f', 100))
-        print(f"| {w:,} | {what} | {spread(seen, 'peak')} | {spread(seen, 'grown', '.1f')} | {spread(seen, 'rate')} | {spread(seen, 'cpu_ms', '.2f')} | {' | '.join(stall)} | {spread(seen, 'set_up', '.1f')} |")
-    print(f"\nOf the memory, {statistics.median(r['base'] for seen in runs.values() for r in seen):.0f} MiB are there once everything is imported.")
+        runs = turns(cases, args.repeats, lambda c, _: in_process(__file__, folder, *c[:4]))
+        deep = in_process(__file__, folder, longest, kind, args.deep, 0) if args.deep else None
+    headline('one thread for computing', kind, f'LSTM-{HIDDEN}, batch {BS}, sub-window {SUB}', f'{args.steps} training steps after {WARM}', f'median (range) of {args.repeats}')
+    show(runs)
     if deep:
         print(f"\n{args.deep:,} training steps in a row, to step {deep['last_step']:,} of the window of {longest:,}: resident memory grows by {deep['grown']:.1f} MiB to at most {deep['peak']:.0f} MiB; "
               f"training steps per second in each tenth: {', '.join(f'{o:.0f}' for o in deep['tenths'])}; stall {deep['stall']:.1%}.")
-    if args.json:
-        with open(args.json, 'w') as f: json.dump([dict(win_sz=c[0], source=c[1], what=c[4], runs=seen) for c,seen in runs.items()]+[dict(deep=deep)], f, indent=1)
+    save(args, [dict(win_sz=c[0], source=c[1], what=c[4], runs=seen) for c,seen in runs.items()]+[dict(deep=deep)])
 
 if __name__ == '__main__': main()

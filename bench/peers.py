@@ -3,7 +3,7 @@
 They train the same network, with the same optimizer, learning rates and clipping. tsfast loads the data its own way, from HDF5 files that it keeps in memory;
 ignite has no way of its own and is given the batches of the loop by hand. Both have their progress bars on. ignite clips and sets learning rates by handlers.
 
-    pip install --no-deps tsfast==0.5.0 identibench pytorch-ignite
+    pip install -e '.[bench]'
 """
 import tempfile
 from functools import partial
@@ -59,4 +59,4 @@ def by_ignite(work):
 
 if __name__ == '__main__':
     main({**CONTENDERS, f'tsfast {tsfast.__version__} TbpttLearner': by_tsfast, f'pytorch-ignite {ignite.__version__} TBPTT trainer': by_ignite},
-         f', tsfast {tsfast.__version__}, pytorch-ignite {ignite.__version__}')
+         ['tsfast', 'pytorch-ignite'])

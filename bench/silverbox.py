@@ -3,10 +3,11 @@
 The 50,000 training steps are 16 continuous streams; the state is carried, but for the two rows without it, whose windows begin at zero. The weights with the
 best validation error are tested on the three test recordings, without their first 50 steps.
 """
-import argparse, contextlib, io, json, platform, statistics, tempfile, time, warnings
+import argparse, contextlib, io, statistics, tempfile, time, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
-import fastai, torch
+import torch
 from tbptt_fastai.all import *
+from harness import headline, save, spread
 
 TESTS = ('multisine', 'arrow_no_extrapolation', 'arrow')
 SCHEMES = { # name: (scheme, steps of windows that begin at zero; None: streams)
@@ -53,8 +54,6 @@ def learn_steps(learn):
     cb,dl = learn.tbptt_reset_cb,learn.dls.train
     return len(view_of(dl, cb.truncation, cb.n_skip))
 
-def spread(o, form='.2f'): return f'{statistics.median(o):{form}} ({min(o):{form}}–{max(o):{form}})'
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
@@ -64,13 +63,13 @@ def main():
     parser.add_argument('--json', help='file for all results')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f'{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; one thread; {args.updates} updates; seeds {args.seeds}; median (range)\n')
+    headline('one thread', f'{args.updates} updates', f'seeds {args.seeds}', 'median (range)')
     results = {name: [] for name in args.only}
     for seed in args.seeds: # they take turns
         for name in args.only: results[name].append(run(name, seed, args.updates, args.path))
     print('| training | multisine [mV] | arrow without extrapolation [mV] | arrow [mV] | time [s] |\n| --- | --: | --: | --: | --: |')
     for name,rs in results.items(): print(f"| {name} | {' | '.join(spread([r[k] for r in rs]) for k in TESTS)} | {spread([r['seconds'] for r in rs], '.0f')} |")
-    if args.json: Path(args.json).write_text(json.dumps(dict(vars(args), torch=torch.__version__, results=results), indent=1))
+    save(args, results)
     if set(args.only)!=set(SCHEMES): return
     multisine = {name: [r['multisine'] for r in rs] for name,rs in results.items()}
     middle = {k: statistics.median(v) for k,v in multisine.items()}

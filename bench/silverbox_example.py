@@ -3,10 +3,11 @@
 Validation runs whole windows of 500 steps from the initial state, without washout: the error is mostly that of each window's
 first steps, where no model can know the state.
 """
-import argparse, platform, statistics, time, warnings
+import argparse, statistics, time, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
-import fastai, torch
+import torch
 from tbptt_fastai.all import *
+from harness import headline, spread
 
 
 def one_run(sub_seq_len, seed, path):
@@ -29,12 +30,12 @@ def main():
     runs = {None: [], 100: []}
     for seed in args.seeds:
         for sub_seq_len,seen in runs.items(): seen.append(one_run(sub_seq_len, seed, args.path)) # interleaved
-    print(f'{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; one thread; seeds {args.seeds}; median (range)\n')
+    headline('one thread', f'seeds {args.seeds}', 'median (range)')
     print('| training | validation L1 [mV] | validation RMSE [mV] | time of ten epochs, ratio |\n| --- | --: | --: | --: |')
     full_seconds = statistics.median(s for *_,s in runs[None])
     for sub_seq_len,seen in runs.items():
         loss,rmse,seconds = ([f*r[i] for r in seen] for i,f in ((0,1e3), (1,1e3), (2,1/full_seconds)))
-        cells = [f'{statistics.median(v):.2f} ({min(v):.2f}–{max(v):.2f})' for v in (loss,rmse,seconds)]
+        cells = map(spread, (loss,rmse,seconds))
         print(f"| {f'TBPTT, sub-windows of {sub_seq_len}' if sub_seq_len else 'full backpropagation'} | {' | '.join(cells)} |")
 
 if __name__ == '__main__': main()

@@ -3,11 +3,11 @@
 Functions are wrapped in a clock that gives each moment to the innermost part it lies in. The clock takes about a microsecond for each call, which is measured
 on a function that does nothing and taken off; what the parts then do not account for is the rest.
 """
-import argparse, platform, statistics, time, warnings
+import statistics, time, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
 from collections import Counter
 from functools import partial, wraps
-import fastai, torch
+import torch
 from fastai.callback.core import TrainEvalCallback, _inner_loop
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
@@ -22,6 +22,7 @@ from tbptt_fastai.carry import carry_state
 from tbptt_fastai.loader import SubWindows
 from tbptt_fastai.parts import SubWindowCheckCB
 import step_loops
+from harness import arguments, headline, save, table, turns
 from step_loops import CASES, Work, by_fastai, by_hand, fused, tbptt
 
 HOOKS = '_start_pass','_before','_after','_before_stateful'
@@ -112,35 +113,28 @@ def clocked(run):
 
 def profile(work, contenders, repeats):
     "Microseconds of a step by part, and without a clock"
-    seen,whole = ({name: [] for name in contenders} for _ in range(2))
-    for i in range(repeats+1):
-        for name,make in contenders.items(): # interleaved
-            _,run = make(work)
-            plain = 1e6*run()[0]/work.n_steps
-            _,run = make(work)
-            parts = clocked(run)
-            if i: # after a turn to warm up
-                whole[name].append(plain)
-                seen[name].append(parts.per_step(work.n_steps))
-    return seen,whole
+    def measure(name, i):
+        plain,parts = contenders[name](work)[1]()[0],clocked(contenders[name](work)[1])
+        return dict(parts=parts.per_step(work.n_steps), plain=1e6*plain/work.n_steps)
+    return turns(contenders, repeats, measure, warm_up=1)
+
+def rows(runs):
+    "A row for each part, the one that the library adds most to first; then all of them, and the same training without a clock"
+    names = {part for seen in runs.values() for o in seen for part in o['parts']}
+    def medians(value): return [statistics.median(map(value, seen)) for seen in runs.values()]
+    parts = {part: medians(lambda o: o['parts'].get(part, 0)) for part in names}
+    every = [*sorted(parts.items(), key=lambda o: o[1][0]-o[1][1]), ('sum', [sum(o) for o in zip(*parts.values())]), ('without a clock', medians(lambda o: o['plain']))]
+    return [(part, *(f'{v:.0f}' if abs(v)>=.5 else '–' for v in (*values, values[1]-values[0]))) for part,values in every]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--case', type=int, default=0, help='0: LSTM-40; 1: LSTM-128')
-    parser.add_argument('--repeats', type=int, default=5)
-    parser.add_argument('--path', help='cache of nonlinear_benchmarks')
+    parser = arguments(__doc__, 5, case=dict(type=int, default=0, help='0: LSTM-40; 1: LSTM-128'), path=dict(help='cache of nonlinear_benchmarks'))
     args = parser.parse_args()
     torch.set_num_threads(1)
     case,contenders = list(CASES)[args.case],{'by hand': by_hand, 'TbpttLearner': partial(by_fastai, tbptt), 'TbpttLearner, fused Adam': partial(by_fastai, partial(tbptt, opt_func=fused))}
-    seen,whole = profile(Work(**CASES[case], path=args.path), contenders, args.repeats)
-    print(f'{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; one thread; {case}; microseconds of a step, median of {args.repeats}\n')
-    print(f"| part | {' | '.join(contenders)} | TbpttLearner, more |\n| --- | {' | '.join(['--:']*(len(contenders)+1))} |")
-    med = {name: {part: statistics.median(o.get(part, 0) for o in runs) for part in {p for o in runs for p in o}} for name,runs in seen.items()}
-    hand,ours,*_ = med.values()
-    def row(part, values): print(f"| {part} | {' | '.join(f'{v:.0f}' if abs(v)>=.5 else '–' for v in (*values, values[1]-values[0]))} |")
-    for part in sorted({p for o in med.values() for p in o}, key=lambda p: -(ours.get(p, 0)-hand.get(p, 0))): row(part, [o.get(part, 0) for o in med.values()])
-    row('sum', [sum(o.values()) for o in med.values()])
-    row('without a clock', [statistics.median(o) for o in whole.values()])
+    runs = profile(Work(**CASES[case], path=args.path), contenders, args.repeats)
+    headline('one thread', case, f'microseconds of a step, median of {args.repeats}')
+    table(['part',*contenders,'TbpttLearner, more'], rows(runs))
+    save(args, {case: runs})
 
 if __name__ == '__main__': main()

@@ -4,11 +4,12 @@ The gradient of the summed loss of one window, with respect to the recurrent wei
 without truncation. An unbiased scheme is as far from it as the scatter of its draws lets expect; one that cuts at random and leaves gradients as they
 are, or that cuts every ten steps, is farther. Exits with an error where that is not so.
 """
-import argparse, json, platform, time, warnings
+import argparse, time, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
-import fastai, torch
+import torch
 from torch import nn
 from tbptt_fastai.all import *
+from harness import headline, save
 
 WIN,UNITS,MEAN = 60,8,10 # steps of the window, hidden units, steps of a sub-window in the mean
 
@@ -62,8 +63,7 @@ def main():
     parser.add_argument('--json', help='file for all measurements')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f'{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; one thread; '
-          f'{WIN} steps, LSTM-{UNITS}, float64; {args.draws} draws; errors relative to the norm of the full gradient\n')
+    headline('one thread', f'{WIN} steps, LSTM-{UNITS}, float64; {args.draws} draws; errors relative to the norm of the full gradient')
     print('| seed | truncation | error of the mean gradient | Monte-Carlo error to expect | ratio | time of a draw [ms] |\n| --: | --- | --: | --: | --: | --: |')
     schemes = {f'fixed {MEAN}': Fixed(MEAN), f'random, not reweighted, {MEAN}, 6': NotReweighted(MEAN, 6), f'unbiased {MEAN}, 6': RandomUnbiased(MEAN, 6),
                f'unbiased {MEAN}, 4': RandomUnbiased(MEAN, 4), f'unbiased {MEAN}, 6, blocks of 5': RandomUnbiased(MEAN, 6, block=5)}
@@ -81,8 +81,7 @@ def main():
             runs.append(dict(seed=seed, scheme=name, error=error, chance=chance, seconds=time.time()-start))
             shown = f'{chance:.3f} | {error/chance:.1f} | {1e3*runs[-1]["seconds"]/n:.0f}' if scheme.random else '– | – | –'
             print(f'| {seed} | {name} | {error:.3f} | {shown} |', flush=True)
-    if args.json:
-        with open(args.json, 'w') as f: json.dump(runs, f, indent=1)
+    save(args, runs)
     if wrong: raise SystemExit('\n'+'\n'.join(wrong))
 
 if __name__ == '__main__': main()

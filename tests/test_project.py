@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What settings.ini cannot say, and why
 ONLY_PYPROJECT = {f'project.optional-dependencies.{o}': 'nbdev 2 settings know no extra but dev'
-    for o in ('benchmarks', 'hdf5', 'onnx', 'distributed')}
+    for o in ('benchmarks', 'bench', 'hdf5', 'onnx', 'distributed')}
 ONLY_PYPROJECT |= {f'tool.pytest.ini_options.{o}': "pytest's own table" for o in ('testpaths', 'filterwarnings')}
 
 def prune(x):
