@@ -1,14 +1,18 @@
 "Sub-windows come in order, as views, from any loader; the loader itself stays what it was"
+import random
 import numpy as np
 import pytest
 import torch
 from fastai.data.block import DataBlock, TransformBlock
 from fastai.data.core import Datasets, TfmdDL
+from fastai.data.load import DataLoader as FastaiLoader
 from fastai.data.transforms import IndexSplitter, Normalize
-from fastai.torch_core import TensorBase
+from fastai.torch_core import TensorBase, set_seed
 from fastai.vision.augment import RandTransform
+from fasttransform import Transform
 from torch.utils.data import DataLoader
-from tbptt_fastai.loader import SubWindows, TbpttDL, Window
+from tbptt_fastai.known import is_known
+from tbptt_fastai.loader import DIGEST, SubWindows, TbpttDL, Window
 from tbptt_fastai.windows import SequenceWindows
 
 
@@ -135,3 +139,30 @@ def test_looking_at_the_first_item_draws_nothing():
 
 def test_empty_loaders_say_so():
     with pytest.raises(ValueError, match='no batches: 3 windows, bs=4, drop_last=True'): TbpttDL(items(3), bs=4, drop_last=True, num_workers=0).one_batch()
+
+
+@pytest.mark.parametrize('kwargs', [dict(shuffle=True), dict(shuffle=True, drop_last=True), {}, dict(shuffle=True, bs=None), dict(num_workers=2, shuffle=True)], ids=str)
+def test_windows_are_those_of_TfmdDL(signals, kwargs):
+    "... in the same order, and random generators are left as it would leave them"
+    class Noise(Transform):
+        def encodes(self, o:torch.Tensor): return o+torch.randn_like(o)
+    def run(f):
+        set_seed(3)
+        dl = TbpttDL(SequenceWindows(*signals, win_sz=50, stp_sz=7), **{**dict(bs=6, after_batch=Noise()), **kwargs})
+        epochs = [list(f(dl)) for _ in range(2)]
+        return epochs,torch.get_rng_state().tolist(),random.getstate(),np.random.get_state()[1],vars(dl).keys()
+    (a,*states_a),(b,*states_b) = run(TfmdDL.__iter__),run(TbpttDL.windows)
+    assert [[[t.tolist() for t in o] for o in epoch] for epoch in a]==[[[t.tolist() for t in o] for o in epoch] for epoch in b]
+    np.testing.assert_equal(states_a, states_b)
+
+def test_fastais_loader_is_what_it_was():
+    "If this fails, fastai has changed how a loader is iterated: compare with `TbpttDL.windows`, then change the digest"
+    assert is_known(DIGEST, FastaiLoader.__iter__)
+
+def test_a_changed_loader_takes_the_plain_path(signals, monkeypatch):
+    seen,plain = [],FastaiLoader.__iter__
+    def other(self):
+        seen.append(1)
+        yield from plain(self)
+    monkeypatch.setattr(FastaiLoader, '__iter__', other)
+    assert len(list(TbpttDL(SequenceWindows(*signals, win_sz=50), bs=6, sub_seq_len=25)))==8 and seen
