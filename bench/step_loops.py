@@ -8,8 +8,9 @@ import torch
 from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.optimizer import OptimWrapper
+from fastai.optimizer import Adam
 from torch import nn
+from tbptt_fastai.callback import TbpttResetCB
 from tbptt_fastai.datasets import create_dls_silverbox, load_silverbox
 from tbptt_fastai.learner import RNNLearner
 
@@ -30,9 +31,8 @@ class Work:
         self.n_batches = self.n_windows//bs
         self.n_steps = self.n_batches*(WIN//SUB)
 
-    def learner(self, **kwargs):
-        dls = create_dls_silverbox(bs=self.bs, win_sz=WIN, stp_sz=self.stp, sub_seq_len=SUB, path=self.path, drop_last=True)
-        return RNNLearner(dls, hidden_size=self.hidden, grad_clip=CLIP, **kwargs)
+    def dls(self): return create_dls_silverbox(bs=self.bs, win_sz=WIN, stp_sz=self.stp, sub_seq_len=SUB, path=self.path, drop_last=True)
+    def learner(self, **kwargs): return RNNLearner(self.dls(), hidden_size=self.hidden, grad_clip=CLIP, **kwargs)
 
     def batches(self):
         "Random windows, by one indexing operation a batch"
@@ -114,12 +114,16 @@ def by_fastai(make, work):
         return seen.pop()
     return learn.model,run
 
-def fused(*args, **kwargs): return OptimWrapper(*args, opt=partial(torch.optim.Adam, fused=True, **ADAM), **kwargs)
-
 def tbptt(work, **kwargs):
     learn = work.learner(**kwargs)
     learn.model.load_state_dict(work.start.state_dict())
     return learn
+
+def existing(work):
+    "fastai's `Learner` and optimizer, on the same loaders, with a `TbpttResetCB`: what one line makes of a pipeline that is there"
+    dls = work.dls()
+    net = deepcopy(work.start)
+    return Learner(dls, net, loss_func=nn.L1Loss(), cbs=[TbpttResetCB(), GradientClip(CLIP)])
 
 def plain(work):
     "fastai's `Learner`, with sub-windows that lie ready, each from the zero state"
@@ -127,5 +131,5 @@ def plain(work):
     return Learner(DataLoaders(cut, cut), Stateless(work.start), loss_func=nn.L1Loss(), cbs=GradientClip(CLIP))
 
 CONTENDERS = {'by hand, torch.optim.Adam': by_hand, 'by hand, fused Adam': partial(by_hand, fused=True),
-              'TbpttLearner': partial(by_fastai, tbptt), 'TbpttLearner, fused Adam': partial(by_fastai, partial(tbptt, opt_func=fused)),
-              'fastai Learner without state, nothing to load or cut': partial(by_fastai, plain)}
+              'TbpttLearner': partial(by_fastai, tbptt), "TbpttLearner, fastai's Adam": partial(by_fastai, partial(tbptt, opt_func=Adam)),
+              'fastai Learner with TbpttResetCB': partial(by_fastai, existing), 'fastai Learner without state, nothing to load or cut': partial(by_fastai, plain)}

@@ -7,32 +7,36 @@ import statistics, time, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
 from collections import Counter
 from functools import partial, wraps
+from inspect import isgeneratorfunction
 import torch
 from fastai.callback.core import TrainEvalCallback, _inner_loop
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientClip
-from fastai.data.core import TfmdDL
-from fastai.learner import CastToTensor, Learner, Recorder
-from fastai.optimizer import Optimizer
+from fastai.learner import CastToTensor, Recorder
 from torch import nn
 from tbptt_fastai import rnn
 from tbptt_fastai.callback import TbpttResetCB
 from tbptt_fastai.carry import carry_state
-from tbptt_fastai.loader import SubWindows
+from tbptt_fastai.dispatch import LeanLearner
+from tbptt_fastai.loader import SubWindows, TbpttDL
+from tbptt_fastai.optimizer import FusedAdam
 from tbptt_fastai.parts import SubWindowCheckCB
+from tbptt_fastai.shortcuts import shortcuts
+from tbptt_fastai.windows import SequenceWindows
 import step_loops
 from harness import arguments, headline, save, table, turns
-from step_loops import CASES, Work, by_fastai, by_hand, fused, tbptt
+from step_loops import CASES, Work, by_fastai, by_hand, tbptt
 
 HOOKS = '_start_pass','_before','_after','_before_stateful'
-CALLBACKS = {TrainEvalCallback: 'other callbacks', CastToTensor: 'other callbacks', SubWindowCheckCB: 'other callbacks', TbpttResetCB: 'TbpttResetCB', GradientClip: 'clipping',
+CALLBACKS = {TrainEvalCallback: 'step counter', CastToTensor: 'cast', SubWindowCheckCB: 'other callbacks', TbpttResetCB: 'TbpttResetCB', GradientClip: 'clipping',
              Recorder: 'recorder', ProgressCallback: 'progress bar', ParamScheduler: 'scheduler'}
 PLACES = [(torch.Tensor, ['backward'], 'backward'), (nn.L1Loss, ['forward'], 'loss'), (nn.utils, ['clip_grad_norm_'], 'clipping'), (step_loops, ['set_lr'], 'scheduler'),
-          (torch.optim.Adam, ['step'], 'optimizer'), (Optimizer, ['step'], 'optimizer'), (torch.optim.Adam, ['zero_grad'], 'zero_grad'), (Optimizer, ['zero_grad'], 'zero_grad'),
+          (torch.optim.Adam, ['step'], 'optimizer'), (FusedAdam, ['step'], 'optimizer'), (torch.optim.Adam, ['zero_grad'], 'zero_grad'), (FusedAdam, ['zero_grad'], 'zero_grad'),
           (step_loops.Net, ['forward'], 'model'), (rnn.SequenceRNN, ['forward'], 'model'), (carry_state, HOOKS, 'carried state: hooks'), (rnn, ['check_carried','detach_state'], 'carried state: checked, detached'),
-          (Work, ['batch'], 'windows: loaded'), (TfmdDL, ['__iter__'], 'windows: loaded'), (SubWindows, ['__iter__'], 'sub-windows: cut'), (Learner, ['_set_device','_split'], 'device, split of the batch'),
-          (Learner, ['__call__'], 'event dispatch'), *((cb, [o for o in _inner_loop if hasattr(cb, o)], part) for cb,part in CALLBACKS.items())]
+          (Work, ['batch'], 'windows: gathered'), (SequenceWindows, ['gather'], 'windows: gathered'), (TbpttDL, ['windows'], 'windows: loader'), (SubWindows, ['_open'], 'windows: planned'),
+          (SubWindows, ['__iter__'], 'sub-windows: cut'), (LeanLearner, ['_set_device','_split'], 'device, split of the batch'), (LeanLearner, ['__call__'], 'event dispatch'),
+          *((cb, [o for o in _inner_loop if hasattr(cb, o) and (cb, o) not in shortcuts], part) for cb,part in CALLBACKS.items())] # what a shortcut stands for has to stay what it is
 
 
 class Parts:
@@ -57,7 +61,7 @@ class Parts:
             self.enter(part)
             try: res = f(*args, **kwargs)
             finally: self.leave()
-            return self.wrap_iter(res, part) if f.__name__=='__iter__' else res
+            return self.wrap_iter(res, part) if isgeneratorfunction(f) else res
         return clocked
 
     def wrap_iter(self, it, part):
@@ -72,11 +76,14 @@ class Parts:
         self.kept = [(owner, name, vars(owner).get(name)) for owner,names,_ in PLACES for name in names]
         for owner,names,part in PLACES:
             for name in names: setattr(owner, name, self.wrap(getattr(owner, name), part))
+        self.shortcuts = dict(shortcuts)
+        for (cb,event),shortcut in self.shortcuts.items(): shortcuts[cb,event] = self.wrap(shortcut, CALLBACKS[cb])
         self.since = time.perf_counter()
         return self
 
     def __exit__(self, *exc):
         self.leave()
+        shortcuts.update(self.shortcuts)
         for owner,name,f in self.kept: setattr(owner, name, f) if f is not None else delattr(owner, name)
 
     def per_step(self, n_steps):
@@ -131,7 +138,7 @@ def main():
     parser = arguments(__doc__, 5, case=dict(type=int, default=0, help='0: LSTM-40; 1: LSTM-128'), path=dict(help='cache of nonlinear_benchmarks'))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    case,contenders = list(CASES)[args.case],{'by hand': by_hand, 'TbpttLearner': partial(by_fastai, tbptt), 'TbpttLearner, fused Adam': partial(by_fastai, partial(tbptt, opt_func=fused))}
+    case,contenders = list(CASES)[args.case],{'by hand': by_hand, 'TbpttLearner': partial(by_fastai, tbptt), 'by hand, fused Adam': partial(by_hand, fused=True)}
     runs = profile(Work(**CASES[case], path=args.path), contenders, args.repeats)
     headline('one thread', case, f'microseconds of a step, median of {args.repeats}')
     table(['part',*contenders,'TbpttLearner, more'], rows(runs))

@@ -24,6 +24,7 @@ from tbptt_fastai.callback import *
 from tbptt_fastai.evaluation import *
 from tbptt_fastai.once import *
 from tbptt_fastai.parts import *
+from tbptt_fastai.dispatch import LeanLearner
 from tbptt_fastai.learner import *
 from tbptt_fastai.memory import *
 from tbptt_fastai.diagnose import *

@@ -43,10 +43,10 @@ class StepSmoothLoss(AvgSmoothLoss):
         super().reset()
         self.weight = 0.
 
-    def accumulate(self, learn):
+    def accumulate(self, learn, detach=to_detach): # `to_detach` brings a loss to the CPU
         weight = learn.dl.sub_window.weight
         self.count += 1
-        self.val = torch.lerp(to_detach(learn.loss.mean())*weight, self.val, self.beta)
+        self.val = torch.lerp(detach(learn.loss.mean())*weight, self.val, self.beta)
         self.weight = self.beta*self.weight+(1-self.beta)*weight
 
     @property

@@ -17,6 +17,7 @@ from fastai.callback.training import GradientClip
 from fastai.learner import AvgSmoothLoss, CastToTensor, Recorder
 from fastai.torch_core import num_distrib
 from torch import Tensor, nn
+from .metrics import StepSmoothLoss
 
 # %% ../nbs/06e_shortcuts.ipynb #58a42180
 def count_step(cb): # for `TrainEvalCallback.after_batch`
@@ -32,9 +33,11 @@ def cast_batch(cb): # for `CastToTensor.before_batch`
 def smooth(smooth_loss, learn):
     "What `smooth_loss.accumulate(learn)` does"
     loss = learn.loss
-    if type(smooth_loss) is not AvgSmoothLoss or loss.ndim or num_distrib(): return smooth_loss.accumulate(learn)
+    if type(smooth_loss) not in (AvgSmoothLoss, StepSmoothLoss) or loss.ndim or num_distrib(): return smooth_loss.accumulate(learn)
+    smooth_loss.val = smooth_loss.val.to(loss.device)
+    if type(smooth_loss) is StepSmoothLoss: return smooth_loss.accumulate(learn, Tensor.detach)
     smooth_loss.count += 1
-    smooth_loss.val = torch.lerp(loss.detach(), smooth_loss.val.to(loss.device), smooth_loss.beta)
+    smooth_loss.val = torch.lerp(loss.detach(), smooth_loss.val, smooth_loss.beta)
 
 def record(cb): # for `Recorder.after_batch`
     learn = cb.learn
@@ -60,7 +63,7 @@ def clip_gradients(cb): # for `GradientClip.before_step`
         return nn.utils.clip_grad_norm_(params, cb.max_norm, norm_type)
     with torch.no_grad():
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, norm_type)), norm_type)
-        torch._foreach_mul_(grads, torch.clamp(cb.max_norm/(norm+1e-6), max=1.))
+        torch._foreach_mul_(grads, torch.clamp(float(cb.max_norm)/(norm+1e-6), max=1.))
 
 # %% ../nbs/06e_shortcuts.ipynb #de1efd40
 class _Shown:
@@ -101,5 +104,5 @@ def record_hypers(cb): # for `ParamScheduler.after_batch`
     for name in cb.scheds: cb.hps[name].append(cb.learn.opt.hypers[-1][name])
 
 # %% ../nbs/06e_shortcuts.ipynb #220957d4
-shortcuts = {TrainEvalCallback.after_batch: count_step, CastToTensor.before_batch: cast_batch, Recorder.after_batch: record, ProgressCallback.after_batch: update_bar, GradientClip.before_step: clip_gradients,
-             ParamScheduler.before_batch: set_hypers, ParamScheduler.after_batch: record_hypers}
+shortcuts = {(TrainEvalCallback,'after_batch'): count_step, (CastToTensor,'before_batch'): cast_batch, (Recorder,'after_batch'): record, (ProgressCallback,'after_batch'): update_bar,
+             (GradientClip,'before_step'): clip_gradients, (ParamScheduler,'before_batch'): set_hypers, (ParamScheduler,'after_batch'): record_hypers}
