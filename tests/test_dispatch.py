@@ -20,7 +20,7 @@ from fastai.learner import Learner, Recorder, load_learner
 from fastai.losses import MSELossFlat
 from fastai.metrics import mae
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import defaults, set_seed
+from fastai.torch_core import TensorBase, defaults, set_seed
 from torch import nn
 from tbptt_fastai.callback import TbpttResetCB
 from tbptt_fastai.data import SequenceDataLoaders
@@ -28,6 +28,7 @@ from tbptt_fastai.dispatch import LeanLearner, _known_code, fastai_code
 from tbptt_fastai.known import is_known
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.rnn import SequenceRNN
+from tbptt_fastai.schemes import Overlap
 
 WIN,SUB,BS = 60,25,5
 
@@ -317,6 +318,29 @@ def test_losses_that_are_no_scalars_and_typed_ones(signals):
         def after_loss(self):
             if self.training: self.learn.loss = self.loss.expand(3)
     assert_same(*run_with(signals, [Rows], MSELossFlat()))
+
+def test_losses_smoothed_by_steps(signals):
+    "... as those of schemes with sub-windows of several lengths are"
+    def run(cls):
+        learn = build(cls, signals)
+        learn.remove_cb(TbpttResetCB)
+        learn.add_cb(TbpttResetCB(truncation=Overlap(10, 20)))
+        return train(learn)
+    assert_same(run(Learner), run(LeanLearner))
+
+@pytest.mark.parametrize('typed', ['x','y'])
+def test_typed_batches_are_cast(signals, typed):
+    "Every forward pass and every loss sees plain tensors, whichever element had a type"
+    class Typed(Callback):
+        order = -5 # before CastToTensor
+        def before_batch(self):
+            if typed=='x': self.learn.xb = tuple(TensorBase(o) for o in self.xb)
+            else: self.learn.yb = tuple(TensorBase(o) for o in self.yb)
+    seen = []
+    class Look(Callback):
+        def after_loss(self): seen.append({type(o) for o in (*self.xb, *self.yb, self.pred, self.loss)})
+    assert_same(*run_with(signals, [Typed, Look]))
+    assert seen and all(o=={torch.Tensor} for o in seen)
 
 def test_a_recorder_of_ones_own(signals):
     "It overrides the event: no shortcut is taken"
