@@ -19,7 +19,7 @@ def quiet_fit(learn, n_epoch, lr=None):
 
 def by_length(win_sz, sub_seq_len):
     "Train for two epochs of one batch; what that took, in MiB"
-    import numpy as np, torch, torch._dynamo # which a training imports when it starts
+    import numpy as np, torch
     from fastai.callback.core import CancelEpochException, Callback
     from tbptt_fastai.data import SequenceDataLoaders
     from tbptt_fastai.learner import RNNLearner

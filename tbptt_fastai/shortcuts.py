@@ -41,7 +41,7 @@ def smooth(smooth_loss, learn):
 
 def record(cb): # for `Recorder.after_batch`
     learn = cb.learn
-    if not learn.training or cb.train_metrics or vars(cb).get('cancel_train'): return Recorder.after_batch(cb)
+    if not learn.training or cb.train_metrics: return Recorder.after_batch(cb)
     if len(learn.yb)==0: return
     smooth(cb.smooth_loss, learn)
     learn.smooth_loss = cb.smooth_loss.value
