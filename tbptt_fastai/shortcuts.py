@@ -59,7 +59,7 @@ def clip_gradients(cb): # for `GradientClip.before_step`
     learn,norm_type = cb.learn,float(cb.norm_type)
     params = learn.keep('parameters', learn.opt, lambda: list(learn.model.parameters()))
     grads = [g for p in params if (g := p.grad) is not None]
-    if not grads or any(type(g) is not Tensor or g.layout is not torch.strided or g.dtype is not grads[0].dtype or g.device!=grads[0].device for g in grads):
+    if not grads or any(g.dtype is not grads[0].dtype or g.device!=grads[0].device for g in grads):
         return nn.utils.clip_grad_norm_(params, cb.max_norm, norm_type)
     with torch.no_grad():
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, norm_type)), norm_type)

@@ -100,6 +100,10 @@ class SetsTraining(Callback):
     run_train = False
     def __init__(self): vars(self)['training'] = False
     def after_pred(self): self.learn.pred = self.pred+.1
+class NoTargets(Callback):
+    "Some batches have none, and so no loss"
+    def before_batch(self):
+        if self.training and self.iter%3==1: self.learn.yb = ()
 class Doubles(Callback):
     def after_loss(self): self.learn.loss_grad = self.loss_grad*2
 
@@ -108,7 +112,7 @@ SETS = dict(none=list, clip=lambda: [GradientClip(.05)], accumulate=lambda: [Gra
             plateau=lambda: [ReduceLROnPlateau(comp=np.greater, factor=4.)], log=lambda: [CSVLogger()], short=lambda: [ShortEpochCallback(.4, short_valid=False)],
             collect=lambda: [CollectDataCallback()], activations=lambda: [ActivationStats(with_hist=True)], resets=lambda: [ModelResetter()],
             everywhere=lambda: [Everywhere()], train_only=lambda: [TrainOnly(), ValidOnly()], off=lambda: [Off()], own_call=lambda: [OwnCall()], own_getattr=lambda: [OwnGetattr()],
-            own_training=lambda: [OwnTraining()], sets_training=lambda: [SetsTraining()], function=lambda: [Callback(after_pred=lambda self: setattr(self.learn, 'pred', self.pred*.9))], double=lambda: [Doubles()])
+            own_training=lambda: [OwnTraining()], sets_training=lambda: [SetsTraining()], function=lambda: [Callback(after_pred=lambda self: setattr(self.learn, 'pred', self.pred*.9))], double=lambda: [Doubles()], no_targets=lambda: [NoTargets()])
 
 @pytest.mark.filterwarnings("ignore:You are shadowing an attribute .modules.:UserWarning") # ActivationStats does, whatever the learner
 @pytest.mark.parametrize('how', ['fit_one_cycle','fit_flat_cos'])
@@ -370,15 +374,26 @@ def test_clipped_gradients(signals, clip, kind):
         learn = build(cls, signals, [GradientClip(**clip)])
         if kind=='float64': learn.model,learn.dls = learn.model.double(),SequenceDataLoaders.from_arrays(*[o[:720] for o in signals], valid=[o[720:960] for o in signals], win_sz=WIN, bs=BS, dtype=torch.float64)
         if kind=='frozen': learn.model.head.requires_grad_(False)
-        if kind=='two kinds': learn.model.extra = nn.Parameter(torch.ones(2, dtype=torch.float64))
+        if kind=='two kinds': learn.model.rnn.extra = nn.Parameter(torch.ones(2, dtype=torch.float64))
         if kind=='sparse': learn.model.table = nn.Embedding(3, 1, sparse=True)
         if kind in ('two kinds','sparse'):
-            extra = learn.model.extra.sum if kind=='two kinds' else lambda: learn.model.table(torch.tensor([1])).sum()
+            extra = learn.model.rnn.extra.sum if kind=='two kinds' else lambda: learn.model.table(torch.tensor([1])).sum()
             learn.loss_func = lambda pred,targ: (pred-targ).abs().mean()+extra().float()
             learn.opt_func = partial(OptimWrapper, opt=torch.optim.SGD)
         try: return train(learn, 'fit')
         except NotImplementedError as e: return [e.args[0].splitlines()[0]] # older versions of torch cannot clip sparse gradients
     assert_same(*map(run, (Learner, LeanLearner)))
+
+def test_parameters_that_come_with_a_new_optimizer_are_clipped(signals):
+    class Grow(Callback):
+        order = -5
+        def before_batch(self):
+            if self.train_iter!=4 or not self.training: return
+            self.model.extra = nn.Parameter(torch.ones(2))
+            self.learn.create_opt()
+        def after_pred(self):
+            if hasattr(self.model, 'extra'): self.learn.pred = self.pred*self.model.extra.mean()
+    assert_same(*run_with(signals, [Grow, partial(GradientClip, .05)]))
 
 def test_cancelled_training_is_not_recorded_twice(signals):
     class Stop(Callback):
