@@ -423,8 +423,9 @@ def test_the_bar_shows_the_same(signals, capsys):
         learn,shown = build(cls, signals),[]
         class Look(Callback):
             order = 61
-            def after_batch(self): shown.append(f'{self.learn.progress.pbar.comment}')
+            def after_batch(self): shown.append((f'{self.learn.progress.pbar.comment}', self.learn.progress.pbar.last_v, self.learn.progress.pbar.total))
         with learn.no_logging():
+            learn.validate(cbs=Look()) # there is no smoothed loss to show yet
             learn.fit(2, cbs=Look())
             learn.validate(cbs=Look())
         return shown
