@@ -11,6 +11,7 @@ from tbptt_fastai.arrays import *
 from tbptt_fastai.layout import *
 from tbptt_fastai.plot import *
 from tbptt_fastai.windows import *
+from tbptt_fastai.ahead import *
 from tbptt_fastai.loader import *
 from tbptt_fastai.streams import *
 from tbptt_fastai.frames import *
