@@ -82,15 +82,16 @@ def accumulate(
 class StaticStep:
     "Forward, loss and gradients of sub-windows of one shape, between tensors that stay where they are"
     def __init__(self,
-        learn:Learner, # In a training, with such a sub-window
+        learn:Learner, # In a training
+        leaves:list, # Tensors of such a sub-window
+        form, # How `(xb, yb)` is made of them
         states:dict, # State of each module that carries one
         graph:type=CudaGraph, # How to call what is always the same
     ):
         for m,o in states.items():
             if other := next((o for o in state_leaves(o) if not isinstance(o, Tensor)), None): raise ValueError(
                 f"The state of {type(m).__name__} holds {other!r}, a {type(other).__name__}, which a CUDA graph would never change; expected tensors alone. Leave out CudaGraphCB, or keep it as a tensor.")
-        leaves,self._form = tree_flatten((learn.xb, learn.yb))
-        self._learn,self._batch = learn,[torch.empty_like(o) for o in leaves]
+        self._learn,self._form,self._batch = learn,form,[torch.empty_like(o) for o in leaves]
         self._states = {m: tree_map(lambda o: torch.empty_like(o, memory_format=torch.contiguous_format), o) for m,o in states.items()}
         owners = [o for o in (learn.model, learn.loss_func) if isinstance(o, nn.Module)]
         self.params = list({p: None for o in owners for p in o.parameters() if p.requires_grad})
@@ -166,11 +167,14 @@ class GraphedRun:
     def __call__(self):
         learn = self.learn
         if self.cb.learn is not learn or not learn.training or vars(learn).keys()&set(_ours) or not is_known(DIGEST, *(getattr(type(learn), o) for o in _ours)): return self.run()
-        self.cb.look()
-        learn._do_one_batch = self.one_batch
-        try: self.run()
+        try:
+            self.cb.check()
+            self.cb.look()
+            learn._do_one_batch = self.one_batch
+            self.run()
         except BaseException:
             self.cb.forget()
+            vars(learn).pop('all_batches', None) # back to the method
             raise
         finally: vars(learn).pop('_do_one_batch', None)
 
@@ -187,7 +191,7 @@ class GraphedRun:
             step = None
         if step is not None and reset._checked and states is not None and step.can_start(states): return self._replay(step, leaves, states)
         type(learn)._do_one_batch(learn)
-        if step is None and None not in key and len(cb._steps)<cb.n_shapes and (states := carried_states(carried)): cb._steps[key] = StaticStep(learn, states, cb.graph)
+        if step is None and None not in key and len(cb._steps)<cb.n_shapes and (states := carried_states(carried)): cb._steps[key] = StaticStep(learn, leaves, form, states, cb.graph)
 
     def _replay(self, step, leaves, states):
         cb,learn = self.cb,self.learn
@@ -216,11 +220,12 @@ class CudaGraphCB(Callback):
         n_shapes:int=4, # Most shapes of a sub-window that get a graph each; all others run kernel by kernel
     ):
         self._init_state()
-        self.n_shapes,self.n_replayed = n_shapes,0 # n_replayed: training steps of a fit that a graph stood for
+        self.n_shapes,self.n_replayed = n_shapes,0 # n_replayed: training steps so far that a graph stood for
 
     def _init_state(self): self._steps,self._seen = {},None
 
-    def before_fit(self):
+    def check(self):
+        "Refuse what cannot be replayed; not in `before_fit`, which fastai calls before an evaluation too"
         learn,device = self.learn,next(self.model.parameters()).device
         reset = getattr(learn, 'tbptt_reset_cb', None)
         if reset is None: raise ValueError("CudaGraphCB replays sub-windows, and the learner has no TbpttResetCB. Make it by TbpttLearner, or add one.")
@@ -232,13 +237,12 @@ class CudaGraphCB(Callback):
         scheme = resolve_truncation(reset.setting, self.dls.train)
         if scheme is None: raise ValueError("CudaGraphCB is for sub-windows, and sub_seq_len is None. Give a number of steps, or leave it out.")
         if scheme.recompute: raise ValueError(f"{scheme} computes activations again in the backward pass, piece by piece; expected a scheme without that for CudaGraphCB, such as sub-windows of one length. Leave out one of them.")
-        self.forget()
-        self.n_replayed = 0
 
     def before_epoch(self): self.learn.all_batches = GraphedRun(self, self.learn.all_batches)
+    def after_epoch(self): vars(self.learn).pop('all_batches', None)
 
     def after_fit(self):
-        if self.learn.tbptt_reset_cb._carried is None: self.forget() # else it is an evaluation in the middle of a training
+        if getattr(getattr(self.learn, 'tbptt_reset_cb', None), '_carried', None) is None: self.forget() # else it is an evaluation in the middle of a training
 
     def forget(self):
         "Let go of all graphs and their memory"

@@ -9,8 +9,8 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation, ShortEpochCallback
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
-from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import mae
 from fastai.optimizer import Adam, OptimWrapper
 from fastai.torch_core import set_seed
@@ -23,6 +23,7 @@ from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.rnn import SequenceRNN, StatefulRNN, learned_state
 from tbptt_fastai.schemes import Exact, Jittered, Overlap
 from tbptt_fastai.streams import StreamDL
+from tbptt_fastai.windows import Sequences
 
 WIN,SUB,BS = 60,25,5 # 12 windows: batches of 5, 5 and 2, in sub-windows of 25, 25 and 10 steps
 FULL = 6 # full sub-windows of an epoch
@@ -160,18 +161,24 @@ def two_fits(learn):
     learn.marks = [learn.validate(), learn.get_preds()[0].numpy()]
     learn.fit(2, 1e-2)
 
-def test_two_fits_and_an_evaluation_between(make): same(make, do=two_fits, replays=TWO_EPOCHS)
+def test_two_fits_and_an_evaluation_between(make): same(make, do=two_fits, replays=4+TWO_EPOCHS)
 
 class Within(Callback):
-    "An evaluation in the middle of a training"
+    "Evaluations in the middle of a training, and between its epochs"
+    busy = False
+    def before_epoch(self):
+        if self.busy: return
+        self.busy = True
+        self.learn.marks = [self.learn.validate(), self.learn.get_preds()[0].numpy()]
+        self.busy = False
+    after_epoch = before_epoch
     def after_batch(self):
-        if self.learn.iter!=3 or not self.training: return
-        dl = self.learn.dl
-        self.learn.get_preds(dl=self.dls.valid, inner=True)
-        self.learn.dl,self.learn.training = dl,True
+        if not self.training: return
+        self.model.eval()
+        with torch.no_grad(): self.model(*self.xb)
         self.model.train()
 
-def test_an_evaluation_in_the_middle(make): same(make, cbs=[Within], replays=TWO_EPOCHS)
+def test_evaluations_within_a_fit(make): same(make, cbs=[Within], replays=4+4) # an evaluation between epochs ends a fit
 
 class Stop(Callback):
     order = 65
@@ -255,3 +262,170 @@ def test_no_more_shapes_than_asked_for(make):
     learn = make(graphed=False, cbs=[Graphs(n_shapes=1)])
     quietly(learn, cycle)
     assert learn.graphs.n_replayed==(3-0)+3 # full batches alone
+
+
+# --- what is refused
+
+class ChangesPred(Callback):
+    def __init__(self, event, how): self.event,self.how = event,how
+    def _do(self, event):
+        if event==self.event and self.training: self.how(self.learn)
+    def after_pred(self): self._do('after_pred')
+    def after_loss(self): self._do('after_loss')
+    def before_backward(self): self._do('before_backward')
+
+def new_pred(learn): learn.pred = learn.pred*2
+def pred_in_place(learn): learn.pred.data.mul_(1) if learn.pred.requires_grad else learn.pred.mul_(1)
+def new_yb(learn): learn.yb = (learn.yb[0]*2,)
+def no_yb(learn): learn.yb = ()
+def yb_in_place(learn): learn.yb[0].mul_(1)
+def new_loss(learn): learn.loss_grad = learn.loss_grad+1
+def loss_in_place(learn): learn.loss_grad *= 2
+
+@pytest.mark.parametrize('event,how,name', [('after_pred',new_pred,'pred'), ('after_pred',pred_in_place,'pred'), ('after_pred',new_yb,'yb'), ('after_pred',no_yb,'yb'), ('after_pred',yb_in_place,'yb'),
+    ('after_loss',new_loss,'loss_grad'), ('after_loss',loss_in_place,'loss_grad'), ('before_backward',new_loss,'loss_grad'), ('before_backward',loss_in_place,'loss_grad')])
+def test_what_would_have_no_effect_is_refused(make, event, how, name):
+    learn = make(cbs=[ChangesPred(event, how)])
+    with pytest.raises(RuntimeError, match=f'learn.{name} was changed in .*{event}.*ChangesPred.*Leave out'): quietly(learn, cycle)
+    assert not vars(learn).keys()&{*_ours, 'all_batches'}
+
+class Harmless(Callback):
+    "Another object that holds the same tensors; another loss to show; another batch before the forward pass"
+    def before_batch(self):
+        if self.training: self.learn.xb,self.learn.yb = tuple(o*2 for o in self.xb),tuple(o+1 for o in self.yb)
+    def after_pred(self): self.learn.yb = (*self.learn.yb,)
+    def after_loss(self): self.learn.loss = self.learn.loss*2
+    def after_backward(self):
+        for p in self.model.parameters():
+            if p.grad is not None: p.grad *= 2
+
+def test_what_has_an_effect_is_not_refused(make): same(make, cbs=[Harmless], replays=TWO_EPOCHS)
+
+def test_mixup_of_signals_is_done_before_the_forward_pass(make): same(make, cbs=[MixUp], replays=TWO_EPOCHS)
+
+def test_a_loss_of_a_callback_is_refused(make):
+    class Loss(Callback):
+        def before_train(self): self.learn.loss_func = self.scaled
+        def scaled(self, pred, y): return (pred-y).abs().mean()*(self.learn.iter+1)
+    with pytest.raises(ValueError, match='The loss is the scaled of Loss.*Leave out'): quietly(make(cbs=[Loss]), cycle)
+
+class Own(nn.Module):
+    "Carries its state by itself"
+    def __init__(self):
+        super().__init__()
+        self.rnn,self.head = nn.GRU(2, 4, batch_first=True),nn.Linear(4, 1)
+        self.reset()
+    def reset(self): self.h = None
+    def forward(self, x):
+        out,h = self.rnn(x, self.h)
+        self.h = h.detach()
+        return self.head(out)
+
+@pytest.mark.parametrize('kwargs,match', [(dict(cbs=[MixedPrecision]), 'MixedPrecision scales the loss'), (dict(cbs=[partial(GradientAccumulation, 8)]), 'GradientAccumulation scales the loss'),
+    (dict(model=Own), 'Own carries a state by itself.*StatefulRNN'), (dict(truncation=Exact(25)), 'Exact.*computes activations again'), (dict(sub=None), 'sub_seq_len is None')])
+@pytest.mark.filterwarnings('ignore:(?s).*CUDA is not available')
+def test_refusals(make, kwargs, match):
+    learn = make(**kwargs)
+    with pytest.raises(ValueError, match=match): quietly(learn, cycle)
+
+def test_a_processor_is_refused(make):
+    learn = make(graphed=False, cbs=[CudaGraphCB])
+    with pytest.raises(ValueError, match="The model is on cpu, the loaders on cpu; expected cuda"): quietly(learn, cycle)
+    assert quietly(learn, lambda o: o.get_preds())[0].shape==(4,WIN,1) and quietly(learn, Learner.validate) # to evaluate is no matter of graphs
+    assert not vars(learn).keys()&{*_ours, 'all_batches'}
+
+def test_a_learner_without_reset_is_refused(make):
+    dls = make().dls
+    learn = Learner(dls, SequenceRNN(2, 1), nn.L1Loss(), cbs=Graphs())
+    with pytest.raises(ValueError, match='no TbpttResetCB'): quietly(learn, cycle)
+    assert not vars(learn).keys()&{*_ours, 'all_batches'}
+
+def test_a_distributed_model_is_refused(make):
+    learn = make()
+    learn.model = nn.DataParallel(learn.model)
+    with pytest.raises(ValueError, match='is in a DataParallel'): learn.graphs.check()
+
+@pytest.mark.parametrize('hook', [lambda m: m.rnn.register_forward_hook(lambda *args: None), lambda m: m.register_full_backward_hook(lambda *args: None),
+    lambda m: m.head.weight.register_hook(lambda grad: None), lambda m: m.head.weight.register_post_accumulate_grad_hook(lambda p: None)])
+def test_hooks_are_refused(make, hook):
+    learn = make()
+    hook(learn.model)
+    with pytest.raises(ValueError, match='hooks, which would not be called'): quietly(learn, cycle)
+    assert not vars(learn).keys()&{*_ours, 'all_batches'}
+
+@pytest.mark.filterwarnings('ignore:(?s).*You are shadowing')
+def test_activation_statistics_are_refused(make):
+    with pytest.raises(ValueError, match='forward hooks'): quietly(make(cbs=[ActivationStats]), cycle)
+
+
+# --- what runs by itself
+
+@pytest.mark.parametrize('truncation', [Overlap(10, 20), Jittered(20)])
+def test_other_schemes(make, truncation): same(make, truncation=truncation)
+
+def test_a_scheme_is_replayed_where_it_is_plain(make):
+    assert same(make, truncation=Jittered(20)).graphs.n_replayed<=2*9 and same(make, truncation=Overlap(20, 20)).graphs.n_replayed>0
+
+def stream(signals, graphed):
+    set_seed(0)
+    train,valid = (Sequences(*[[o[a:b] for a,b in bounds] for o in signals]) for bounds in ([(0,200), (200,450), (450,600)], [(600,700)]))
+    dls = DataLoaders(StreamDL(train, bs=2, sub_seq_len=25, shuffle=True, num_workers=0, device='cpu'), StreamDL(valid, bs=2, sub_seq_len=25, num_workers=0, device='cpu'))
+    return TbpttLearner(dls, SequenceRNN(2, 1, hidden_size=4), loss_func=nn.L1Loss(), metrics=mae, cbs=[Graphs()] if graphed else [])
+
+def test_a_stream_runs_by_itself(signals):
+    want,learn = result(stream(signals, False)),stream(signals, True)
+    np.testing.assert_equal(result(learn), want)
+    assert learn.graphs.n_replayed==0
+
+def test_a_changed_fastai_runs_by_itself(make, monkeypatch):
+    plain = Learner._do_grad_opt
+    def other(self): plain(self)
+    monkeypatch.setattr(Learner, '_do_grad_opt', other)
+    same(make, replays=0)
+
+def test_fastai_is_what_it_was():
+    "If this fails, fastai has changed what a training step is: compare with `GraphedRun`, then change the digest"
+    assert is_known(DIGEST, *(getattr(Learner, o) for o in _ours))
+
+def test_a_callback_that_is_taken_out_on_the_way(make):
+    class TakesOut(Callback):
+        def after_batch(self):
+            if self.learn.iter==4 and self.training and hasattr(self.learn, 'graphs'): self.learn.remove_cb(self.learn.graphs)
+    want,learn = result(make(graphed=False, cbs=[TakesOut])),make(cbs=[TakesOut])
+    np.testing.assert_equal(result(learn), want)
+    assert not vars(learn).keys()&{*_ours, 'all_batches'}
+
+
+# --- what is left afterwards
+
+def test_a_learner_is_saved_and_loaded(make, tmp_path):
+    learn = make(path=tmp_path)
+    quietly(learn, cycle)
+    pickle.loads(pickle.dumps(learn))
+    learn.export()
+    with pytest.warns(UserWarning, match='pickle'): loaded = load_learner(tmp_path/'export.pkl')
+    x = torch.randn(1, 40, 2)
+    assert torch.equal(learn.model.eval()(x), loaded.model.eval()(x))
+
+class Saves(Callback):
+    def after_batch(self): pickle.dumps(self.learn)
+
+def test_a_learner_is_saved_in_the_middle(make):
+    quietly(make(cbs=[Saves]), lambda learn: learn.fit(1))
+
+class Watched(RerunGraph):
+    made = []
+    def __init__(self, f, device):
+        super().__init__(f, device)
+        self.made.append(self)
+
+def test_graphs_last_for_a_fit(make):
+    class Watching(CudaGraphCB): graph = Watched
+    learn = make(graphed=False, cbs=[Watching])
+    quietly(learn, cycle)
+    assert len(Watched.made)==2 and sum(o.calls for o in Watched.made)==TWO_EPOCHS
+
+def test_a_state_is_not_that_of_a_graph_after_a_fit(make):
+    learn = make()
+    quietly(learn, cycle)
+    assert learn.model.rnn.state is None and not learn.model._forward_pre_hooks
