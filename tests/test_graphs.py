@@ -1,4 +1,4 @@
-"Training with CudaGraphCB is training without it, bit for bit; here with a stand-in for CUDA's graph that runs the recorded function again"
+"Training with CudaGraphCB is training without it, bit for bit; here with a stand-in for CUDA's graph that records the operations on the CPU and replays them in the same memory"
 import pickle
 from functools import partial
 import numpy as np
@@ -15,7 +15,8 @@ from fastai.metrics import mae
 from fastai.optimizer import Adam, OptimWrapper
 from fastai.torch_core import set_seed
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.graphs import DIGEST, CudaGraphCB, _ours
 from tbptt_fastai.known import is_known
@@ -29,18 +30,41 @@ WIN,SUB,BS = 60,25,5 # 12 windows: batches of 5, 5 and 2, in sub-windows of 25, 
 FULL = 6 # full sub-windows of an epoch
 
 
-class RerunGraph:
-    "Where a CUDA graph would be replayed, the function runs again; its results lie where they lay before"
+def same_memory(o): return tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, o) # with a shape of its own, as there are operations that change it in place
+
+class Tape(TorchDispatchMode):
+    "Records the operations that are run in it, those of the backward pass as well"
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, 'a number is read, for which a GPU would have to be waited for'
+        kwargs = kwargs or {}
+        at = same_memory(args)
+        out = func(*args, **kwargs)
+        self.ops.append((func, at, kwargs, same_memory(out), torch.is_grad_enabled())) # which some operations on the CPU ask for
+        return out
+
+def memory(o): return {t.untyped_storage().data_ptr() for t in tree_leaves(o) if isinstance(t, Tensor)}
+
+class TapeGraph:
+    "As a CUDA graph: what is recorded are operations on tensors at fixed places, and no Python is run when they are replayed"
     device_type = 'cpu'
-    def __init__(self, f, device): self._f,self._res,self.calls = f,None,0
+    def __init__(self, f, device): self._f,self._tape,self.calls = f,None,0
     def __call__(self):
         self.calls += 1
-        new = self._f()
-        if self._res is None: self._res = tree_map(lambda o: o.clone() if isinstance(o, Tensor) else o, new)
-        tree_map(lambda to,o: to.copy_(o) if isinstance(o, Tensor) else None, self._res, new)
+        if self._tape is None:
+            with Tape() as tape: self._res = self._f()
+            self._tape = [(*op, memory(op[1:3])) for op in tape.ops]
+            return self._res
+        with torch._C._AutoDispatchBelowAutograd():
+            for func,args,kwargs,out,grad,read in self._tape:
+                with torch.set_grad_enabled(grad): new = func(*args, **kwargs)
+                for to,o in zip(tree_leaves(out), tree_leaves(new), strict=True):
+                    if isinstance(to, Tensor) and not memory(to)&read: to.copy_(o) # what lies in the memory of an argument is a view, or was changed in place
         return self._res
 
-class Graphs(CudaGraphCB): graph = RerunGraph
+class Graphs(CudaGraphCB): graph = TapeGraph
 
 
 class Plain(nn.Module):
@@ -413,7 +437,7 @@ class Saves(Callback):
 def test_a_learner_is_saved_in_the_middle(make):
     quietly(make(cbs=[Saves]), lambda learn: learn.fit(1))
 
-class Watched(RerunGraph):
+class Watched(TapeGraph):
     made = []
     def __init__(self, f, device):
         super().__init__(f, device)
