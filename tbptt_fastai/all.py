@@ -26,6 +26,7 @@ from tbptt_fastai.evaluation import *
 from tbptt_fastai.once import *
 from tbptt_fastai.parts import *
 from tbptt_fastai.learner import *
+from tbptt_fastai.static import *
 from tbptt_fastai.graphs import *
 from tbptt_fastai.memory import *
 from tbptt_fastai.diagnose import *

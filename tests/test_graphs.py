@@ -1,5 +1,6 @@
 "Training with CudaGraphCB is training without it, bit for bit; here with a stand-in for CUDA's graph that records the operations on the CPU and replays them in the same memory"
 import pickle
+from contextlib import contextmanager
 from functools import partial
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tbptt_fastai.known import is_known
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.rnn import SequenceRNN, StatefulRNN, learned_state
 from tbptt_fastai.schemes import Exact, Jittered, Overlap
+from tbptt_fastai.static import CudaGraph
 from tbptt_fastai.streams import StreamDL
 from tbptt_fastai.windows import Sequences
 
@@ -453,3 +455,53 @@ def test_a_state_is_not_that_of_a_graph_after_a_fit(make):
     learn = make()
     quietly(learn, cycle)
     assert learn.model.rnn.state is None and not learn.model._forward_pre_hooks
+
+
+# --- the order of calls to CUDA
+
+class FakeStream:
+    def __init__(self, log, name): self.log,self.name = log,name
+    def wait_stream(self, other): self.log.append(f'{self.name} waits for {other.name}')
+
+@pytest.fixture
+def cuda(monkeypatch):
+    "A record of what `CudaGraph` asks of torch.cuda"
+    log = []
+    @contextmanager
+    def within(what):
+        log.append(f'enter {what}')
+        yield
+        log.append(f'leave {what}')
+    class Graph:
+        def replay(self): log.append('replay')
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: FakeStream(log, 'side'))
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: FakeStream(log, 'current'))
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: within(stream.name))
+    monkeypatch.setattr(torch.cuda, 'device', lambda device: within(device))
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', Graph)
+    monkeypatch.setattr(torch.cuda, 'graph', lambda graph, stream, capture_error_mode: within('capture'))
+    monkeypatch.setattr(Tensor, 'record_stream', lambda o, stream: log.append(f'{int(o)} is used on {stream.name}'))
+    return log
+
+def test_calls_aside_then_one_capture_then_replays(cuda):
+    calls = []
+    def f():
+        cuda.append('run')
+        calls.append(1)
+        return torch.tensor(len(calls)),None
+    graph = CudaGraph(f, 'device')
+    aside = lambda i: ['side waits for current', 'enter side', 'run', 'leave side', 'current waits for side', f'{i} is used on current']
+    for i in range(1, 4):
+        assert graph()[0]==i and cuda==aside(i)
+        cuda.clear()
+    first = graph()
+    assert cuda==['enter device', 'enter capture', 'run', 'leave capture', 'leave device', 'replay']
+    cuda.clear()
+    assert graph() is first and cuda==['replay'] and len(calls)==4
+
+def test_what_cannot_be_recorded_is_said(cuda):
+    def f():
+        if 'enter capture' in cuda: raise RuntimeError('operation not permitted')
+    graph = CudaGraph(f, 'device')
+    for _ in range(3): graph()
+    with pytest.raises(RuntimeError, match='(?s)cannot be recorded as a CUDA graph: operation not permitted.*leave out CudaGraphCB'): graph()
