@@ -76,11 +76,17 @@ def quiet():
     "Progress bars write to a file that keeps nothing"
     with open(os.devnull, 'w') as null, redirect_stdout(null), redirect_stderr(null): yield
 
+def wait():
+    "Until a GPU has done what it was given, if there is one"
+    if torch.cuda.is_initialized(): torch.cuda.synchronize()
+
 def timed(f):
     "Seconds, and those of the processor"
     gc.collect()
+    wait()
     start,cpu = time.perf_counter(),time.process_time()
     f()
+    wait()
     return time.perf_counter()-start,time.process_time()-cpu
 
 

@@ -11,6 +11,7 @@ from tbptt_fastai.arrays import *
 from tbptt_fastai.layout import *
 from tbptt_fastai.plot import *
 from tbptt_fastai.windows import *
+from tbptt_fastai.ahead import *
 from tbptt_fastai.loader import *
 from tbptt_fastai.streams import *
 from tbptt_fastai.frames import *
@@ -26,6 +27,8 @@ from tbptt_fastai.once import *
 from tbptt_fastai.parts import *
 from tbptt_fastai.dispatch import LeanLearner
 from tbptt_fastai.learner import *
+from tbptt_fastai.static import *
+from tbptt_fastai.graphs import *
 from tbptt_fastai.memory import *
 from tbptt_fastai.diagnose import *
 from tbptt_fastai.memories import *

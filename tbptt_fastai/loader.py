@@ -23,6 +23,7 @@ from fastcore.meta import delegates
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import IterableDataset
+from .ahead import pinned_ahead
 from .known import is_known
 from .truncation import SubWindow, Truncation, Fixed, as_truncation, check_steps
 from .windows import SequenceWindows, Sequences
@@ -261,7 +262,9 @@ class TbpttDL(TfmdDL):
         self.before_iter()
         self._DataLoader__idxs = self.get_idxs()
         torch.empty((), dtype=torch.int64).random_() # the seed for workers, which PyTorch draws even if there are none
-        for b in self.create_batches(self.sample()): yield self.after_batch(b if self.device is None else to_device(b, self.device))
+        batches = self.create_batches(self.sample())
+        if self._copies_ahead: batches = pinned_ahead(batches, self.device)
+        for b in batches: yield self.after_batch(b if self.device is None else to_device(b, self.device))
         self.after_iter()
         vars(self).pop('it', None)
 
@@ -293,6 +296,11 @@ class TbpttDL(TfmdDL):
 
     @property
     def _gathers(self): return isinstance(self.dataset, SequenceWindows) and not (self.prebatched or self.after_item.fs or self.before_batch.fs)
+
+    @property
+    def _copies_ahead(self):
+        "To a GPU; only where it makes no difference to random numbers, as none are drawn to gather"
+        return self._gathers and self.device is not None and torch.device(self.device).type=='cuda'
 
     def create_batches(self, samps):
         "One gather per batch of `SequenceWindows`; item by item for other datasets, or if there are item transforms"
