@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.graphs import DIGEST, CudaGraphCB, _ours
+from tbptt_fastai.graphs import _known_code, CudaGraphCB, _ours
 from tbptt_fastai.known import is_known
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.rnn import SequenceRNN, StatefulRNN, learned_state
@@ -411,7 +411,7 @@ def test_a_changed_fastai_runs_by_itself(make, monkeypatch):
 
 def test_fastai_is_what_it_was():
     "If this fails, fastai has changed what a training step is: compare with `GraphedRun`, then change the digest"
-    assert is_known(DIGEST, *(getattr(Learner, o) for o in _ours))
+    assert is_known(_known_code, *(getattr(Learner, o) for o in _ours))
 
 def test_a_callback_that_is_taken_out_on_the_way(make):
     class TakesOut(Callback):
