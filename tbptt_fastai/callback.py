@@ -77,7 +77,8 @@ class TbpttResetCB(StateResets):
         scheme = resolve_truncation(self.setting, self.dl)
         if scheme is not None: scheme.before_epoch(self.learn)
         self.learn.dl = self._view(scheme)
-        if self.dl.n_windows==0: raise ValueError(f"The training loader has no batches: {getattr(self.dl, 'n', 0)} windows, bs={getattr(self.dl, 'bs', None)}, drop_last={getattr(self.dl, 'drop_last', None)}.")
+        self._n_windows = self.dl.n_windows
+        if self._n_windows==0: raise ValueError(f"The training loader has no batches: {getattr(self.dl, 'n', 0)} windows, bs={getattr(self.dl, 'bs', None)}, drop_last={getattr(self.dl, 'drop_last', None)}.")
 
     def before_validate(self):
         inner = inner_loader(self.dl)
@@ -113,7 +114,7 @@ class TbpttResetCB(StateResets):
         learn = self.learn
         if not learn.training: return self._skip_washout()
         if not isinstance(learn.dl, SubWindows): return
-        n,n_first = len(learn.dl.plan),learn.n_iter//learn.dl.n_windows
+        n,n_first = len(learn.dl.plan),learn.n_iter//self._n_windows
         if n!=n_first: learn.pct_train += (n_first/n-1)/(learn.n_iter*learn.n_epoch) # fastai counts on windows as long as the first
 
     def before_step(self):

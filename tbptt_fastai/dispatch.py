@@ -6,9 +6,10 @@
 __all__ = ['fastai_code', 'LeanLearner']
 
 # %% ../nbs/06f_dispatch.ipynb #e8b30b89
+import fastai.callback.schedule, fastai.learner
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
                                   CancelTrainException, CancelValidException, _inner_loop)
-from fastai.callback.schedule import ParamScheduler, combine_scheds
+from fastai.callback.schedule import ParamScheduler
 from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from fastai.torch_core import defaults
 from fastcore.imports import noop
@@ -18,24 +19,24 @@ from .known import is_known
 from .shortcuts import read_losses, shortcuts
 
 # %% ../nbs/06f_dispatch.ipynb #a4790e8c
-_known_code = '167ec3e6a1af58d5' # the digest of what fastai does, and is done here in another way
+_known_code = '8a4b74011969d9b8' # the digest of what fastai does, and is done here in another way
 
 def fastai_code(
     cls:type=Learner, # A learner's class
 )->tuple:
     "The functions of fastai whose work `LeanLearner` does itself"
-    return cls._call_one,Callback.__call__,Learner.__call__,Learner._set_device,Learner._split,ParamScheduler._update_val,Recorder._train_mets.fget,AvgSmoothLoss.accumulate,combine_scheds,*(getattr(*o) for o in shortcuts)
+    names = [(cls,'_call_one'), (Callback,'__call__'), *((Learner,o) for o in ('__call__','_set_device','_split')), (ParamScheduler,'_update_val'), (Recorder,'_train_mets'), (AvgSmoothLoss,'accumulate'),
+             (fastai.callback.schedule,'combine_scheds'), (fastai.learner,'_cast_tensor'), *shortcuts]
+    return tuple(getattr(*o, None) for o in names)
 
 # %% ../nbs/06f_dispatch.ipynb #ec3fa873
 _inner_events = frozenset(_inner_loop)
 _cancels = CancelBatchException,CancelBackwardException,CancelEpochException,CancelFitException,CancelStepException,CancelTrainException,CancelValidException
 
-_own_method = object()
-
 def _short_way(cb, event_name):
-    "How a callback is called: by a shortcut, by its own method, or, `None`, as fastai does it"
+    "How a callback is called: by a shortcut, by its own method (''), or, `None`, as fastai does it"
     if type(cb).__call__ is not Callback.__call__ or hasattr(type(cb), 'training') or 'training' in vars(cb): return None
-    return shortcuts.get((type(cb), event_name), _own_method)
+    return shortcuts.get((type(cb), event_name), '')
 
 class LeanLearner(Learner):
     "fastai's `Learner`, in which callbacks that do not have an event cost nothing"
@@ -43,7 +44,8 @@ class LeanLearner(Learner):
 
     def __call__(self, event_name):
         if self._lean and isinstance(event_name, str) and event_name in _inner_events: return self._offer(event_name)
-        self._lean,self._having,self._kept = is_known(_known_code, *fastai_code(type(self))),{},{} # whatever has changed is looked at again
+        self._lean = is_known(_known_code, *fastai_code(type(self))) and '_call_one' not in vars(self)
+        self._having,self._kept = {},{} # whatever has changed is looked at again
         for cb in self.cbs:
             if type(cb) is Recorder: read_losses(cb) # which its shortcut leaves on the device
         super().__call__(event_name)
@@ -55,36 +57,32 @@ class LeanLearner(Learner):
             if run is None or cb.learn is not self: cb(event_name)
             elif cb.run and (cb.run_train if self.training else cb.run_valid):
                 try:
-                    if run is _own_method or event_name in vars(cb): getattr(cb, event_name, noop)()
-                    else: run(cb)
+                    if run and event_name not in vars(cb): run(cb)
+                    else: getattr(cb, event_name, noop)()
                 except _cancels: raise
                 except Exception as e: raise modify_exception(e, f'Exception occured in `{type(cb).__name__}` when calling event `{event_name}`:\n\t{e.args[0]}', replace=True)
 
     def _look_up(self, event_name):
         "The callbacks that have an event or may have it, in order, and how each is called; `None`: as fastai does it"
         ways = [(cb, _short_way(cb, event_name)) for cb in self.cbs.sorted('order')]
-        having = [(cb,run) for cb,run in ways if not run or hasattr(cb, event_name)]
+        having = [(cb,run) for cb,run in ways if run is None or hasattr(cb, event_name)]
         self._having[event_name] = self.cbs.items.copy(),[cb.order for cb in self.cbs],having
         return having
 
-    def keep(self,
-        name:str, # What it is
-        owner, # What it belongs to: found again if this is another object
-        find, # Function that finds it
-    ):
-        "What is looked for once, and stays what it is for all batches of an epoch"
+    def _keep(self, name, owner, find):
+        "What is looked for once for all batches of an epoch, as long as the owner is the same"
         if self._kept.get(name, (None,))[0] is not owner: self._kept[name] = owner,find()
         return self._kept[name][1]
 
     def _split(self, b):
-        n = self.keep('n_inp', self.dls, lambda: getattr(self.dls, 'n_inp', None)) if self._lean else None
+        n = self._keep('n_inp', self.dls, lambda: getattr(self.dls, 'n_inp', None)) if self._lean else None
         if n is None: return super()._split(b)
         self.xb,self.yb = b[:n],b[n:]
 
     def _set_device(self, b):
         "On the device of the model; a batch that is there already is not walked through"
         if not self._lean: return super()._set_device(b)
-        device = self.keep('parameter', self.model, lambda: next(self.model.parameters())).device
+        device = self._keep('parameter', self.model, lambda: next(self.model.parameters())).device
         if type(b) is tuple and defaults.use_cuda is not False and all(isinstance(o, Tensor) and o.device==device for o in b): return b
         return super()._set_device(b)
 

@@ -13,17 +13,17 @@ from linecache import getlines
 
 # %% ../nbs/00b_known.ipynb #5dfc0f0d
 def source(
-    f, # A function
+    f, # A function or a property
 )->str: # Empty if it has none
     "The text of a function as it is in its file"
-    code = getattr(f, '__code__', None) # `inspect.getsource` would look through every module that is loaded
+    code = getattr(getattr(f, 'fget', f), '__code__', None) # a property is known by its getter; `inspect.getsource` would look through every module that is loaded
     lines = getlines(code.co_filename)[code.co_firstlineno-1:] if code else []
     return ''.join(getblock(lines)) if lines else ''
 
 def digest(
     *functions, # Functions with a source
 )->str:
-    "Sixteen letters that change with the text of any of the functions"
+    "Sixteen hexadecimal digits that change with the text of any of the functions"
     return sha256(''.join(map(source, functions)).encode()).hexdigest()[:16]
 
 @cache
@@ -31,5 +31,5 @@ def is_known(
     known:str, # The digest that the functions had
     *functions,
 )->bool:
-    "Have the functions that digest still?"
+    "Is this still their digest?"
     return digest(*functions)==known

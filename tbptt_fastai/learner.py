@@ -70,7 +70,7 @@ def TbpttLearner(
     cbs=None, # More callbacks
     **kwargs
 )->Learner:
-    "A `Learner` that trains by truncated backpropagation through time; all its methods are fastai's own"
+    "A `Learner` that trains by truncated backpropagation through time; its methods do what fastai's do"
     own = dict(sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, grad_clip=grad_clip, loss_func=loss_func, opt_func=opt_func, cbs=cbs)
     if model is None: return RNNLearner(dls, **own, **kwargs)
     cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, truncation=truncation)+SubWindowCheckCB()

@@ -7,7 +7,6 @@ __all__ = ['Window', 'plain_batch', 'SubWindows', 'inner_loader', 'first_item', 
 
 # %% ../nbs/03b_loader.ipynb #3dcf0e5c
 import random
-from functools import cached_property
 from itertools import chain
 from operator import is_
 from random import Random
@@ -141,7 +140,7 @@ class SubWindows(GetAttr):
         "Steps of an epoch, if all windows are as long as the first"
         return self.n_windows*self.n_sub
 
-    @cached_property
+    @property
     def n_windows(self):
         "Batches of windows in an epoch, for this process"
         if self.world_size>1: # DistributedDL counts the sub-windows of a TbpttDL, and a batch that drop_last leaves out
@@ -235,7 +234,7 @@ def view_of(
     return (inner.view if isinstance(inner, TbpttDL) else SubWindows)(dl, truncation, n_skip, timed, n_inp)
 
 # %% ../nbs/03b_loader.ipynb #deb983ba
-_known_iter = 'd31a19eaa17e531f' # the digest of `DataLoader.__iter__`
+_known_iter = 'd31a19eaa17e531f' # the digest of `TfmdDL.__iter__`, which is that of fastai's `DataLoader`
 
 class TbpttDL(TfmdDL):
     "A `TfmdDL` over windows that yields sub-windows; `one_batch`, and what is shown, are whole windows"
@@ -257,7 +256,7 @@ class TbpttDL(TfmdDL):
 
     def windows(self):
         "Batches of whole windows, as a `TfmdDL` gives them. Without workers, PyTorch's iterator is left out: it takes as long as the gather"
-        if self.fake_l.num_workers or self.pin_memory or not is_known(_known_iter, DataLoader.__iter__): return (yield from super().__iter__())
+        if self.fake_l.num_workers or self.pin_memory or not is_known(_known_iter, TfmdDL.__iter__): return (yield from super().__iter__())
         self.randomize()
         self.before_iter()
         self._DataLoader__idxs = self.get_idxs()

@@ -11,9 +11,12 @@ from functools import partial
 from numpy import ndarray
 from torch import Tensor
 from torch.optim.adamw import adamw
-from fastai.optimizer import Optimizer, adam_step, average_grad, average_sqr_grad, step_stat, weight_decay
+from fastai.optimizer import Optimizer, adam_step, average_grad, average_sqr_grad, debias, step_stat, weight_decay
+from .known import is_known
 
 # %% ../nbs/04_optimizer.ipynb #4d588684
+_known_adam = '200d89af0122d222' # the digest of what the kernel stands for
+
 class FusedAdam(Optimizer):
     "fastai's `Adam` with decoupled weight decay (Loshchilov & Hutter 2019), by PyTorch's fused kernel: the same hypers, state and results to rounding"
     def __init__(self,
@@ -26,6 +29,7 @@ class FusedAdam(Optimizer):
     ):
         cbs = [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step] # of `Adam`, in its order
         super().__init__(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+        self._in_kernel = [*cbs] if is_known(_known_adam, weight_decay, average_grad, average_sqr_grad, step_stat, debias, adam_step, Optimizer.step) else None
 
     def zero_grad(self):
         for pg in self.param_lists:
@@ -36,6 +40,7 @@ class FusedAdam(Optimizer):
 
     def step(self, closure=None):
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
+        if [*self.cbs]!=self._in_kernel: return self._plain_step()
         calls = []
         for pg,h in zip(self.param_lists, self.hypers):
             rows,decayed = [],[]

@@ -25,8 +25,8 @@ def refuse_bidirectional(
                              "which a sub-window has not seen. Use bidirectional=False.")
 
 def _fits(state, bs, x, batch_dim):
-    "Is it a tuple of tensors, as that of `nn.LSTM`, of the input's kind? Most are, and are looked at in every step"
-    return type(state) is tuple and type(batch_dim) is int and all(type(o) is Tensor and -o.ndim<=batch_dim<o.ndim and o.shape[batch_dim]==bs and o.device==x.device and o.dtype==x.dtype for o in state)
+    "Is it a tensor, or a tuple of tensors, of the input's kind? The states of `torch.nn` are, and are looked at in every step"
+    return type(batch_dim) is int and all(type(o) is Tensor and -o.ndim<=batch_dim<o.ndim and o.shape[batch_dim]==bs and o.device==x.device and o.dtype==x.dtype for o in (state if type(state) is tuple else (state,)))
 
 def check_carried(
     rnn:nn.Module, # The module that is about to be called

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from .metrics import StepSmoothLoss
 
 # %% ../nbs/06e_shortcuts.ipynb #58a42180
-def count_step(cb): # for `TrainEvalCallback.after_batch`
+def count_step(cb):
+    "For `TrainEvalCallback.after_batch`"
     learn = cb.learn
     learn.pct_train += 1./(learn.n_iter*learn.n_epoch)
     learn.train_iter += 1
 
-def cast_batch(cb): # for `CastToTensor.before_batch`
+def cast_batch(cb):
+    "For `CastToTensor.before_batch`"
     learn = cb.learn
     if not all(type(o) is Tensor for o in (*learn.xb, *learn.yb)): CastToTensor.before_batch(cb)
 
@@ -39,7 +41,8 @@ def smooth(smooth_loss, learn):
     smooth_loss.count += 1
     smooth_loss.val = torch.lerp(loss.detach(), smooth_loss.val, smooth_loss.beta)
 
-def record(cb): # for `Recorder.after_batch`
+def record(cb):
+    "For `Recorder.after_batch`"
     learn = cb.learn
     if not learn.training or cb.train_metrics: return Recorder.after_batch(cb)
     if len(learn.yb)==0: return
@@ -50,16 +53,19 @@ def record(cb): # for `Recorder.after_batch`
 
 def read_losses(recorder):
     "Bring what is on a GPU of the curve to the CPU, in one go"
-    losses = vars(recorder).get('losses', [])
-    new = next((i for i,o in enumerate(reversed(losses)) if o.device.type=='cpu'), len(losses))
+    losses = vars(recorder).get('losses')
+    if not isinstance(losses, list): return
+    new = next((i for i,o in enumerate(reversed(losses)) if not isinstance(o, Tensor) or o.is_cpu), len(losses))
     if new: losses[-new:] = torch.stack(losses[-new:]).cpu().unbind()
 
 # %% ../nbs/06e_shortcuts.ipynb #c1a9f0e2
-def clip_gradients(cb): # for `GradientClip.before_step`
-    learn,norm_type = cb.learn,float(cb.norm_type)
-    params = learn.keep('parameters', learn.opt, lambda: list(learn.model.parameters()))
+_clip_grad_norm_ = nn.utils.clip_grad_norm_ # which others may replace
+
+def clip_gradients(cb):
+    "For `GradientClip.before_step`"
+    params,norm_type = list(cb.learn.model.parameters()),float(cb.norm_type)
     grads = [g for p in params if (g := p.grad) is not None]
-    if not grads or any(g.dtype is not grads[0].dtype or g.device!=grads[0].device for g in grads):
+    if nn.utils.clip_grad_norm_ is not _clip_grad_norm_ or not grads or any(g.dtype is not grads[0].dtype or g.device!=grads[0].device for g in grads):
         return nn.utils.clip_grad_norm_(params, cb.max_norm, norm_type)
     with torch.no_grad():
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, norm_type)), norm_type)
@@ -70,37 +76,40 @@ class _Shown:
     "A number that becomes text when it is shown"
     def __init__(self, value): self.value = value
     def __str__(self): return f'{self.value.item():.4f}'
+    __repr__ = __str__
 
-def update_bar(cb): # for `ProgressCallback.after_batch`
+def update_bar(cb):
+    "For `ProgressCallback.after_batch`"
     learn = cb.learn
     cb.pbar.update(learn.iter+1)
     if hasattr(learn, 'smooth_loss'): cb.pbar.comment = _Shown(learn.smooth_loss)
 
 # %% ../nbs/06e_shortcuts.ipynb #c41c51a8
-_combined = combine_scheds([1.], [None]).__code__
-
 def without_tensors(
     sched, # A schedule, that is a function of the share of the training that is done
 ): # A function with the same values
     "A schedule by fastai's `combine_scheds`, such as those of `fit_flat_cos` and `fit_one_cycle`, without tensors; others as they are"
-    if getattr(sched, '__code__', None) is not _combined: return sched
-    parts = dict(zip(_combined.co_freevars, (o.cell_contents for o in sched.__closure__)))
+    if getattr(sched, '__qualname__', '')!='combine_scheds.<locals>._inner' or sched.__module__!=combine_scheds.__module__: return sched
+    parts = dict(zip(sched.__code__.co_freevars, (o.cell_contents for o in sched.__closure__)))
     pcts,scheds,last = parts['pcts'].numpy(),parts['scheds'],parts['pct_lim']
-    bounds = pcts.tolist()
+    bounds,widths = pcts.tolist(),np.diff(pcts)
     def short(pos):
         pos32 = np.float32(pos)
         i = min(bisect_right(bounds, pos32)-1, last)
-        if not pos32>=0: return sched(pos)
-        return scheds[i](((pos32-pcts[i])/(pcts[i+1]-pcts[i])).item())
+        if not pos32>=0 or widths[i]==0: return sched(pos)
+        return scheds[i](((pos32-pcts[i])/widths[i]).item())
     return short
 
-def set_hypers(cb): # for `ParamScheduler.before_batch`
+def set_hypers(cb):
+    "For `ParamScheduler.before_batch`"
+    if '_update_val' in vars(cb): return ParamScheduler.before_batch(cb)
     learn,short = cb.learn,vars(cb).setdefault('_short', {})
     for name,sched in cb.scheds.items():
         if short.get(name, (None,))[0] is not sched: short[name] = sched,without_tensors(sched)
         learn.opt.set_hyper(name, short[name][1](learn.pct_train))
 
-def record_hypers(cb): # for `ParamScheduler.after_batch`
+def record_hypers(cb):
+    "For `ParamScheduler.after_batch`"
     for name in cb.scheds: cb.hps[name].append(cb.learn.opt.hypers[-1][name])
 
 # %% ../nbs/06e_shortcuts.ipynb #220957d4

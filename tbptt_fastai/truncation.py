@@ -136,7 +136,8 @@ class Fixed(Truncation):
     ): self.sub_seq_len = self.block = self.least_window = check_steps('sub_seq_len', sub_seq_len)
 
     def sub_windows(self, win_sz, n_skip=0, rng=None):
-        asked = self.sub_seq_len,win_sz,n_skip # most windows are as long as the last one
+        if type(self) is not Fixed or vars(self).keys()&{'plan','weight'}: return super().sub_windows(win_sz, n_skip, rng)
+        asked = self.sub_seq_len,check_steps('win_sz', win_sz),check_steps('n_skip', n_skip, least=0) # most windows are as long as the last one
         if self._last is None or self._last[0]!=asked: self._last = asked,super().sub_windows(win_sz, n_skip, rng)
         return list(self._last[1])
 

@@ -66,6 +66,7 @@ class Sequences:
     )->tuple[np.ndarray,np.ndarray]:
         "The sequence that each item is in, and its first step there"
         idxs = np.asarray(idxs)
+        if idxs.dtype.kind in 'iu' or len(idxs)==0: idxs = idxs.astype(np.int64)
         if ((idxs<0)|(idxs>=len(self))).any(): raise IndexError(f"Item {idxs} asked for, there are {len(self)}.")
         return self._locate(idxs)
 
@@ -171,8 +172,9 @@ class SequenceWindows(_Pieces):
         return tuple(self._cut(seqs, seq, start) for seqs in self.arrays)
 
     def _cut(self, seqs, seq, start):
-        if len(seqs)==1: batch = seqs[0].unfold(0, self.win_sz, 1).movedim(-1, 1)[torch.from_numpy(start)]
-        else: batch = torch.stack([seqs[i][a:a+self.win_sz] for i,a in zip(seq.tolist(), start.tolist())])
+        if len(seqs)==1: batch = seqs[0].unfold(0, self.win_sz, 1).movedim(-1, 1)[torch.from_numpy(start)].contiguous()
+        elif len(seq): batch = torch.stack([seqs[i][a:a+self.win_sz] for i,a in zip(seq.tolist(), start.tolist())])
+        else: batch = seqs[0].new_empty((0, self.win_sz, *seqs[0].shape[1:]))
         return batch.to(self.dtype) if batch.is_floating_point() else batch
 
     def __getitem__(self, i): return super().__getitem__(i) if self.in_files or not hasattr(i, '__index__') else tuple(b[0] for b in self.gather([index(i)]))

@@ -16,10 +16,10 @@ from fastai.callback.schedule import ParamScheduler, combined_cos
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner, Recorder, load_learner
+from fastai.learner import AvgSmoothLoss, Learner, Recorder, load_learner
 from fastai.losses import MSELossFlat
 from fastai.metrics import mae
-from fastai.optimizer import OptimWrapper
+from fastai.optimizer import SGD, OptimWrapper
 from fastai.torch_core import TensorBase, defaults, set_seed
 from torch import nn
 from tbptt_fastai.callback import TbpttResetCB
@@ -431,6 +431,62 @@ def test_the_bar_shows_the_same(signals, capsys):
         return shown
     fastais,ours = run(Learner),run(LeanLearner)
     assert fastais==ours and len(set(ours))>10
+
+
+def test_curves_may_be_anything_afterwards(signals):
+    "fastai never looks at them again"
+    for change in (lambda o: [float(l) for l in o], np.array, tuple, lambda o: []):
+        learn = build(LeanLearner, signals)
+        train(learn)
+        learn.recorder.losses = change(learn.recorder.losses)
+        with learn.no_bar(): learn.validate()
+    class Floats(AvgSmoothLoss):
+        @property
+        def value(self): return float(super().value)
+    learn = build(LeanLearner, signals)
+    learn.recorder.smooth_loss = Floats()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert all(type(o) is float for o in learn.recorder.losses)
+
+@pytest.mark.parametrize('name', ['_update_val','_train_mets'])
+def test_names_that_fastai_no_longer_has(signals, monkeypatch, name):
+    owner = ParamScheduler if name=='_update_val' else Recorder
+    monkeypatch.setattr(owner, '_other', vars(owner)[name], raising=False)
+    monkeypatch.delattr(owner, name)
+    learn = build(LeanLearner, signals)
+    assert plain_path(learn)
+
+def test_what_others_put_in_the_place_of_pytorchs_clipping_is_called(signals, monkeypatch):
+    norms,clip = [],nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, 'clip_grad_norm_', lambda *args, **kwargs: norms.append(clip(*args, **kwargs)))
+    train(build(LeanLearner, signals, [GradientClip(.05)]))
+    assert len(norms)==18
+
+def test_own_ways_of_a_learner_and_a_scheduler(signals):
+    "... that are set on the object"
+    seen = []
+    learn = build(LeanLearner, signals)
+    learn._call_one = lambda e: seen.append(e) or Learner._call_one(learn, e)
+    train(learn)
+    assert seen.count('before_backward')==18
+    class Slow(Callback):
+        def before_fit(self):
+            for sched in self.learn._grab_cbs(ParamScheduler)[:1]: sched._update_val = lambda pct: ParamScheduler._update_val(sched, pct/2)
+    assert_same(*run_with(signals, [partial(ParamScheduler, dict(lr=combined_cos(.25, 1e-4, 1e-2, 1e-6))), Slow]))
+
+def test_a_model_that_grows_within_an_epoch_is_clipped(signals):
+    class Grow(Callback):
+        order = -5
+        def before_batch(self):
+            if self.train_iter==3 and self.training: self.model.rnn.register_parameter('more', nn.Parameter(torch.ones(2)))
+        def after_pred(self):
+            if hasattr(self.model.rnn, 'more'): self.learn.pred = self.pred*self.model.rnn.more.mean()
+    norms = []
+    class Norm(Callback):
+        order = 12
+        def before_step(self): norms.append(torch.stack([p.grad.norm() for p in self.learn.model.parameters() if p.grad is not None]).norm().item())
+    train(build(LeanLearner, signals, [Grow(), GradientClip(.01), Norm()], opt_func=SGD), 'fit')
+    assert max(norms)<=.01*(1+1e-4)
 
 
 # --- batches that are where they should be

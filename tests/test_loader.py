@@ -1,5 +1,6 @@
 "Sub-windows come in order, as views, from any loader; the loader itself stays what it was"
 import random
+from collections import namedtuple
 import numpy as np
 import pytest
 import torch
@@ -146,10 +147,14 @@ def test_windows_are_those_of_TfmdDL(signals, kwargs):
     "... in the same order, and random generators are left as it would leave them"
     class Noise(Transform):
         def encodes(self, o:torch.Tensor): return o+torch.randn_like(o)
+    class Counted(TbpttDL):
+        n_ended = 0
+        def after_iter(self): self.n_ended += 1
     def run(f):
         set_seed(3)
-        dl = TbpttDL(SequenceWindows(*signals, win_sz=50, stp_sz=7), **{**dict(bs=6, after_batch=Noise()), **kwargs})
+        dl = Counted(SequenceWindows(*signals, win_sz=50, stp_sz=7), **{**dict(bs=6, after_batch=Noise(), num_workers=0), **kwargs})
         epochs = [list(f(dl)) for _ in range(2)]
+        assert dl.n_ended==2
         return epochs,torch.get_rng_state().tolist(),random.getstate(),np.random.get_state()[1],vars(dl).keys()
     (a,*states_a),(b,*states_b) = run(TfmdDL.__iter__),run(TbpttDL.windows)
     assert [[[t.tolist() for t in o] for o in epoch] for epoch in a]==[[[t.tolist() for t in o] for o in epoch] for epoch in b]
@@ -157,7 +162,7 @@ def test_windows_are_those_of_TfmdDL(signals, kwargs):
 
 def test_fastais_loader_is_what_it_was():
     "If this fails, fastai has changed how a loader is iterated: compare with `TbpttDL.windows`, then change the digest"
-    assert is_known(_known_iter, FastaiLoader.__iter__)
+    assert is_known(_known_iter, TfmdDL.__iter__)
 
 def test_a_changed_loader_takes_the_plain_path(signals, monkeypatch):
     seen,plain = [],FastaiLoader.__iter__
@@ -166,3 +171,25 @@ def test_a_changed_loader_takes_the_plain_path(signals, monkeypatch):
         yield from plain(self)
     monkeypatch.setattr(FastaiLoader, '__iter__', other)
     assert len(list(TbpttDL(SequenceWindows(*signals, win_sz=50), bs=6, sub_seq_len=25)))==8 and seen
+
+@pytest.mark.parametrize('owner', [FastaiLoader, TfmdDL], ids=lambda o: o.__name__)
+def test_a_loader_replaced_anywhere_is_asked(signals, monkeypatch, owner):
+    seen,plain = [],TfmdDL.__iter__
+    monkeypatch.setattr(owner, '__iter__', lambda self: seen.append(1) or plain(self), raising=False)
+    list(TbpttDL(SequenceWindows(*signals, win_sz=50), bs=6, num_workers=0))
+    assert seen
+
+Batch = namedtuple('Batch', 'x y')
+
+@pytest.mark.parametrize('make', [lambda x,y: (x,y), lambda x,y: [x,y], lambda x,y: ((x,),y), lambda x,y: Batch(x, y), lambda x,y: (dict(x=x),y), lambda x,y: (TensorBase(x),y), lambda x,y: (x,(),y)], ids=range(7))
+def test_a_sub_window_has_the_form_of_its_window(make):
+    x,y = torch.arange(60.).view(2, 30, 1),torch.arange(60).view(2, 30)
+    cut = Window(make(x, y)).cut(10, 20)
+    assert repr(cut)==repr(make(x[:,10:20], y[:,10:20])) and type(cut) is type(make(x, y))
+
+def test_a_loader_that_grows_is_counted_anew():
+    batches = [(torch.zeros(2, 10, 1), torch.zeros(2, 10, 1))]*3
+    view = SubWindows(batches, 5)
+    assert len(view)==len(list(view))==6
+    batches.append(batches[0])
+    assert len(view)==len(list(view))==8

@@ -9,7 +9,7 @@ from fastai.callback.schedule import Learner # with `fit_one_cycle`
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.learner import load_learner
-from fastai.optimizer import Adam, Lookahead
+from fastai.optimizer import Adam, Lookahead, l2_reg
 from fastai.torch_core import params
 from fastcore.foundation import L
 from torch import nn
@@ -505,3 +505,28 @@ def test_lookahead():
     for opt in opts:
         for i in range(10): give_grads(opt.param_lists[0], i); opt.step()
     for p,q in zip(*(o.param_lists[0] for o in opts)): torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def adds(p, **kwargs): p.data.add_(.01)
+
+@pytest.mark.parametrize('change', [lambda cbs: cbs.append(adds), lambda cbs: cbs.pop(0), lambda cbs: cbs.items.__setitem__(0, l2_reg)], ids=['more','fewer','other'])
+def test_functions_of_ones_own_are_run(change):
+    "... from the step on in which they are put there"
+    opts = [f(tensors(), lr=1e-2, wd=.3) for f in BOTH]
+    for opt in opts:
+        for i in range(6):
+            if i==3: change(opt.cbs)
+            give_grads(opt.param_lists[0], i)
+            opt.step()
+    assert_same(*opts, rtol=1e-5, atol=1e-7)
+
+def test_fastais_adam_is_what_it_was():
+    "If this fails, fastai has changed how Adam steps: compare, then change the digest"
+    assert FusedAdam(tensors(), 1e-3)._in_kernel
+
+def test_a_changed_adam_is_stepped_by_fastai(monkeypatch):
+    monkeypatch.setattr(optimizer, 'adam_step', adds)
+    opt = FusedAdam([p := torch.nn.Parameter(torch.zeros(3))], lr=1e-2)
+    p.grad = torch.ones(3)
+    opt.step()
+    assert torch.equal(p.detach(), torch.full((3,), .01))

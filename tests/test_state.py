@@ -1,8 +1,10 @@
 "States of any nesting: detached, checked, begun anew in single rows"
 import copy, dataclasses, pickle
 from collections import namedtuple
+from contextlib import nullcontext
 import pytest
 import torch
+from fastai.torch_core import TensorBase
 from torch import nn
 from tbptt_fastai.rnn import InitialState, StatefulRNN
 from tbptt_fastai.state import batch_dims, check_state, detach_state, state_batch_size, state_leaves, where_state
@@ -212,3 +214,26 @@ def test_first_states_of_any_nesting(groups):
         torch.utils._pytree.SUPPORTED_NODES.pop(Unmet) # as in another process, where it is unpickled
         assert first['memory'].note=='name' and first['mean'].shape==(7,) and first['count']==3 and first['none'] is None
     with pytest.raises(ValueError, match='has shape \\(5, 2\\); expected'): InitialState((torch.zeros(5, 2), None), groups)
+
+
+def test_flat_states_keep_their_types():
+    "The short way for plain tuples of tensors is for those alone"
+    class Pair(tuple): pass
+    State = namedtuple('State', 'h c')
+    a,b = torch.ones(1, 2, 3, requires_grad=True)*2,torch.ones(1, 2, 3)
+    for state in ((a,b), Pair((a,b)), State(a, b), [a,b], (a,(b,)), (a,None), a):
+        if type(state) is Pair: # no form that PyTorch knows: a leaf
+            with pytest.raises(TypeError, match='Pair'): detach_state(state)
+            continue
+        cut = detach_state(state)
+        assert type(cut) is type(state) and not any(o.requires_grad for o in state_leaves(cut) if o is not None) and len(state_leaves(cut))==len(state_leaves(state))
+    assert type(detach_state((TensorBase(b),))[0]) is TensorBase
+
+@pytest.mark.parametrize('batch_dim,match', [(5, None), (-1, 'batch size 3, the input 2'), ((0,0), None), ((1,1), 'batch size 3, the input 2')])
+def test_a_declared_batch_dimension_is_looked_at_in_the_short_way_too(batch_dim, match):
+    "... also negative, out of range (no batch there), and as a nest"
+    class Cell(nn.Module):
+        def forward(self, x, state=None): return x,(torch.zeros(2, 3),torch.zeros(2, 3))
+    rnn = StatefulRNN(Cell(), batch_dim=batch_dim)
+    rnn(torch.zeros(2, 4, 1))
+    with nullcontext() if match is None else pytest.raises(ValueError, match=match): rnn(torch.zeros(2, 4, 1))

@@ -210,3 +210,30 @@ def test_sequences_have_names():
     with pytest.raises(ValueError, match='x of sequence b is \\[nan\\] at step 2'): Sequences([ramp(5), np.array([0.,1,np.nan], np.float32)], groups=['a','b'])
     with pytest.raises(IndexError): Sequences(xs)[2]
     assert len(Sequences(xs).new_empty())==0 and len(SequenceParts(xs, win_sz=2).new_empty())==0
+
+
+@pytest.mark.parametrize('n_seqs', [1, 3])
+@pytest.mark.parametrize('make', [lambda a: a, np.asfortranarray, lambda a: torch.from_numpy(a).T.contiguous().T, lambda a: a[::2], lambda a: a[:,:1], lambda a: a.astype(np.float64), lambda a: np.round(a*9).astype(np.int64), lambda a: a[...,None]], ids=range(8))
+def test_a_batch_is_contiguous_and_its_own(make, n_seqs):
+    "... whatever the layout of the sequences is; a transform that works in place does not reach them"
+    seqs = [make(np.random.default_rng(i).standard_normal((120, 3)).astype(np.float32)) for i in range(n_seqs)]
+    ds = SequenceWindows(seqs, win_sz=20, stp_sz=7)
+    kept,(batch,) = [o.clone() for o in ds.arrays[0]],ds.gather(range(len(ds)))
+    plain = [o[a:a+20] for o in kept for a in range(0, len(o)-19, 7)]
+    assert batch.is_contiguous() and torch.equal(batch, torch.stack(plain).to(batch.dtype)) and batch.dtype==(torch.int64 if plain[0].dtype==torch.int64 else torch.float32)
+    batch += 1
+    assert all(map(torch.equal, ds.arrays[0], kept))
+
+@pytest.mark.parametrize('seqs', [[np.arange(250.)], [np.arange(250.), np.arange(100.)]], ids=len)
+@pytest.mark.parametrize('kind', ['u1','i1','i2','u2','i4','u4','u8','i8'])
+def test_numbers_of_windows_may_be_of_any_type(seqs, kind):
+    "... and narrow ones neither overflow nor are taken for a mask"
+    ds = SequenceWindows(seqs, win_sz=1, stp_sz=1)
+    assert ds.gather(np.array([1]*120, kind))[0].unique().tolist()==[1.]
+    assert SequenceWindows(seqs, win_sz=5, stp_sz=10).locate(np.array([9], kind))[1].tolist()==[90]
+    assert SequenceParts(seqs, win_sz=10).locate(np.array([9], kind))[1].tolist()==[90]
+
+@pytest.mark.parametrize('seqs', [[np.arange(50.)], [np.arange(50.), np.arange(40.)]], ids=len)
+def test_a_batch_of_no_windows(seqs):
+    ds = SequenceWindows(seqs, win_sz=10)
+    for none in ([], np.array([], int), torch.tensor([], dtype=torch.int64)): assert ds.gather(none)[0].shape==(0, 10, 1)
