@@ -10,6 +10,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 from tbptt_fastai.callback import TbpttResetCB
 from tbptt_fastai.datasets import create_dls_silverbox, load_silverbox
 from tbptt_fastai.learner import RNNLearner
@@ -103,7 +104,7 @@ def by_hand(work, **kwargs):
                 pred,state = net(x[:,a:a+SUB], state)
                 loss = loss_func(pred, y[:,a:a+SUB])
                 loss.backward()
-                nn.utils.clip_grad_norm_(params, CLIP)
+                clip_grad_norm_(params, CLIP)
                 opt.step()
                 opt.zero_grad()
                 state = tuple(o.detach() for o in state)

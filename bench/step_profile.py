@@ -31,7 +31,7 @@ from step_loops import CASES, Work, by_fastai, by_hand, tbptt
 HOOKS = '_start_pass','_before','_after','_before_stateful'
 CALLBACKS = {TrainEvalCallback: 'step counter', CastToTensor: 'cast', SubWindowCheckCB: 'other callbacks', TbpttResetCB: 'TbpttResetCB', GradientClip: 'clipping',
              Recorder: 'recorder', ProgressCallback: 'progress bar', ParamScheduler: 'scheduler'}
-PLACES = [(torch.Tensor, ['backward'], 'backward'), (nn.L1Loss, ['forward'], 'loss'), (nn.utils, ['clip_grad_norm_'], 'clipping'), (step_loops, ['set_lr'], 'scheduler'),
+PLACES = [(torch.Tensor, ['backward'], 'backward'), (nn.L1Loss, ['forward'], 'loss'), (step_loops, ['clip_grad_norm_'], 'clipping'), (step_loops, ['set_lr'], 'scheduler'),
           (torch.optim.Adam, ['step'], 'optimizer'), (FusedAdam, ['step'], 'optimizer'), (torch.optim.Adam, ['zero_grad'], 'zero_grad'), (FusedAdam, ['zero_grad'], 'zero_grad'),
           (step_loops.Net, ['forward'], 'model'), (rnn.SequenceRNN, ['forward'], 'model'), (carry_state, HOOKS, 'carried state: hooks'), (rnn, ['check_carried','detach_state'], 'carried state: checked, detached'),
           (Work, ['batch'], 'windows: gathered'), (SequenceWindows, ['gather'], 'windows: gathered'), (TbpttDL, ['windows'], 'windows: loader'), (SubWindows, ['_open'], 'windows: planned'),
