@@ -486,8 +486,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'tbptt_fastai.pieces._joined': ('pieces.html#_joined', 'tbptt_fastai/pieces.py'),
                                      'tbptt_fastai.pieces._scaled': ('pieces.html#_scaled', 'tbptt_fastai/pieces.py'),
                                      'tbptt_fastai.pieces.carry_pieces': ('pieces.html#carry_pieces', 'tbptt_fastai/pieces.py'),
-                                     'tbptt_fastai.pieces.carry_pieces.__enter__': ( 'pieces.html#carry_pieces.__enter__',
-                                                                                     'tbptt_fastai/pieces.py'),
                                      'tbptt_fastai.pieces.carry_pieces.__exit__': ( 'pieces.html#carry_pieces.__exit__',
                                                                                     'tbptt_fastai/pieces.py'),
                                      'tbptt_fastai.pieces.carry_pieces.__init__': ( 'pieces.html#carry_pieces.__init__',

@@ -51,8 +51,8 @@ class LeanLearner(Learner):
         super().__call__(event_name)
 
     def _offer(self, event_name):
-        cbs,orders,having = self._having.get(event_name, (None,None,None))
-        if cbs!=self.cbs.items or orders!=[cb.order for cb in cbs]: having = self._look_up(event_name)
+        cbs,having = self._having.get(event_name, (None,None))
+        if cbs!=self.cbs.items: having = self._look_up(event_name)
         for cb,run in having:
             if run is None or cb.learn is not self: cb(event_name)
             elif cb.run and (cb.run_train if self.training else cb.run_valid):
@@ -66,7 +66,7 @@ class LeanLearner(Learner):
         "The callbacks that have an event or may have it, in order, and how each is called; `None`: as fastai does it"
         ways = [(cb, _short_way(cb, event_name)) for cb in self.cbs.sorted('order')]
         having = [(cb,run) for cb,run in ways if run is None or hasattr(cb, event_name)]
-        self._having[event_name] = self.cbs.items.copy(),[cb.order for cb in self.cbs],having
+        self._having[event_name] = self.cbs.items.copy(),having
         return having
 
     def _keep(self, name, owner, find):

@@ -45,6 +45,7 @@ def _joined(outs, steps):
 # %% ../nbs/01c_pieces.ipynb #1f4498b4
 class carry_pieces(carry_state):
     "As `carry_state`; and the next call of the model runs in `pieces`, if there are any"
+    _hooked = False
     def __init__(self,
         model:nn.Module, # As for `carry_state`
         evaluation:bool=False, # As for `carry_state`
@@ -61,14 +62,11 @@ class carry_pieces(carry_state):
     ):
         "Run the next call of the model so"
         self.pieces,self._cut,self._keep_last,self._recompute,self._joins = pieces,cut,keep_last,recompute,join
+        if self._hooked: return
+        inner,self._hooked = get_model(self.model),True
+        self._hooks += [inner.register_forward_pre_hook(self._run_all_but_the_last), inner.register_forward_hook(self._join)]
 
     def _done(self): self.pieces,self._outs,self._kept_state,self.keep_graph = [],None,None,False
-
-    def __enter__(self):
-        super().__enter__()
-        inner = get_model(self.model)
-        self._hooks += [inner.register_forward_pre_hook(self._run_all_but_the_last), inner.register_forward_hook(self._join)]
-        return self
 
     def __exit__(self, *exc):
         self._done()
