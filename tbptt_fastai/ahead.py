@@ -27,7 +27,7 @@ def one_ahead(
         try: now = sent()
         except Exception as e: error,now = e,end
         yield batch
-    if error is not None: raise error
+    if error is not None: raise error.with_traceback(error.__traceback__)
 
 # %% ../nbs/02f_ahead.ipynb #5d6591db
 def pinned_ahead(
