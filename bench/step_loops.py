@@ -128,9 +128,7 @@ def tbptt(work, **kwargs):
 
 def existing(work):
     "fastai's `Learner` and optimizer, on the same loaders, with a `TbpttResetCB`: what one line makes of a pipeline that is there"
-    dls = work.dls()
-    net = deepcopy(work.start)
-    return Learner(dls, net, loss_func=nn.L1Loss(), cbs=[TbpttResetCB(), GradientClip(CLIP)])
+    return Learner(work.dls(), deepcopy(work.start), loss_func=nn.L1Loss(), cbs=[TbpttResetCB(), GradientClip(CLIP)])
 
 def plain(work):
     "fastai's `Learner`, with sub-windows that lie ready, each from the zero state"

@@ -243,3 +243,16 @@ def train_scheme_on_stream(rnn, head, xs, ys, bs, size, runs, opt, loss_func, we
         (loss_func(torch.cat(preds), torch.cat(targets))*weigh(run, n, len(state))).backward()
         opt.step()
         opt.zero_grad()
+
+
+class OwnState(torch.nn.Module):
+    "A model that carries its state by itself, and can only reset all of it"
+    def __init__(self, rnn, head):
+        super().__init__()
+        self.rnn,self.head = rnn,head
+        self.reset()
+    def reset(self): self.h = None
+    def forward(self, x):
+        out,h = self.rnn(x, self.h)
+        self.h = h.detach()
+        return self.head(out)

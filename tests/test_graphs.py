@@ -18,6 +18,7 @@ from fastai.torch_core import set_seed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from reference import OwnState
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.graphs import _known_code, CudaGraphCB, _ours
 from tbptt_fastai.known import is_known
@@ -335,17 +336,8 @@ def test_a_loss_of_a_callback_is_refused(make):
         def scaled(self, pred, y): return (pred-y).abs().mean()*(self.learn.iter+1)
     with pytest.raises(ValueError, match='The loss is the scaled of Loss.*Leave out'): quietly(make(cbs=[Loss]), cycle)
 
-class Own(nn.Module):
-    "Carries its state by itself"
-    def __init__(self):
-        super().__init__()
-        self.rnn,self.head = nn.GRU(2, 4, batch_first=True),nn.Linear(4, 1)
-        self.reset()
-    def reset(self): self.h = None
-    def forward(self, x):
-        out,h = self.rnn(x, self.h)
-        self.h = h.detach()
-        return self.head(out)
+class Own(OwnState):
+    def __init__(self): super().__init__(nn.GRU(2, 4, batch_first=True), nn.Linear(4, 1))
 
 @pytest.mark.parametrize('kwargs,match', [(dict(cbs=[MixedPrecision]), 'MixedPrecision scales the loss'), (dict(cbs=[partial(GradientAccumulation, 8)]), 'GradientAccumulation scales the loss'),
     (dict(model=Own), 'Own carries a state by itself.*StatefulRNN'), (dict(truncation=Exact(25)), 'Exact.*computes activations again'), (dict(sub=None), 'sub_seq_len is None')])

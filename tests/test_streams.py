@@ -14,7 +14,7 @@ from fastai.metrics import accuracy, mae, rmse
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
-from reference import permutations, rows_by_hand, stream_by_hand, train_stream
+from reference import OwnState, permutations, rows_by_hand, stream_by_hand, train_stream
 from tbptt_fastai.callback import TbpttResetCB
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.evaluation import SubWindowEvalCB
@@ -557,25 +557,13 @@ def test_refused():
     with pytest.warns(UserWarning, match=r'2 of 7 sequences are not longer than n_skip=12.*\[4, 5\]'): learner(loaders(xs, ys), stateful(*recurrent_and_head()), n_skip=12)
 
 
-class OwnState(nn.Module):
-    "Carries its state by itself, and can only reset all of it"
-    def __init__(self):
-        super().__init__()
-        self.rnn,self.head = recurrent_and_head(nn.GRU)
-        self.reset()
-    def reset(self): self.h = None
-    def forward(self, x):
-        out,h = self.rnn(x, self.h)
-        self.h = h.detach()
-        return self.head(out)
-
 def test_a_model_that_resets_all_rows_only():
     xs,ys = sequences(LENGTHS)
-    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'): learner(loaders(xs, ys), OwnState())
-    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'): learner(loaders(xs, ys), OwnState(), sub_seq_len=None) # validation goes by sub-windows
-    learn = learner(loaders(xs, ys, bs=7), OwnState())
+    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'): learner(loaders(xs, ys), OwnState(*recurrent_and_head(nn.GRU)))
+    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'): learner(loaders(xs, ys), OwnState(*recurrent_and_head(nn.GRU)), sub_seq_len=None) # validation goes by sub-windows
+    learn = learner(loaders(xs, ys, bs=7), OwnState(*recurrent_and_head(nn.GRU)))
     with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'), learn.no_bar(): learn.get_preds(dl=learn.dls.valid.new(bs=3))
-    learn = learner(loaders(xs, ys, bs=7), OwnState()) # as many rows as sequences
+    learn = learner(loaders(xs, ys, bs=7), OwnState(*recurrent_and_head(nn.GRU))) # as many rows as sequences
     rnn,head = recurrent_and_head(nn.GRU)
     fit(learn)
     train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 7, 7, LR, nn.functional.l1_loss)
