@@ -6,18 +6,24 @@
 __all__ = ['TbpttResetCB']
 
 # %% ../nbs/06_callback.ipynb #2aa02dba
+from contextlib import nullcontext
 import torch
+from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import find_bs
+from fastcore.basics import first
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .checks import check_carries, check_states, check_statistics, check_stream, resolve_truncation
 from .loader import SubWindows, inner_loader, view_of
+from .lr_search import RateSearch, SearchLoss
 from .metrics import StepSmoothLoss
+from .pieces import carry_pieces
 from .resets import StateResets, CarryingRun
 from .streams import StreamDL
 from .truncation import Fixed, Truncation, check_steps
+from .unread import unread
 
 # %% ../nbs/06_callback.ipynb #054d8ba4
 class TbpttResetCB(StateResets):
@@ -52,9 +58,21 @@ class TbpttResetCB(StateResets):
 
     def before_fit(self):
         self.check()
-        scheme = resolve_truncation(self.setting, self.dls.train)
-        recorder,by_steps = getattr(self.learn, 'recorder', None),isinstance(inner_loader(self.dls.train), StreamDL) or not isinstance(scheme, (Fixed, type(None)))
-        if recorder is not None and by_steps!=isinstance(recorder.smooth_loss, StepSmoothLoss): recorder.smooth_loss = (StepSmoothLoss if by_steps else AvgSmoothLoss)(recorder.smooth_loss.beta)
+        self._search = None
+        recorder = getattr(self.learn, 'recorder', None)
+        if recorder is not None: # fastai warns where the learner has an attribute of the same name, as it does here
+            object.__setattr__(recorder, 'smooth_loss', self._smooth_loss(recorder.smooth_loss))
+
+    def _smooth_loss(self, smooth):
+        "How training losses are smoothed in this fit: by steps, where batches have different numbers of them; relative to the untrained model in a search"
+        scheme,is_stream = resolve_truncation(self.setting, self.dls.train),isinstance(inner_loader(self.dls.train), StreamDL)
+        by_steps = is_stream or not isinstance(scheme, (Fixed, type(None)))
+        if isinstance(smooth, SearchLoss): smooth = smooth.smooth
+        if by_steps!=isinstance(smooth, StepSmoothLoss): smooth = (StepSmoothLoss if by_steps else AvgSmoothLoss)(smooth.beta)
+        finder = first(self.learn._grab_cbs(LRFinder))
+        if finder is None or scheme is None and not is_stream: return smooth
+        self._search = RateSearch(self.learn, finder, smooth)
+        return self._search.loss
 
     def before_epoch(self):
         "Runs over the batches happen within `carry_state`, if they carry a state"
@@ -65,6 +83,7 @@ class TbpttResetCB(StateResets):
 
     def after_fit(self):
         self.after_epoch()
+        self._search = None
         vars(self).pop('_whole', None)
         if self._carried is not None: return # an evaluation in the middle of a training
         self.reset()
@@ -76,9 +95,18 @@ class TbpttResetCB(StateResets):
         self._checked = False
         scheme = resolve_truncation(self.setting, self.dl)
         if scheme is not None: scheme.before_epoch(self.learn)
+        if self._search is not None: self._run_untrained(scheme)
         self.learn.dl = self._view(scheme)
         self._n_windows = self.dl.n_windows
         if self._n_windows==0: raise ValueError(f"The training loader has no batches: {getattr(self.dl, 'n', 0)} windows, bs={getattr(self.dl, 'bs', None)}, drop_last={getattr(self.dl, 'drop_last', None)}.")
+
+    def _run_untrained(self, scheme):
+        "Before the training view draws an order, which it then does as the view that is run here"
+        try:
+            with unread(self.dl):
+                self.learn.dl = self._view(scheme)
+                with carry_pieces(self.model) if self.carries else nullcontext() as self._carried: self._search.run()
+        finally: self._carried = None
 
     def before_validate(self):
         inner = inner_loader(self.dl)

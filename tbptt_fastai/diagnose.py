@@ -22,9 +22,10 @@ from .callback import TbpttResetCB
 from .carry import carry_state, reset_own_state
 from .checks import resolve_truncation, stateful_modules
 from .loader import Window, inner_loader, plain_batch
-from .parts import compare_parts, difference, first_output, on_trial, run_in_parts, unread
+from .parts import compare_parts, difference, first_output, on_trial, run_in_parts
 from .streams import StreamDL, transform_block
 from .truncation import check_steps
+from .unread import unread
 from .windows import Sequences
 
 # %% ../nbs/08b_diagnose.ipynb #593802fb

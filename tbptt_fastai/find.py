@@ -24,10 +24,10 @@ from .checks import check_carries, check_states, stateful_modules
 from .layout import Block
 from .loader import SubWindows, Window, inner_loader, plain_batch
 from .memory import activation_memory
-from .parts import unread
 from .state import batch_dims, state_leaves
 from .streams import StreamDL, transform_block
 from .truncation import check_steps
+from .unread import unread
 
 # %% ../nbs/08c_find.ipynb #efafbd64
 def decay_rate(
