@@ -8,6 +8,7 @@ from fastai.callback.core import Callback
 from fastai.interpret import Interpretation
 from fastai.learner import Learner, load_learner
 from fastai.callback.training import GradientClip
+from fastai.metrics import mae
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import Adam
 from torch import nn
@@ -16,7 +17,7 @@ from tbptt_fastai.checks import resolve_truncation
 from tbptt_fastai.data import SequenceDataLoaders
 from tbptt_fastai.dispatch import LeanLearner
 from tbptt_fastai.optimizer import FusedAdam
-from tbptt_fastai.learner import RNNLearner, TbpttLearner, scaling_from_data
+from tbptt_fastai.learner import RNNLearner, SequenceLearner, TbpttLearner, scaling_from_data
 from tbptt_fastai.arrays import channel_stats
 from tbptt_fastai.rnn import SequenceRNN, Standardize, StatefulRNN
 
@@ -56,11 +57,60 @@ def test_scaling_sees_what_the_model_sees(signals):
 
 def test_defaults(dls):
     learn = TbpttLearner(dls, model())
-    assert isinstance(learn, Learner) and type(learn) is LeanLearner
+    assert isinstance(learn, LeanLearner) and type(learn) is SequenceLearner
     assert isinstance(learn.loss_func, nn.L1Loss) and learn.opt_func is FusedAdam and not learn._grab_cbs(GradientClip)
     assert learn._grab_cbs(TbpttResetCB)[0].order==12
     assert TbpttLearner(dls, model(), grad_clip=.5)._grab_cbs(GradientClip)[0].max_norm==.5
     assert TbpttLearner(dls, model(), loss_func=MSELossFlat(), lr=.02, wd=.1).lr==.02
+
+
+def numbers(recorder): return [[float(x) for x in o] for o in (recorder.lrs, recorder.losses, recorder.iters)]+[[list(map(float, v)) for v in recorder.values]]
+
+@pytest.mark.parametrize('evaluate', [
+    lambda o: o.validate(), lambda o: o.validate(0), lambda o: o.get_preds(), lambda o: o.get_preds(ds_idx=0, with_loss=True), lambda o: o.show_results(),
+    lambda o: Interpretation.from_learner(o)], ids=['validate', 'validate train', 'get_preds', 'get_preds with losses', 'show_results', 'Interpretation'])
+def test_an_evaluation_leaves_the_records_of_the_training(dls, evaluate):
+    learn = TbpttLearner(dls, model(), metrics=mae)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit_flat_cos(3, 1e-2)
+        before,hps = numbers(learn.recorder),dict(learn.recorder.hps)
+        evaluate(learn)
+    assert numbers(learn.recorder)==before and len(before[1])==3*len(dls.train) and len(before[3])==3 and learn.recorder.hps==hps
+    fig,ax = plt.subplots()
+    learn.recorder.plot_loss(skip_start=0, ax=ax)
+    train,valid = ax.lines
+    assert train.get_ydata()==pytest.approx(before[1]) and valid.get_ydata()==pytest.approx([v[1] for v in before[3]])
+
+def test_an_evaluation_that_fails_leaves_them_as_well(dls):
+    learn = TbpttLearner(dls, model())
+    def stop(self):
+        if not self.learn.training: raise KeyboardInterrupt
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2)
+        before = numbers(learn.recorder)
+        with pytest.raises(KeyboardInterrupt): learn.validate(cbs=Callback(before_batch=stop))
+    assert numbers(learn.recorder)==before
+
+def test_an_evaluation_in_the_middle_of_a_training_does_not_interrupt_its_records(dls):
+    class Look(Callback):
+        order,seen = 5,False
+        def before_epoch(self):
+            if self.training or self.epoch!=1 or self.seen: return
+            self.seen = True
+            self.learn.get_preds()
+    learn = TbpttLearner(dls, model(), cbs=(look := Look()))
+    with learn.no_bar(), learn.no_logging(): learn.fit(3)
+    assert look.seen and len(learn.recorder.values)==3
+
+def test_validate_still_returns_its_own_numbers_and_a_second_fit_its_own_records(dls):
+    learn = TbpttLearner(dls, model(), metrics=mae)
+    with learn.no_bar(), learn.no_logging():
+        assert len(learn.validate())==2 # before any training
+        learn.fit(2)
+        loss,error = learn.validate()
+        assert [loss,error]==pytest.approx(list(learn.recorder.values[-1])[1:])
+        learn.fit(1)
+    assert len(learn.recorder.values)==1 and len(learn.recorder.losses)==len(dls.train)
 
 
 def test_classes_per_step_with_a_loss_of_their_own(signals):
