@@ -278,7 +278,7 @@ def result(f):
     except Exception as e: return type(e),str(e)
 
 @pytest.mark.parametrize('n', [1, 3])
-@pytest.mark.parametrize('v', HYPER, ids=repr)
+@pytest.mark.parametrize('v', HYPER, ids=lambda v: 'generator' if hasattr(v, 'send') else repr(v))
 def test_set_hyper(v, n):
     res = []
     for f in BOTH:
