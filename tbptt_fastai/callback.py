@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .checks import check_carries, check_states, check_statistics, check_stream, resolve_truncation
 from .loader import SubWindows, inner_loader, view_of
-from .lr_search import RateSearch, SearchLoss
+from .lr_search import RateSearch, without_search
 from .metrics import StepSmoothLoss
 from .pieces import carry_pieces
 from .resets import StateResets, CarryingRun
@@ -28,6 +28,7 @@ from .unread import unread
 # %% ../nbs/06_callback.ipynb #054d8ba4
 class TbpttResetCB(StateResets):
     "Train on the sub-windows of each window in turn, reset the state where a window or sequence starts, and evaluate whole windows; sequences of a `StreamDL` in sub-windows too"
+    _search = None # of a learning rate, for the time of its fit
     order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
     def __init__(self,
         sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: the whole window; 'dls': as the training loader says
@@ -59,15 +60,18 @@ class TbpttResetCB(StateResets):
     def before_fit(self):
         self.check()
         self._search = None
+        self._set_smooth_loss(self._smooth_loss)
+
+    def _set_smooth_loss(self, f):
         recorder = getattr(self.learn, 'recorder', None)
-        if recorder is not None: # fastai warns where the learner has an attribute of the same name, as it does here
-            object.__setattr__(recorder, 'smooth_loss', self._smooth_loss(recorder.smooth_loss))
+        if recorder is None: return
+        object.__setattr__(recorder, 'smooth_loss', f(recorder.smooth_loss)) # a callback warns if it is given what its learner has as well
 
     def _smooth_loss(self, smooth):
         "How training losses are smoothed in this fit: by steps, where batches have different numbers of them; relative to the untrained model in a search"
         scheme,is_stream = resolve_truncation(self.setting, self.dls.train),isinstance(inner_loader(self.dls.train), StreamDL)
         by_steps = is_stream or not isinstance(scheme, (Fixed, type(None)))
-        if isinstance(smooth, SearchLoss): smooth = smooth.smooth
+        smooth = without_search(smooth)
         if by_steps!=isinstance(smooth, StepSmoothLoss): smooth = (StepSmoothLoss if by_steps else AvgSmoothLoss)(smooth.beta)
         finder = first(self.learn._grab_cbs(LRFinder))
         if finder is None or scheme is None and not is_stream: return smooth
@@ -83,6 +87,7 @@ class TbpttResetCB(StateResets):
 
     def after_fit(self):
         self.after_epoch()
+        if self._search is not None: self._set_smooth_loss(without_search)
         self._search = None
         vars(self).pop('_whole', None)
         if self._carried is not None: return # an evaluation in the middle of a training

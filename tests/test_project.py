@@ -1,5 +1,5 @@
 "The files that describe or repeat the project agree with each other."
-import os, shutil, subprocess, sys
+import os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from nbdev.config import read_version, tomllib
@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What settings.ini cannot say, and why
 ONLY_PYPROJECT = {f'project.optional-dependencies.{o}': 'nbdev 2 settings know no extra but dev'
     for o in ('benchmarks', 'bench', 'hdf5', 'onnx', 'distributed')}
+ONLY_PYPROJECT |= {'project.urls.Repository': 'the address of the repository is set in one place'}
 ONLY_PYPROJECT |= {f'tool.pytest.ini_options.{o}': "pytest's own table" for o in ('testpaths', 'filterwarnings')}
 
 def prune(x):
@@ -29,7 +30,7 @@ def test_settings_ini_migrates_to_pyproject(tmp_path):
     shutil.copy(ROOT/'settings.ini', tmp_path)
     nbdev_migrate_config(path=str(tmp_path))
     ours = fields(ROOT/'pyproject.toml')
-    assert ONLY_PYPROJECT.keys() <= ours.keys()
+    assert ONLY_PYPROJECT.keys()-{'project.urls.Repository'} <= ours.keys() # which may be unknown
     assert fields(tmp_path/'pyproject.toml') == {k:v for k,v in ours.items() if k not in ONLY_PYPROJECT}
     assert read_version(tmp_path/'tbptt_fastai') == read_version(ROOT/'tbptt_fastai')
 
@@ -58,3 +59,30 @@ def test_clean_and_export_change_nothing(tmp_path):
     for name in before: assert before[name] == after[name], f'{name} is out of date: run nbdev-clean and nbdev-export'
 
 def test_readme_is_current(): run(sys.executable, 'tools/readme.py', '--check', cwd=ROOT)
+
+ADDRESS = 'https://git.invalid/somebody/tbptt_fastai'
+
+def test_the_address_of_the_repository_is_one_line(tmp_path):
+    "Set it in pyproject.toml, run what CONTRIBUTING.md names, and every place has it"
+    for o in ('nbs', 'tbptt_fastai', 'tools'): shutil.copytree(ROOT/o, tmp_path/o)
+    text = (ROOT/'pyproject.toml').read_text(encoding='utf-8')
+    lines = [line for line in text.splitlines() if line.lstrip('# ').startswith('Repository = ')]
+    assert len(lines)==1
+    (tmp_path/'pyproject.toml').write_text(text.replace(lines[0], f'Repository = "{ADDRESS}"'), encoding='utf-8')
+    run('nbdev-export', cwd=tmp_path)
+    run(sys.executable, '-c', 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()', cwd=tmp_path)
+    run(sys.executable, 'tools/readme.py', cwd=tmp_path)
+    run(sys.executable, '-c', 'from nbdev.serve import proc_nbs\nif __name__=="__main__": proc_nbs(n_workers=0, file_glob="02_truncation.ipynb")', cwd=tmp_path)
+    assert f'`git clone {ADDRESS}`' in (tmp_path/'README.md').read_text(encoding='utf-8')
+    assert f'repository-code: "{ADDRESS}"\n' in (tmp_path/'CITATION.cff').read_text(encoding='utf-8')
+    assert f"'git_url': '{ADDRESS}'" in (tmp_path/'tbptt_fastai/_modidx.py').read_text(encoding='utf-8')
+    assert f'repo-url: "{ADDRESS}"' in (tmp_path/'nbs/nbdev.yml').read_text(encoding='utf-8')
+    page = (tmp_path/'_proc/02_truncation.ipynb').read_text(encoding='utf-8')
+    assert page.count(f'{ADDRESS}/blob/main/tbptt_fastai/truncation.py#L')>=4 # a link to the source of each symbol
+
+def test_no_address_is_named_before_it_is_known():
+    "Links to this repository are relative, so that they hold wherever it is"
+    known = fields(ROOT/'pyproject.toml').get('project.urls.Repository', '')
+    for name in ('README.md', 'CITATION.cff', 'nbs/index.ipynb', 'nbs/nbdev.yml', 'CONTRIBUTING.md'):
+        found = set(re.findall(r'https?://[^\s)"\\]*tbptt_fastai', (ROOT/name).read_text(encoding='utf-8')))
+        assert found <= {known}, f'{name} names {found}'

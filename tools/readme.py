@@ -1,7 +1,8 @@
-"Write README.md from nbs/index.ipynb, through nbdev's own processors but without Quarto; `--check` only compares."
-import argparse, base64, difflib, os, posixpath, re, sys
+"Write README.md from nbs/index.ipynb, through nbdev's own processors but without Quarto, and CITATION.cff from pyproject.toml; `--check` only compares."
+import argparse, base64, difflib, json, os, posixpath, re, sys
 from pathlib import Path
 from fastcore.nbio import read_nb
+from nbdev.config import read_version, tomllib
 from nbdev.processors import FilterDefaults, add_links
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,25 +45,40 @@ def _cell(c, fm, images):
     if not opts.get('output'): res += [_output(o, images) for o in c.get('outputs', [])]
     return [] if opts.get('include') else res
 
-def readme():
+def _with_address(text, url):
+    "Where the repository is, once that is known"
+    clone = 'In a clone of this repository'
+    if clone not in text: raise ValueError(f'{NB} does not say "{clone}"')
+    return text.replace(clone, f'{clone} (`git clone {url}`)', 1) if url else text
+
+def citation(project, version, url):
+    "What CITATION.cff says"
+    fields = {'cff-version': '1.2.0', 'message': 'To cite this software, use the metadata of this file.', 'type': 'software', 'title': project['name'],
+              'abstract': project['description'], 'version': version, 'license': project['license'], 'authors': project['authors']}
+    if url: fields['repository-code'] = url
+    return ''.join(f'{k}: {json.dumps(v)}\n' for k,v in fields.items()) # JSON is YAML
+
+def generated():
     "Every generated file: name, relative to the project's root, to bytes"
     nb,images = read_nb(NB),{}
     ReadmeFilter()(nb)
     blocks = [b.strip() for c in nb.cells for b in _cell(c, nb.frontmatter_, images)]
-    return {'README.md': ('\n\n'.join(filter(None, blocks)) + '\n').encode(), **images}
+    project,text = tomllib.loads(Path('pyproject.toml').read_text(encoding='utf-8'))['project'],'\n\n'.join(filter(None, blocks))+'\n'
+    url = project.get('urls', {}).get('Repository', '')
+    return {'README.md': _with_address(text, url).encode(), 'CITATION.cff': citation(project, read_version(Path(project['name'])), url).encode(), **images}
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument('--check', action='store_true', help='exit with 1 and a diff where a file is stale; write nothing')
     check = ap.parse_args().check
     os.chdir(ROOT)
-    new = readme()
-    old = {str(p): p.read_bytes() for p in [Path('README.md'), *Path(IMAGES).glob('index-*.png')] if p.exists()}
+    new = generated()
+    old = {str(p): p.read_bytes() for p in [Path('README.md'), Path('CITATION.cff'), *Path(IMAGES).glob('index-*.png')] if p.exists()}
     stale = [f for f in {**old, **new} if old.get(f) != new.get(f)]
     for f in stale:
-        if check and f.endswith('.md'):
+        if check and not f.endswith('.png'):
             a,b = (d.get(f, b'').decode().splitlines(True) for d in (old, new))
-            sys.stdout.writelines(difflib.unified_diff(a, b, f, f'{f} as {NB} has it'))
+            sys.stdout.writelines(difflib.unified_diff(a, b, f, f'{f} as generated'))
         elif check: print(f'{f} is stale')
         elif f not in new: Path(f).unlink()
         else:
