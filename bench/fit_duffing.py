@@ -9,7 +9,7 @@ import argparse, time
 import numpy as np
 from scipy.optimize import least_squares
 from scipy.signal import csd, resample_poly
-from tbptt_fastai.datasets import SILVERBOX_FS as FS, duffing_response, load_silverbox
+from tbptt_fastai.datasets.benchmarks import SILVERBOX_FS as FS, duffing_response, load_silverbox
 
 SUBSTEPS, EDGE = 8, 500 # integration steps per sample; steps left out at the start, until the unknown initial state is forgotten
 

@@ -10,8 +10,8 @@ import torch
 from fastai.torch_core import set_seed
 from harness import arguments, column, headline, ratios, save, spread, table, turns
 from step_loops import CASES, SUB, WIN, Work, by_fastai, by_hand, tbptt
-from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.graphs import CudaGraphCB
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.speed.graphs import CudaGraphCB
 from tbptt_fastai.learner import RNNLearner
 
 N_STEPS = 50_000 # of the signal

@@ -1,7 +1,7 @@
 """How much memory does training take, and does it depend on the length of the window?
 
 Every figure comes from a process of its own (Linux). The first table trains an LSTM with and without truncation and says how far resident memory rose at most.
-Activations are what `tbptt_fastai.memory.activation_memory` counts; the window is the batch of inputs and targets.
+Activations are what `tbptt_fastai.instruments.activation.activation_memory` counts; the window is the batch of inputs and targets.
 The second table has windows of a million steps, of which as many training steps as asked for are done: by a loop written by hand, with torch and numpy alone, that reads a batch of
 windows from .npy files and cuts it; and by TbpttLearner, with the same files in memory or mapped. Resident are all pages of a process, also those of a file that it maps.
 """
@@ -21,9 +21,9 @@ def by_length(win_sz, sub_seq_len):
     "Train for two epochs of one batch; what that took, in MiB"
     import numpy as np, torch
     from fastai.callback.core import CancelEpochException, Callback
-    from tbptt_fastai.data import SequenceDataLoaders
+    from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
     from tbptt_fastai.learner import RNNLearner
-    from tbptt_fastai.memory import activation_memory
+    from tbptt_fastai.instruments.activation import activation_memory
 
     class NoValidation(Callback): # it would run whole windows; here training is measured
         order = 100
@@ -83,10 +83,10 @@ def by_learner(mapped):
     "`TbpttLearner`, with the windows in memory or in files that are mapped"
     import numpy as np
     from fastai.callback.core import Callback, CancelFitException
-    from tbptt_fastai.data import SequenceDataLoaders
+    from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
     from tbptt_fastai.learner import TbpttLearner
-    from tbptt_fastai.loader import TbpttDL
-    from tbptt_fastai.streams import StreamDL
+    from tbptt_fastai.loaders.windows import TbpttDL
+    from tbptt_fastai.loaders.streams import StreamDL
 
     class Stop(Callback):
         order = 100

@@ -46,10 +46,10 @@ def one_run(folder, win_sz, source, n_steps, skip):
     import numpy as np, torch
     from concurrent.futures import ThreadPoolExecutor
     from fastai.callback.core import Callback, CancelEpochException, CancelFitException
-    from tbptt_fastai.arrays import HDF5Array
-    from tbptt_fastai.data import SequenceDataLoaders
+    from tbptt_fastai.sequences.arrays import HDF5Array
+    from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
     from tbptt_fastai.learner import RNNLearner
-    from tbptt_fastai import streams
+    from tbptt_fastai.loaders import streams
 
     stalls,waits,times,rss,cpu = [],[],[],[],[]
     class TimedFuture:

@@ -10,9 +10,9 @@ from time import perf_counter, process_time
 import numpy as np, torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from harness import arguments, column, headline, ratios, save, spread, table, turns
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.loader import SubWindows
+from tbptt_fastai.loaders.windows import SubWindows
 
 BS,HIDDEN,SUB,WIN,N_WIN,WARM,LIMIT = 16,40,100,500,1000,50,1.05
 

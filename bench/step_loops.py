@@ -11,8 +11,8 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.datasets import create_dls_silverbox, load_silverbox
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.datasets.benchmarks import create_dls_silverbox, load_silverbox
 from tbptt_fastai.learner import RNNLearner
 
 WIN,SUB,LR,CLIP = 500,100,3e-3,1.

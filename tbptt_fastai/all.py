@@ -1,40 +1,33 @@
-"Everything that a notebook needs: this library, and the parts of fastai that go with it"
+"Everything that a notebook needs: the names of this library that users type, and the parts of fastai that go with them"
 from fastai.basics import *
 from fastai.callback.all import *
-from tbptt_fastai.state import *
-from tbptt_fastai.rnn import *
-from tbptt_fastai.carry import *
-from tbptt_fastai.pieces import *
-from tbptt_fastai.truncation import *
-from tbptt_fastai.schemes import *
-from tbptt_fastai.arrays import *
-from tbptt_fastai.layout import *
-from tbptt_fastai.plot import *
-from tbptt_fastai.windows import *
-from tbptt_fastai.ahead import *
-from tbptt_fastai.loader import *
-from tbptt_fastai.streams import *
-from tbptt_fastai.frames import *
-from tbptt_fastai.text import *
-from tbptt_fastai.data import *
-from tbptt_fastai.optimizer import *
-from tbptt_fastai.metrics import *
-from tbptt_fastai.checks import *
-from tbptt_fastai.resets import *
-from tbptt_fastai.callback import *
-from tbptt_fastai.evaluation import *
-from tbptt_fastai.once import *
-from tbptt_fastai.parts import *
-from tbptt_fastai.dispatch import LeanLearner
-from tbptt_fastai.learner import *
-from tbptt_fastai.static import *
-from tbptt_fastai.graphs import *
-from tbptt_fastai.memory import *
-from tbptt_fastai.diagnose import *
-from tbptt_fastai.memories import *
-from tbptt_fastai.find import *
-from tbptt_fastai.adaptive import *
-from tbptt_fastai.health import *
-from tbptt_fastai.datasets import *
-from tbptt_fastai.inference import *
-from tbptt_fastai.onnx import *
+import tbptt_fastai.instruments.diagnose, tbptt_fastai.instruments.find # they add check_memory_grads, check_sub_windows and tbptt_find to Learner
+from tbptt_fastai.datasets.benchmarks import create_dls_duffing, create_dls_silverbox, simulate_duffing
+from tbptt_fastai.deploy.onnx import to_onnx
+from tbptt_fastai.deploy.predictor import StreamPredictor
+from tbptt_fastai.instruments.activation import activation_memory
+from tbptt_fastai.instruments.adaptive import Adaptive
+from tbptt_fastai.instruments.health import GradientHealth
+from tbptt_fastai.learner import RNNLearner, TbpttLearner
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.loaders.streams import StreamDL
+from tbptt_fastai.loaders.windows import SubWindows, TbpttDL
+from tbptt_fastai.models.memories import CachedAttention, CausalConv, FastWeights, LRU, WorkingMemory
+from tbptt_fastai.models.sequence import SequenceRNN, Standardize
+from tbptt_fastai.models.text import TextRNN, sample_text
+from tbptt_fastai.sequences.arrays import FileArray
+from tbptt_fastai.sequences.text import TextRows
+from tbptt_fastai.sequences.windows import SequenceParts, SequenceWindows, Sequences
+from tbptt_fastai.speed.dispatch import LeanLearner
+from tbptt_fastai.speed.graphs import CudaGraphCB
+from tbptt_fastai.speed.optimizer import FusedAdam
+from tbptt_fastai.state.carry import carry_state
+from tbptt_fastai.state.stateful import InitialState, StatefulRNN, learned_state
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.training.evaluation import SubWindowEvalCB
+from tbptt_fastai.training.metrics import StreamingRMSE, fun_rmse
+from tbptt_fastai.training.once import once_per_window
+from tbptt_fastai.training.parts import SubWindowCheckCB
+from tbptt_fastai.training.threads import ThreadHintCB
+from tbptt_fastai.truncation.plan import Fixed, SubWindow, Truncation
+from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased

@@ -8,8 +8,8 @@ from fastai.losses import MSELossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
-from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.state.stateful import StatefulRNN
 
 WIN,SUB,BS = 30,12,4 # sub-windows of 12, 12 and 6 steps
 

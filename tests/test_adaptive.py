@@ -11,14 +11,14 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
 from reference import train_overlap
-from tbptt_fastai.adaptive import Adaptive
+from tbptt_fastai.instruments.adaptive import Adaptive
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.loader import TbpttDL
-from tbptt_fastai.rnn import StatefulRNN
-from tbptt_fastai.streams import StreamDL
-from tbptt_fastai.schemes import Exact, Jittered, RandomUnbiased
-from tbptt_fastai.truncation import Fixed
-from tbptt_fastai.windows import Sequences
+from tbptt_fastai.loaders.windows import TbpttDL
+from tbptt_fastai.state.stateful import StatefulRNN
+from tbptt_fastai.loaders.streams import StreamDL
+from tbptt_fastai.truncation.schemes import Exact, Jittered, RandomUnbiased
+from tbptt_fastai.truncation.plan import Fixed
+from tbptt_fastai.sequences.windows import Sequences
 
 sgd = partial(OptimWrapper, opt=torch.optim.SGD)
 

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 from fastai.torch_core import set_seed
-from tbptt_fastai import ahead, loader
-from tbptt_fastai.ahead import one_ahead, pinned_ahead
-from tbptt_fastai.loader import TbpttDL
-from tbptt_fastai.windows import SequenceWindows
+from tbptt_fastai.loaders import windows as loader
+from tbptt_fastai.speed import ahead
+from tbptt_fastai.speed.ahead import one_ahead, pinned_ahead
+from tbptt_fastai.loaders.windows import TbpttDL
+from tbptt_fastai.sequences.windows import SequenceWindows
 
 
 def logged(log, what):

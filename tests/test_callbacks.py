@@ -21,11 +21,12 @@ from fastai.torch_core import set_seed
 from fastprogress.fastprogress import ConsoleMasterBar
 from torch import nn
 from torch._dynamo.testing import CompileCounter # counts graphs, and needs no compiler
-from tbptt_fastai.once import once_per_window
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.training.once import once_per_window
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.metrics import StreamingRMSE
-from tbptt_fastai.rnn import SequenceRNN, StatefulRNN
+from tbptt_fastai.training.metrics import StreamingRMSE
+from tbptt_fastai.state.stateful import StatefulRNN
+from tbptt_fastai.models.sequence import SequenceRNN
 
 WIN,SUB,BS,LR = 60,25,5,1e-2
 BATCHES,STEPS = 3,9 # in an epoch: batches of 5, 5 and 2 windows, three sub-windows of each, the last of 10 steps

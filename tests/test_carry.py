@@ -11,9 +11,9 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import TensorBase, set_seed
 from torch import nn
 from reference import shuffled_epochs, train_tbptt, windows_by_hand
-from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.carry import carry_state, recurrent_layers
-from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.state.carry import carry_state, recurrent_layers
+from tbptt_fastai.state.stateful import StatefulRNN
 
 SEED,N_EPOCH,LR,WIN,SUB,BS = 3,2,1e-2,120,50,5
 adam = partial(OptimWrapper, opt=torch.optim.Adam)

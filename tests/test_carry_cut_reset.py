@@ -4,9 +4,9 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from torch import nn
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.state.stateful import StatefulRNN
 
 WIN,SUB,BS = 120,50,4
 

@@ -5,12 +5,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from fastai.torch_core import set_seed
-from tbptt_fastai import __version__, cli, demo
-from tbptt_fastai.cli import tbptt_demo
-from tbptt_fastai.datasets import create_dls_duffing
+from tbptt_fastai import __version__
+from tbptt_fastai.datasets import cli, demo
+from tbptt_fastai.datasets.cli import tbptt_demo
+from tbptt_fastai.datasets.benchmarks import create_dls_duffing
 from tbptt_fastai.learner import RNNLearner
-from tbptt_fastai.metrics import fun_rmse
-from tbptt_fastai.rnn import rnn_types
+from tbptt_fastai.training.metrics import fun_rmse
+from tbptt_fastai.models.sequence import rnn_types
 
 SMALL = '--stp-sz', '400', '--hidden-size', '4'
 COMMAND = Path(sys.executable).with_name('tbptt-demo')
@@ -101,7 +102,7 @@ def test_what_cannot_be_is_said_in_one_line_before_anything_is_made(kwargs, mess
 @pytest.mark.parametrize('args,message', [(('--rnn-type', 'cnn'), "'cnn'"), (('--hiden-size', '4'), '--hiden-size'), (('--n-epoch', '1.5'), "'1.5'"), (('--hidden-size', '0'), 'is 0')])
 def test_a_typo_is_refused_before_anything_is_imported(args, message):
     code = "import sys; sys.meta_path.insert(0, type('', (), {'find_spec': staticmethod(lambda name, *_: sys.exit(f'{name} is imported') if name in ('torch','fastai','pandas') else None)})())"
-    res = subprocess.run([sys.executable, '-c', f"{code}\nfrom tbptt_fastai.cli import tbptt_demo\nsys.argv[1:] = {args!r}\nfrom fastcore.script import _run_cli\n_run_cli(tbptt_demo.__wrapped__, False, None)"],
+    res = subprocess.run([sys.executable, '-c', f"{code}\nfrom tbptt_fastai.datasets.cli import tbptt_demo\nsys.argv[1:] = {args!r}\nfrom fastcore.script import _run_cli\n_run_cli(tbptt_demo.__wrapped__, False, None)"],
                          capture_output=True, text=True)
     assert res.returncode and message in res.stderr and 'Traceback' not in res.stderr and 'is imported' not in res.stderr
 

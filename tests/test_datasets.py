@@ -4,7 +4,7 @@ import numpy as np, pytest
 from scipy.integrate import solve_ivp
 from scipy.io import savemat
 from scipy.signal import csd, resample_poly, welch
-from tbptt_fastai.datasets import SILVERBOX_FS, duffing_response, load_silverbox, simulate_duffing
+from tbptt_fastai.datasets.benchmarks import SILVERBOX_FS, duffing_response, load_silverbox, simulate_duffing
 
 FIT = dict(f0=68.32, zeta=0.0488, beta=3.95, gain=1.0095) # the defaults
 FILES = Path('Silverbox')/'SilverboxFiles'

@@ -6,11 +6,11 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from functools import partial
 from torch import nn
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.rnn import StatefulRNN
-from tbptt_fastai.text import TextRNN
-import tbptt_fastai.diagnose # noqa: it adds methods to Learner
+from tbptt_fastai.state.stateful import StatefulRNN
+from tbptt_fastai.models.text import TextRNN
+import tbptt_fastai.instruments.diagnose # noqa: it adds methods to Learner
 
 
 def loaders(signals, sub_seq_len=20, **kwargs):
@@ -231,7 +231,7 @@ def doubled(x): return 2*x
 
 @pytest.mark.parametrize('tfms', [None, [doubled]])
 def test_first_states_of_groups(tfms):
-    from tbptt_fastai.rnn import learned_state
+    from tbptt_fastai.state.stateful import learned_state
     rng = np.random.default_rng(0)
     xs,ys = ([rng.standard_normal((60,c)).astype(np.float32) for _ in range(4)] for c in (2,1))
     dls = SequenceDataLoaders.from_arrays(xs, ys, sub_seq_len=20, bs=2, groups=['a','b','c','d'], **({} if tfms is None else dict(after_batch=tfms)))

@@ -22,13 +22,13 @@ from fastai.metrics import mae
 from fastai.optimizer import SGD, OptimWrapper
 from fastai.torch_core import TensorBase, defaults, set_seed
 from torch import nn
-from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.dispatch import LeanLearner, _known_code, fastai_code
-from tbptt_fastai.known import is_known
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.speed.dispatch import LeanLearner, _known_code, fastai_code
+from tbptt_fastai.speed.known import is_known
 from tbptt_fastai.learner import SequenceLearner, TbpttLearner
-from tbptt_fastai.rnn import SequenceRNN
-from tbptt_fastai.schemes import Overlap
+from tbptt_fastai.models.sequence import SequenceRNN
+from tbptt_fastai.truncation.schemes import Overlap
 
 WIN,SUB,BS = 60,25,5
 

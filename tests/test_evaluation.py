@@ -10,10 +10,10 @@ from fastai.interpret import Interpretation
 from fastai.learner import load_learner
 from fastai.metrics import mae, rmse
 from fastai.torch_core import set_seed
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner
-from tbptt_fastai.metrics import fun_rmse
-from tbptt_fastai.windows import SequenceWindows
+from tbptt_fastai.training.metrics import fun_rmse
+from tbptt_fastai.sequences.windows import SequenceWindows
 
 WIN = 500
 

@@ -9,9 +9,9 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
 from reference import permutations, window_epochs, train_full, train_tbptt, windows_by_hand
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
-from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.state.stateful import StatefulRNN
 
 SEED,N_EPOCH,LR,WIN,STEP,BS = 3,2,1e-2,120,60,5
 adam = partial(OptimWrapper, opt=torch.optim.Adam)

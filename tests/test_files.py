@@ -19,13 +19,13 @@ from fastai.vision.augment import RandTransform
 from fasttransform import Transform
 from torch import Tensor, nn
 from reference import train_tbptt, window_epochs, windows_by_hand
-from tbptt_fastai.arrays import FileArray, HDF5Array, blocks, channel_stats
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.sequences.arrays import FileArray, HDF5Array, blocks, channel_stats
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
-from tbptt_fastai.loader import TbpttDL
-from tbptt_fastai.rnn import StatefulRNN
-from tbptt_fastai.streams import StreamDL
-from tbptt_fastai.windows import SequenceWindows, Sequences
+from tbptt_fastai.loaders.windows import TbpttDL
+from tbptt_fastai.state.stateful import StatefulRNN
+from tbptt_fastai.loaders.streams import StreamDL
+from tbptt_fastai.sequences.windows import SequenceWindows, Sequences
 
 SUB = 25
 
@@ -332,7 +332,7 @@ def test_links_in_hdf5_files():
 
 
 def test_not_all_files_are_open_at_once(parts, monkeypatch):
-    monkeypatch.setattr('tbptt_fastai.arrays._MAX_OPEN', 3)
+    monkeypatch.setattr('tbptt_fastai.sequences.arrays._MAX_OPEN', 3)
     xs,ys = ([hdf5(o, f'{i}.h5', name) for i,o in enumerate(seqs)] for name,seqs in zip('xy', parts))
     train = lambda x, y: trained(Sequences(x[:3], y[:3]), Sequences(x[3:], y[3:]))
     same(train(xs, ys), train(*parts))

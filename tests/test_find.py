@@ -12,13 +12,13 @@ from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, get_worker_info
 from torch.utils._pytree import tree_leaves, tree_map
-from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.find import decay_rate, relative_bias
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.instruments.find import decay_rate, relative_bias
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.memories import LRU
-from tbptt_fastai.rnn import StatefulRNN, learned_state
-from tbptt_fastai.streams import StreamDL
-from tbptt_fastai.windows import Sequences
+from tbptt_fastai.models.memories import LRU
+from tbptt_fastai.state.stateful import StatefulRNN, learned_state
+from tbptt_fastai.loaders.streams import StreamDL
+from tbptt_fastai.sequences.windows import Sequences
 
 
 @pytest.fixture(autouse=True)
@@ -291,7 +291,7 @@ def test_the_learner_stays_as_it_is(kind, interrupted, monkeypatch):
                     if next(counts)==2: raise KeyboardInterrupt
                     return loss_func(*args)
                 learn.loss_func = fail
-            elif interrupted: monkeypatch.setattr('tbptt_fastai.find.activation_memory', lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+            elif interrupted: monkeypatch.setattr('tbptt_fastai.instruments.find.activation_memory', lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore', UserWarning)
                 if interrupted:
@@ -458,7 +458,7 @@ def test_the_estimate_is_conservative_on_the_copy_task():
 
 def test_silverbox(data_dir):
     pytest.importorskip('nonlinear_benchmarks')
-    from tbptt_fastai.datasets import create_dls_silverbox
+    from tbptt_fastai.datasets.benchmarks import create_dls_silverbox
     from tbptt_fastai.learner import RNNLearner
     set_seed(0)
     learn = RNNLearner(create_dls_silverbox(bs=16, win_sz=500, stp_sz=20, sub_seq_len=100), rnn_type='lstm', hidden_size=40)

@@ -6,11 +6,11 @@ import torch
 from fastai.torch_core import set_seed
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
-from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.frames import group_sequences
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.sequences.frames import group_sequences
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.rnn import StatefulRNN
-from tbptt_fastai.streams import StreamDL
+from tbptt_fastai.state.stateful import StatefulRNN
+from tbptt_fastai.loaders.streams import StreamDL
 
 
 def frame(lengths, seed=0):

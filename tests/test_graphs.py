@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from reference import OwnState
-from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.graphs import _known_code, CudaGraphCB, _ours
-from tbptt_fastai.known import is_known
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.speed.graphs import _known_code, CudaGraphCB, _ours
+from tbptt_fastai.speed.known import is_known
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.rnn import SequenceRNN, StatefulRNN, learned_state
-from tbptt_fastai.schemes import Exact, Jittered, Overlap
-from tbptt_fastai.static import CudaGraph
-from tbptt_fastai.streams import StreamDL
-from tbptt_fastai.windows import Sequences
+from tbptt_fastai.state.stateful import StatefulRNN, learned_state
+from tbptt_fastai.models.sequence import SequenceRNN
+from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap
+from tbptt_fastai.speed.static import CudaGraph
+from tbptt_fastai.loaders.streams import StreamDL
+from tbptt_fastai.sequences.windows import Sequences
 
 WIN,SUB,BS = 60,25,5 # 12 windows: batches of 5, 5 and 2, in sub-windows of 25, 25 and 10 steps
 FULL = 6 # full sub-windows of an epoch

@@ -14,10 +14,10 @@ from fastai.torch_core import to_device
 from fastai.vision.augment import RandTransform
 from torch import nn
 from reference import train_any
-from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.loader import SubWindows, TbpttDL, Window
-from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.loaders.windows import SubWindows, TbpttDL, Window
+from tbptt_fastai.state.stateful import StatefulRNN
 from hazards import BS, SUB, WIN, Watch, adam, fit, items, learner, loaders, noise, same, whole
 
 

@@ -19,12 +19,13 @@ from fastai.text.learner import language_model_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.torch_core import set_seed
 from torch import nn
-from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.carry import carry_state
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.state.carry import carry_state
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner
-from tbptt_fastai.loader import TbpttDL
-from tbptt_fastai.rnn import SequenceRNN, StatefulRNN
+from tbptt_fastai.loaders.windows import TbpttDL
+from tbptt_fastai.state.stateful import StatefulRNN
+from tbptt_fastai.models.sequence import SequenceRNN
 from hazards import BS, SUB, WIN, Watch, fit, items, learner, loaders, net, noise, same, whole
 
 

@@ -10,11 +10,11 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
 from torch import nn
-from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.health import GradientHealth
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.instruments.health import GradientHealth
 from tbptt_fastai.learner import RNNLearner
-from tbptt_fastai.streams import StreamDL
-from tbptt_fastai.windows import Sequences
+from tbptt_fastai.loaders.streams import StreamDL
+from tbptt_fastai.sequences.windows import Sequences
 
 class ByHand(Callback):
     "The norm before clipping (order 10.4) of all gradients in one vector, fetched at once"

@@ -8,14 +8,15 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback # with it comes Learner.no_bar
 from fastai.torch_core import set_seed
 from torch import nn
-from tbptt_fastai.carry import carry_state
-from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.inference import StreamPredictor
+from tbptt_fastai.state.carry import carry_state
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.memories import LRU, CachedAttention, CausalConv
-from tbptt_fastai.onnx import to_onnx
-from tbptt_fastai.rnn import SequenceRNN, Standardize, StatefulRNN, learned_state
-from tbptt_fastai.text import TextRNN
+from tbptt_fastai.models.memories import LRU, CachedAttention, CausalConv
+from tbptt_fastai.deploy.onnx import to_onnx
+from tbptt_fastai.state.stateful import StatefulRNN, learned_state
+from tbptt_fastai.models.sequence import SequenceRNN, Standardize
+from tbptt_fastai.models.text import TextRNN
 
 
 class Memory(nn.Module):

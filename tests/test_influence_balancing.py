@@ -9,11 +9,11 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.loader import TbpttDL
-from tbptt_fastai.rnn import StatefulRNN
-from tbptt_fastai.schemes import Exact, RandomUnbiased
-from tbptt_fastai.truncation import Fixed
-from tbptt_fastai.windows import Sequences
+from tbptt_fastai.loaders.windows import TbpttDL
+from tbptt_fastai.state.stateful import StatefulRNN
+from tbptt_fastai.truncation.schemes import Exact, RandomUnbiased
+from tbptt_fastai.truncation.plan import Fixed
+from tbptt_fastai.sequences.windows import Sequences
 
 UP,DOWN,BURN_IN = 10,13,200 # units; steps until the state is at rest
 

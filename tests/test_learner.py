@@ -12,14 +12,15 @@ from fastai.metrics import mae
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import Adam
 from torch import nn
-from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.checks import resolve_truncation
-from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.dispatch import LeanLearner
-from tbptt_fastai.optimizer import FusedAdam
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.training.checks import resolve_truncation
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.speed.dispatch import LeanLearner
+from tbptt_fastai.speed.optimizer import FusedAdam
 from tbptt_fastai.learner import RNNLearner, SequenceLearner, TbpttLearner, scaling_from_data
-from tbptt_fastai.arrays import channel_stats
-from tbptt_fastai.rnn import SequenceRNN, Standardize, StatefulRNN
+from tbptt_fastai.sequences.arrays import channel_stats
+from tbptt_fastai.state.stateful import StatefulRNN
+from tbptt_fastai.models.sequence import SequenceRNN, Standardize
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from fastai.torch_core import TensorBase, set_seed
 from fastai.vision.augment import RandTransform
 from fasttransform import Transform
 from torch.utils.data import DataLoader
-from tbptt_fastai.known import is_known
-from tbptt_fastai.loader import _known_iter, SubWindows, TbpttDL, Window
-from tbptt_fastai.windows import SequenceWindows
+from tbptt_fastai.speed.known import is_known
+from tbptt_fastai.loaders.windows import _known_iter, SubWindows, TbpttDL, Window
+from tbptt_fastai.sequences.windows import SequenceWindows
 
 
 def items(n=10, win_sz=25): return [(torch.arange(win_sz).float()[:,None]+100*i, torch.tensor([i,i]), torch.full((win_sz,1), -float(i))) for i in range(n)]

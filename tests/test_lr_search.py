@@ -14,14 +14,14 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.lr_search import RateSearch, SearchLoss
-from tbptt_fastai.metrics import StepSmoothLoss
-from tbptt_fastai.once import once_per_window
-from tbptt_fastai.rnn import StatefulRNN
-from tbptt_fastai.schemes import Exact, Jittered, Overlap, RandomUnbiased
+from tbptt_fastai.training.lr_search import RateSearch, SearchLoss
+from tbptt_fastai.training.metrics import StepSmoothLoss
+from tbptt_fastai.training.once import once_per_window
+from tbptt_fastai.state.stateful import StatefulRNN
+from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
 
 
 def sums(seed, n=100, lengths=None):

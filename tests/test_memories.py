@@ -10,12 +10,12 @@ from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from reference import train_any, window_epochs, windows_by_hand
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.memories import LRU, CachedAttention, CausalConv, FastWeights, WorkingMemory
-from tbptt_fastai.rnn import StatefulRNN
-from tbptt_fastai.streams import StreamDL
-from tbptt_fastai.windows import Sequences
+from tbptt_fastai.models.memories import LRU, CachedAttention, CausalConv, FastWeights, WorkingMemory
+from tbptt_fastai.state.stateful import StatefulRNN
+from tbptt_fastai.loaders.streams import StreamDL
+from tbptt_fastai.sequences.windows import Sequences
 
 SEED,LR,WIN,BS,N_EPOCH = 3,1e-2,30,8,2
 TOL = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -13,11 +13,11 @@ from fastai.optimizer import Adam, Lookahead, l2_reg
 from fastai.torch_core import params
 from fastcore.foundation import L
 from torch import nn
-from tbptt_fastai import optimizer
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.speed import optimizer
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.optimizer import FusedAdam
-from tbptt_fastai.rnn import SequenceRNN
+from tbptt_fastai.speed.optimizer import FusedAdam
+from tbptt_fastai.models.sequence import SequenceRNN
 
 BOTH = (FusedAdam, Adam)
 TOL = {torch.float64: dict(rtol=1e-12, atol=1e-12), torch.float32: dict(rtol=1e-6, atol=1e-6)}

@@ -7,14 +7,14 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
-from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.evaluation import SubWindowEvalCB
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.training.evaluation import SubWindowEvalCB
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.loader import Window
-from tbptt_fastai.parts import SubWindowCheckCB, compare_parts
-from tbptt_fastai.rnn import StatefulRNN, learned_state
-import tbptt_fastai.diagnose # noqa: it adds methods to Learner
+from tbptt_fastai.loaders.windows import Window
+from tbptt_fastai.training.parts import SubWindowCheckCB, compare_parts
+from tbptt_fastai.state.stateful import StatefulRNN, learned_state
+import tbptt_fastai.instruments.diagnose # noqa: it adds methods to Learner
 
 
 def loaders(signals, sub_seq_len=20, **kwargs):

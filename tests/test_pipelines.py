@@ -25,8 +25,8 @@ from torch import nn
 from torch.amp import GradScaler, autocast
 from reference import shuffled_epochs, train_any, windows_by_hand
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.loader import TbpttDL
-from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.loaders.windows import TbpttDL
+from tbptt_fastai.state.stateful import StatefulRNN
 
 SEED,N_EPOCH,LR,WIN,SUB,BS = 3,2,1e-2,60,25,4
 adam,l1 = partial(OptimWrapper, opt=torch.optim.Adam),nn.functional.l1_loss

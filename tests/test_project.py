@@ -72,13 +72,13 @@ def test_the_address_of_the_repository_is_one_line(tmp_path):
     run('nbdev-export', cwd=tmp_path)
     run(sys.executable, '-c', 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()', cwd=tmp_path)
     run(sys.executable, 'tools/readme.py', cwd=tmp_path)
-    run(sys.executable, '-c', 'from nbdev.serve import proc_nbs\nif __name__=="__main__": proc_nbs(n_workers=0, file_glob="02_truncation.ipynb")', cwd=tmp_path)
+    run(sys.executable, '-c', 'from nbdev.serve import proc_nbs\nif __name__=="__main__": proc_nbs(n_workers=0, file_glob="00_plan.ipynb")', cwd=tmp_path)
     assert f'`git clone {ADDRESS}`' in (tmp_path/'README.md').read_text(encoding='utf-8')
     assert f'repository-code: "{ADDRESS}"\n' in (tmp_path/'CITATION.cff').read_text(encoding='utf-8')
     assert f"'git_url': '{ADDRESS}'" in (tmp_path/'tbptt_fastai/_modidx.py').read_text(encoding='utf-8')
     assert f'repo-url: "{ADDRESS}"' in (tmp_path/'nbs/nbdev.yml').read_text(encoding='utf-8')
-    page = (tmp_path/'_proc/02_truncation.ipynb').read_text(encoding='utf-8')
-    assert page.count(f'{ADDRESS}/blob/main/tbptt_fastai/truncation.py#L')>=4 # a link to the source of each symbol
+    page = (tmp_path/'_proc/truncation/00_plan.ipynb').read_text(encoding='utf-8')
+    assert page.count(f'{ADDRESS}/blob/main/tbptt_fastai/truncation/plan.py#L')>=4 # a link to the source of each symbol
 
 def test_no_address_is_named_before_it_is_known():
     "Links to this repository are relative, so that they hold wherever it is"

@@ -14,16 +14,16 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
 from reference import scaled_gradients, stream_by_hand, stream_of_sizes, train_overlap, train_scheme_on_stream
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.loader import TbpttDL
-from tbptt_fastai.once import once_per_window
-from tbptt_fastai.parts import SubWindowCheckCB
-from tbptt_fastai.rnn import StatefulRNN, learned_state
-from tbptt_fastai.streams import StreamDL
-from tbptt_fastai.schemes import Exact, Jittered, Overlap, RandomUnbiased
-from tbptt_fastai.truncation import Fixed, SubWindow, Truncation
-from tbptt_fastai.windows import Sequences
+from tbptt_fastai.loaders.windows import TbpttDL
+from tbptt_fastai.training.once import once_per_window
+from tbptt_fastai.training.parts import SubWindowCheckCB
+from tbptt_fastai.state.stateful import StatefulRNN, learned_state
+from tbptt_fastai.loaders.streams import StreamDL
+from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
+from tbptt_fastai.truncation.plan import Fixed, SubWindow, Truncation
+from tbptt_fastai.sequences.windows import Sequences
 
 f64 = dict(dtype=torch.float64)
 sgd = partial(OptimWrapper, opt=torch.optim.SGD)

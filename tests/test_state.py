@@ -6,8 +6,8 @@ import pytest
 import torch
 from fastai.torch_core import TensorBase
 from torch import nn
-from tbptt_fastai.rnn import InitialState, StatefulRNN
-from tbptt_fastai.state import batch_dims, check_state, detach_state, state_batch_size, state_leaves, where_state
+from tbptt_fastai.state.stateful import InitialState, StatefulRNN
+from tbptt_fastai.state.tree import batch_dims, check_state, detach_state, state_batch_size, state_leaves, where_state
 
 Pair = namedtuple('Pair', 'h c')
 

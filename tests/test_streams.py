@@ -15,17 +15,17 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
 from reference import OwnState, permutations, rows_by_hand, stream_by_hand, train_stream
-from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.evaluation import SubWindowEvalCB
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.training.evaluation import SubWindowEvalCB
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.loader import TbpttDL
-from tbptt_fastai.metrics import fun_rmse
-from tbptt_fastai.once import once_per_window
-from tbptt_fastai.rnn import InitialState, StatefulRNN, learned_state
-from tbptt_fastai.layout import Layout, assign_rows
-from tbptt_fastai.streams import StreamDL
-from tbptt_fastai.windows import Sequences, SequenceWindows
+from tbptt_fastai.loaders.windows import TbpttDL
+from tbptt_fastai.training.metrics import fun_rmse
+from tbptt_fastai.training.once import once_per_window
+from tbptt_fastai.state.stateful import InitialState, StatefulRNN, learned_state
+from tbptt_fastai.loaders.layout import Layout, assign_rows
+from tbptt_fastai.loaders.streams import StreamDL
+from tbptt_fastai.sequences.windows import Sequences, SequenceWindows
 
 SEED,N_EPOCH,LR = 3,2,1e-2
 LENGTHS = [17,20,46,30,12,5,33]
@@ -471,7 +471,7 @@ def test_the_layout_is_made_once_for_a_run(monkeypatch):
         def __init__(self, *args, **kwargs):
             made.append(1)
             super().__init__(*args, **kwargs)
-    monkeypatch.setattr('tbptt_fastai.streams.Layout', Counted)
+    monkeypatch.setattr('tbptt_fastai.loaders.streams.Layout', Counted)
     few,many = [],[]
     for n,count in ((4, few), (20, many)):
         learn = learner(loaders(xs[:n], ys[:n]), stateful(*recurrent_and_head(nn.GRU)))

@@ -8,11 +8,11 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.metrics import mae, rmse
 from torch import nn
-from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.evaluation import SubWindowEvalCB
-from tbptt_fastai.metrics import fun_rmse
-from tbptt_fastai.rnn import StatefulRNN
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.training.evaluation import SubWindowEvalCB
+from tbptt_fastai.training.metrics import fun_rmse
+from tbptt_fastai.state.stateful import StatefulRNN
 
 
 class Mixed(nn.Module):

@@ -10,10 +10,11 @@ from fastai.torch_core import set_seed
 from functools import partial
 from torch import nn
 from torch.utils._pytree import tree_map
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.streams import StreamDL
-from tbptt_fastai.text import TextRNN, TextRows, sample_text
+from tbptt_fastai.loaders.streams import StreamDL
+from tbptt_fastai.sequences.text import TextRows
+from tbptt_fastai.models.text import TextRNN, sample_text
 
 TEXT = 'the quick brown fox jumps over the lazy dog. '*23+'end'
 

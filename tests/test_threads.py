@@ -9,11 +9,11 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import set_seed
 from torch import nn
-from tbptt_fastai.callback import TbpttResetCB
-from tbptt_fastai.data import SequenceDataLoaders
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
-from tbptt_fastai.rnn import StatefulRNN
-from tbptt_fastai.threads import ThreadHintCB, on_threads, pass_seconds
+from tbptt_fastai.state.stateful import StatefulRNN
+from tbptt_fastai.training.threads import ThreadHintCB, on_threads, pass_seconds
 
 pytestmark = pytest.mark.filterwarnings('ignore:On 2 threads a pass:UserWarning') # the machine that tests run on may be busy
 

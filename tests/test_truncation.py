@@ -2,7 +2,7 @@
 from random import Random
 import pytest
 from hypothesis import given, strategies as st
-from tbptt_fastai.truncation import Fixed
+from tbptt_fastai.truncation.plan import Fixed
 
 
 @given(st.integers(1, 400), st.data())

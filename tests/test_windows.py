@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from tbptt_fastai.data import SequenceDataLoaders
-from tbptt_fastai.loader import TbpttDL
-from tbptt_fastai.arrays import blocks, channel_stats
-from tbptt_fastai.streams import StreamDL
-from tbptt_fastai.plot import plot_windows
-from tbptt_fastai.windows import SequenceParts, Sequences, SequenceWindows
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.loaders.windows import TbpttDL
+from tbptt_fastai.sequences.arrays import blocks, channel_stats
+from tbptt_fastai.loaders.streams import StreamDL
+from tbptt_fastai.sequences.plot import plot_windows
+from tbptt_fastai.sequences.windows import SequenceParts, Sequences, SequenceWindows
 
 
 def ramp(n, channels=None): return np.arange(n*(channels or 1), dtype=np.float32).reshape(n, *([channels] if channels else []))
@@ -129,7 +129,7 @@ def test_wrong_data_is_refused(make, exc, message):
 
 
 def test_stats_are_those_of_every_step_once(monkeypatch):
-    monkeypatch.setattr('tbptt_fastai.arrays.blocks', lambda seq: blocks(seq, size=64))
+    monkeypatch.setattr('tbptt_fastai.sequences.arrays.blocks', lambda seq: blocks(seq, size=64))
     rng = np.random.default_rng(0)
     xs = [1e6+rng.standard_normal((n,2)) for n in (70,300)]
     assert [len(o) for o in blocks(torch.zeros(70, 2), size=64)]==[32,32,6] and [len(o) for o in blocks(torch.zeros(3, 200), size=64)]==[1,1,1]
