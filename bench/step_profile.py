@@ -18,7 +18,7 @@ from torch import nn
 from tbptt_fastai.models.sequence import SequenceRNN
 from tbptt_fastai.state import stateful as rnn
 from tbptt_fastai.training.callback import TbpttResetCB
-from tbptt_fastai.state.carry import carry_state
+from tbptt_fastai.state.carry import Carry
 from tbptt_fastai.speed.dispatch import LeanLearner
 from tbptt_fastai.loaders.windows import SubWindows, TbpttDL
 from tbptt_fastai.speed.optimizer import FusedAdam
@@ -34,7 +34,7 @@ CALLBACKS = {TrainEvalCallback: 'step counter', CastToTensor: 'cast', SubWindowC
              Recorder: 'recorder', ProgressCallback: 'progress bar', ParamScheduler: 'scheduler'}
 PLACES = [(torch.Tensor, ['backward'], 'backward'), (nn.L1Loss, ['forward'], 'loss'), (step_loops, ['clip_grad_norm_'], 'clipping'), (step_loops, ['set_lr'], 'scheduler'),
           (torch.optim.Adam, ['step'], 'optimizer'), (FusedAdam, ['step'], 'optimizer'), (torch.optim.Adam, ['zero_grad'], 'zero_grad'), (FusedAdam, ['zero_grad'], 'zero_grad'),
-          (step_loops.Net, ['forward'], 'model'), (SequenceRNN, ['forward'], 'model'), (carry_state, HOOKS, 'carried state: hooks'), (rnn, ['check_carried','detach_state'], 'carried state: checked, detached'),
+          (step_loops.Net, ['forward'], 'model'), (SequenceRNN, ['forward'], 'model'), (Carry, HOOKS, 'carried state: hooks'), (rnn, ['check_carried','detach_state'], 'carried state: checked, detached'),
           (Work, ['batch'], 'windows: gathered'), (SequenceWindows, ['gather'], 'windows: gathered'), (TbpttDL, ['windows'], 'windows: loader'), (SubWindows, ['_open'], 'windows: planned'),
           (SubWindows, ['__iter__'], 'sub-windows: cut'), (LeanLearner, ['_set_device','_split'], 'device, split of the batch'), (LeanLearner, ['__call__'], 'event dispatch'),
           *((cb, [o for o in _inner_loop if hasattr(cb, o) and (cb, o) not in shortcuts], part) for cb,part in CALLBACKS.items())] # what a shortcut stands for has to stay what it is

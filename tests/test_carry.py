@@ -12,7 +12,7 @@ from fastai.torch_core import TensorBase, set_seed
 from torch import nn
 from reference import shuffled_epochs, train_tbptt, windows_by_hand
 from tbptt_fastai.training.callback import TbpttResetCB
-from tbptt_fastai.state.carry import carry_state, recurrent_layers
+from tbptt_fastai.state.carry import Carry, recurrent_layers
 from tbptt_fastai.state.stateful import StatefulRNN
 
 SEED,N_EPOCH,LR,WIN,SUB,BS = 3,2,1e-2,120,50,5
@@ -95,7 +95,7 @@ def test_a_layer_with_a_state_of_its_own_is_left_alone(xy):
     x,seen = torch.randn(4, 100, 2),[]
     model.dec.register_forward_pre_hook(lambda m,args: seen.append(args[1].clone()))
     enc = copy.deepcopy(model.enc)
-    with carry_state(model):
+    with Carry(model):
         for part in x.split(50, dim=1): model(part)
     h1 = enc(x[:,:50])[1]
     torch.testing.assert_close(seen, [h1, enc(x[:,50:], h1)[1]])
@@ -205,7 +205,7 @@ def test_evaluation_in_pieces_leaves_the_training_state_alone():
     model.train()(x)
     state = model[0].state.clone()
     model.eval()
-    with carry_state(model, evaluation=True): parts = torch.cat([model(o) for o in x.split(7, dim=1)], 1)
+    with Carry(model, evaluation=True): parts = torch.cat([model(o) for o in x.split(7, dim=1)], 1)
     torch.testing.assert_close(parts, whole)
     assert torch.equal(model[0].state, state)
     torch.testing.assert_close(model(x), whole)
@@ -305,7 +305,7 @@ def test_a_frozen_layer_in_evaluation_mode_carries_as_well(xy):
     model,x = Frozen(),torch.randn(3, 40, 2)
     whole = model.eval()(x)
     model.train()
-    with carry_state(model): parts = torch.cat([model(o) for o in x.split(15, dim=1)], 1)
+    with Carry(model): parts = torch.cat([model(o) for o in x.split(15, dim=1)], 1)
     torch.testing.assert_close(parts, whole)
 
 
@@ -326,7 +326,7 @@ def test_a_layer_over_another_axis_is_refused(xy):
     fit(learner(xy, model), 1) # left alone
     whole = model.eval()(xy[0][:3])
     model.train()
-    with carry_state(model): parts = torch.cat([model(o) for o in xy[0][:3].split(50, dim=1)], 1)
+    with Carry(model): parts = torch.cat([model(o) for o in xy[0][:3].split(50, dim=1)], 1)
     torch.testing.assert_close(parts, whole)
 
 
@@ -363,8 +363,8 @@ def test_a_layer_in_two_roles_is_refused_whatever_comes_first():
         def forward(self, x): return [self.rnn(x, *o) for o in self.calls]
     for rnn,calls in ((StatefulRNN(nn.GRU(2, 2, batch_first=True)),[(),()]), (nn.GRU(2, 2, batch_first=True),[(h,),()]), (nn.GRU(2, 2, batch_first=True),[(),(h,)])):
         model = Roles(rnn, calls)
-        with pytest.raises(ValueError, match='rnn is called twice in one forward pass'), carry_state(model): model(x)
-    with carry_state(model := Roles(nn.GRU(2, 2, batch_first=True), [(h,),(h,)])): model(x) # left alone
+        with pytest.raises(ValueError, match='rnn is called twice in one forward pass'), Carry(model): model(x)
+    with Carry(model := Roles(nn.GRU(2, 2, batch_first=True), [(h,),(h,)])): model(x) # left alone
 
 
 def test_a_layer_in_a_StatefulRNN_is_not_carried_twice():

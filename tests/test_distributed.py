@@ -33,7 +33,7 @@ class Skipping(list):
         return super().__getitem__(i)
 
 class Plain(nn.Module): # `Standardize` has buffers, which are broadcast in every forward pass: another one that waits
-    "A plain layer, carried by `carry_state`; `own_state=True`: one that is given a state in every call"
+    "A plain layer, carried by `Carry`; `own_state=True`: one that is given a state in every call"
     def __init__(self, own_state=False, label=False):
         super().__init__()
         self.rnn,self.head,self.scale,self.own_state,self.label = nn.LSTM(3, 5, batch_first=True),nn.Linear(5, 1),Standardize(),own_state,label

@@ -72,7 +72,7 @@ class Graphs(CudaGraphCB): graph = TapeGraph
 
 
 class Plain(nn.Module):
-    "Plain layers, which `carry_state` looks after"
+    "Plain layers, which `Carry` looks after"
     def __init__(self, layer=nn.LSTM):
         super().__init__()
         self.rnn,self.head,self.unused = layer(2, 4, batch_first=True),nn.Linear(4, 1),nn.Linear(3, 3)

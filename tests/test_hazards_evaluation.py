@@ -20,7 +20,7 @@ from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.torch_core import set_seed
 from torch import nn
 from tbptt_fastai.training.callback import TbpttResetCB
-from tbptt_fastai.state.carry import carry_state
+from tbptt_fastai.state.carry import Carry
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner
 from tbptt_fastai.loaders.windows import TbpttDL
@@ -60,7 +60,7 @@ def test_C4_evaluation_in_pieces_by_choice_is_exact(fitted):
     "Pieces of a window, put together, are the window"
     x = torch.stack([x for x,_ in fitted.dls.train_ds])
     fitted.model.eval()
-    with torch.no_grad(), carry_state(fitted.model, evaluation=True): pieces = torch.cat([fitted.model(o) for o in x.split(SUB, 1)], 1)
+    with torch.no_grad(), Carry(fitted.model, evaluation=True): pieces = torch.cat([fitted.model(o) for o in x.split(SUB, 1)], 1)
     assert (pieces-fitted.model(x)).abs().max()<1e-6
 
 def test_C5_a_short_last_sub_window_weighs_less():

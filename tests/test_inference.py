@@ -8,7 +8,7 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback # with it comes Learner.no_bar
 from fastai.torch_core import set_seed
 from torch import nn
-from tbptt_fastai.state.carry import carry_state
+from tbptt_fastai.state.carry import Carry
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.learner import TbpttLearner
@@ -273,7 +273,7 @@ def test_within_a_carried_evaluation():
     model,x = build('mixed')
     full,predictor = whole(model, x),StreamPredictor(model)
     model.eval()
-    with torch.no_grad(), carry_state(model, evaluation=True):
+    with torch.no_grad(), Carry(model, evaluation=True):
         for a,b in ((0,100),(100,220)):
             torch.testing.assert_close(predictor(x.flip(0)[:,a:b]), full.flip(0)[:,a:b], rtol=0, atol=1e-5)
             torch.testing.assert_close(model(x[:,a:b]), full[:,a:b], rtol=0, atol=1e-5)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .predictor import StreamPredictor
+from ..state.carry import Carry
 from ..state.stateful import StatefulRNN
 from ..state.tree import batch_dims, detach_state, state_leaves
 
@@ -70,7 +71,7 @@ def to_onnx(
     if unknown := set(dynamic)-{'streams','steps'}: raise ValueError(f"dynamic has {unknown.pop()!r}; expected 'streams', 'steps', both or none.")
     source = model if isinstance(model, StreamPredictor) else StreamPredictor(model)
     predictor = StreamPredictor(copy.deepcopy(source.model).cpu(), source.ndim)
-    x,modules = predictor._input(x_example)[0],predictor._carried()[1]
+    x,modules = predictor._input(x_example)[0],Carry(predictor.model).modules
     predictor.reset(groups=groups)
     states,y = _first_states(predictor, modules, x)
     inputs = {f"{name}.state{i}".lstrip('.'):(o, dim) for name,state in states.items()

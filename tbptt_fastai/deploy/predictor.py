@@ -12,7 +12,7 @@ import torch
 from fastai.torch_core import get_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from ..state.carry import carry_state, out_of_reach
+from ..state.carry import Carry, out_of_reach
 from ..training.checks import check_states
 from ..state.stateful import StatefulRNN, learned_state
 from ..state.tree import state_batch_size
@@ -20,7 +20,7 @@ from ..state.tree import state_batch_size
 # %% ../../nbs/deploy/00_predictor.ipynb #96eb04fa
 @contextmanager
 def _alone(model):
-    "The model in evaluation mode, out of reach of a `carry_state` that it is run in; both are put back, module by module"
+    "The model in evaluation mode, out of reach of a a `Carry` that it is run in; both are put back, module by module"
     modes = {m:m.training for m in model.modules()}
     try:
         model.eval()
@@ -41,13 +41,10 @@ class StreamPredictor:
         wrapped = {inner for m in modules.values() if isinstance(m, StatefulRNN) for inner in m.modules()}
         own = [o or name for o,m in modules.items() if hasattr(m, 'reset') and m not in wrapped and wrapped.isdisjoint(m.modules())]
         if own: raise TypeError(f"{own[0]} has a reset(): it carries a state by itself, which cannot be told from the rest of it, and so neither kept apart from training nor saved. Carry it in a StatefulRNN, or leave it to a plain layer of torch.nn.")
-        if not self._carried()[1]: raise TypeError(f"{name} has no recurrent layer that carries a state; expected a StatefulRNN, nn.RNN, nn.GRU or nn.LSTM. What looks back by other means would see nothing but its chunk.")
+        carry = Carry(self.model)
+        carry.check()
+        if not carry.modules: raise TypeError(f"{name} has no recurrent layer that carries a state; expected a StatefulRNN, nn.RNN, nn.GRU or nn.LSTM. What looks back by other means would see nothing but its chunk.")
         self.reset()
-
-    def _carried(self):
-        "A context that carries, and what does so in it, by name"
-        carry = carry_state(self.model, evaluation=True)
-        return carry,{name:m for o in (carry.layers, carry._stateful) for m,name in o.items()}
 
     def _input(self, x):
         "As `(streams, time, ...)`, of the model's type and on its device; is it one stream without that dimension?"
@@ -66,18 +63,16 @@ class StreamPredictor:
         x,one = self._input(x_chunk)
         expected = self.n_streams or (len(x) if self._groups is None else len(self._groups))
         if len(x)!=expected: raise ValueError(f"The chunk has {len(x)} streams; expected {expected}, as many as {'before' if self.n_streams else 'groups'}. Call `reset()` before another number of streams.")
-        carry,modules = self._carried()
+        carry = Carry(self.model, evaluation=True)
         states = tree_map(lambda o: o.to(x.device) if isinstance(o, Tensor) else o, self._states)
         with _alone(self.model), carry:
             carry.reset(groups=self._groups)
-            for name,m in modules.items():
-                if isinstance(m, StatefulRNN): m._state = states.get(name)
-                elif name in states: carry.states[m] = states[name]
+            carry.restore({name:(o, None, self._groups) for name,o in states.items()})
             if self._begins is not None: carry.reset(self._begins, self._groups)
             y = self.model(x)
-            check_states(self.model, carry, len(x), x.shape[1])
-            states = {name:m._state if isinstance(m, StatefulRNN) else carry.states.get(m) for name,m in modules.items()}
-        self._states = tree_map(lambda o: o.clone() if isinstance(o, Tensor) else o, {k:v for k,v in states.items() if v is not None}) # it may be a view of a chunk
+            check_states(carry, len(x), x.shape[1])
+            states = carry.states
+        self._states = tree_map(lambda o: o.clone() if isinstance(o, Tensor) else o, states) # it may be a view of a chunk
         self.n_streams,self._begins = len(x),None
         def out(o):
             if one and o.ndim and len(o)==1: o = o[0]
@@ -94,7 +89,7 @@ class StreamPredictor:
             rows = torch.as_tensor(rows).cpu()
             if rows.dtype!=torch.bool or rows.shape!=(self.n_streams,): raise ValueError(f"rows is {rows.dtype} with shape {tuple(rows.shape)}; expected bool with one value for each of {self.n_streams or 0} streams.")
             if groups is not None and len(groups)!=self.n_streams: raise ValueError(f"There are {len(groups)} groups; expected one for each of {self.n_streams} streams.")
-            for m in self._carried()[0]._stateful: copy.copy(m).reset(rows) # refuses what does not know its first state
+            for m in Carry(self.model).stateful.values(): m.check_rows()
             if groups is not None:
                 old = self._groups or [None]*len(groups)
                 self._groups = [new if begins else o for begins,new,o in zip(rows.tolist(), groups, old)]
@@ -103,7 +98,7 @@ class StreamPredictor:
     def state_dict(self)->dict: # Copies on the CPU, for `torch.save`
         "Where the streams are"
         keep = lambda o: o.to('cpu', copy=True) if isinstance(o, Tensor) else o
-        return dict(states=tree_map(keep, {name:self._states.get(name) for name in self._carried()[1]}), n_streams=self.n_streams, begins=tree_map(keep, self._begins), groups=copy.copy(self._groups))
+        return dict(states=tree_map(keep, {name:self._states.get(name) for name in Carry(self.model).modules}), n_streams=self.n_streams, begins=tree_map(keep, self._begins), groups=copy.copy(self._groups))
 
     def load_state_dict(self,
         state:dict, # From `state_dict`, of a predictor with the same layers
@@ -111,7 +106,7 @@ class StreamPredictor:
         "Go on from there"
         keys = ['states', 'n_streams', 'begins', 'groups']
         if not isinstance(state, dict) or set(state)!=set(keys): raise TypeError(f"The state is a {f'dict of {list(state)[:5]}' if isinstance(state, dict) else type(state).__name__}; expected what `state_dict()` of a StreamPredictor gives: {keys}.")
-        (states,n,begins,groups),modules = copy.deepcopy([state[o] for o in keys]),self._carried()[1]
+        (states,n,begins,groups),modules = copy.deepcopy([state[o] for o in keys]),Carry(self.model).modules
         if list(states)!=list(modules): raise ValueError(f"The saved state is of the layers {list(states)}; those of this model are {list(modules)}.")
         shapes = lambda o: tree_map(lambda t: tuple(t.shape) if isinstance(t, Tensor) else t, o)
         states = {name:o for name,o in states.items() if o is not None}

@@ -19,8 +19,9 @@ from fastcore.basics import first, patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from ..training.callback import TbpttResetCB
-from ..state.carry import carry_state, reset_own_state
-from ..training.checks import resolve_truncation, stateful_modules
+from ..state.carry import Carry
+from ..state.stateful import StatefulRNN
+from ..training.checks import resolve_truncation
 from ..loaders.windows import Window, inner_loader, plain_batch
 from ..training.parts import compare_parts, difference, first_output, on_trial, run_in_parts
 from ..loaders.streams import StreamDL, transform_block
@@ -117,7 +118,7 @@ def check_memory_grads(self:Learner,
         if difference([again], seeded, n)<=tol<difference([other], seeded, n): raise ValueError(f"{type(model).__name__} gives other predictions each time, in evaluation too: what comes through the memory cannot be told from random numbers. Switch them off in evaluation.")
         alone = torch.cat([run(1, Window(window.cut(k, k+1), len(window.batch), window.timed)) for k in range(n)], 1)
         facts = dict(remembers=difference([alone], whole, n)>tol, leaks=_leaks(model, window, groups, tol))
-        facts['cut'] = {name:cause for name,m in model.named_modules() if m in stateful_modules(model) and (cause := _cut_within(model, m, window, groups, tol))}
+        facts['cut'] = {name:cause for name,m in model.named_modules() if isinstance(m, StatefulRNN) and (cause := _cut_within(model, m, window, groups, tol))}
         single = run(1)
         facts['carried'] = (difference([single], whole, n) or 0)<=1e-4
         grads,direct = (_grads(params, loss_func, preds, yb) for preds in (whole, single))
@@ -146,11 +147,10 @@ def _norm(g): return 0. if g is None else g.norm().item()
 def _leaks(model, window, groups, tol):
     "Does a state survive a reset? Then predictions depend on what was run before it"
     def after(steps):
-        with carry_state(model, evaluation=True) as carried:
-            carried.reset(groups=groups)
+        with Carry(model, evaluation=True) as carry:
+            carry.name_groups(groups)
             model(*window.cut(0, steps))
-            reset_own_state(model)
-            carried.reset(groups=groups)
+            carry.reset(groups=groups)
             return first_output(model(*window.batch))
     with torch.no_grad(): a,b = after(1),after(window.steps)
     return bool((a-b).abs().max()>tol*a.abs().max())

@@ -19,8 +19,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from ..training.callback import TbpttResetCB
-from ..state.carry import carry_state, out_of_reach, recurrent_layers
-from ..training.checks import check_carries, check_states, stateful_modules
+from ..state.carry import Carry, out_of_reach
+from ..training.checks import check_carries, check_states
 from ..loaders.layout import Block
 from ..loaders.windows import SubWindows, Window, inner_loader, plain_batch
 from .activation import activation_memory
@@ -60,26 +60,13 @@ def relative_bias(
     return left/whole if whole>0 else np.full(len(lags), np.inf)
 
 # %% ../../nbs/instruments/02_find.ipynb #2bcf150b
-class _KeepGraph(carry_state):
-    "As `carry_state`, but states are not detached"
-    keep_graph = True
-    def __enter__(self):
-        super().__enter__()
-        for m in self._stateful:
-            m.keep_graph = True
-            self._hooks.append(m.register_forward_hook(self._view))
-        return self
-
-    def __exit__(self, *exc):
-        for m in self._stateful: vars(m).pop('keep_graph', None)
-        super().__exit__(*exc)
-
-    def _view(self, m, args, output): m._state = _views(m._state)
-
-    def leaves(self):
-        "Those tensors of the state that have a gradient, each with its batch dimension; the keys are the layer and the place in its state"
-        states = {layer:(o, 1) for layer,o in self.states.items()}|{m:(m.state, m.batch_dim) for m in self._stateful if m.state is not None}
-        return {(m,i):(t,dim) for m,(state,where) in states.items() for i,(t,dim) in enumerate(zip(state_leaves(state), batch_dims(state, where))) if isinstance(t, Tensor) and t.requires_grad}
+def _with_gradient(carry):
+    "Those tensors of the state that have a gradient, each with its batch dimension; the keys are the module and the place in its state"
+    res = {}
+    for name,state in carry.states.items():
+        dims = batch_dims(state, getattr(carry.modules[name], 'batch_dim', 1))
+        res.update({(name,i):(t, dim) for i,(t,dim) in enumerate(zip(state_leaves(state), dims)) if isinstance(t, Tensor) and t.requires_grad})
+    return res
 
 def _views(state): return tree_map(lambda o: o.view_as(o) if isinstance(o, Tensor) else o, state) # nothing but the next block uses them, so their gradient is that of the state
 
@@ -117,13 +104,14 @@ def _gradients(learn, window, n_inp, groups, start, n_blocks, step, n_lags, ends
     model,loss_func,states,phi,total = learn.model,learn.loss_func,[],0,{}
     device = next(model.parameters()).device
     timed = not window.targets_timed or any(window.targets_timed)
-    with _KeepGraph(model) as carried:
-        carried.reset(groups=groups)
+    with Carry(model, keep_graph=True) as carry:
+        carry.reset(groups=groups)
         for j in range(n_blocks):
             batch = plain_batch(window.cut(start+j*step, start+(j+1)*step), device)
             pred = model(*batch[:n_inp])
+            carry.restore({name:(_views(o), *rest) for name,(o,*rest) in carry.snapshot().items()})
             bs = next(len(o) for o in state_leaves(batch) if isinstance(o, Tensor))
-            if j==0: check_states(model, carried, bs, step)
+            if j==0: check_states(carry, bs, step)
             if j in ends:
                 if not any(states): raise ValueError(f"No state of {type(get_model(model)).__name__} has a gradient: its recurrent layers are frozen, or it carries its state by itself, detached. Unfreeze it, or carry the state in a StatefulRNN.")
                 last = lambda o: o[:,-1:] if timed and isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==step else o
@@ -133,7 +121,7 @@ def _gradients(learn, window, n_inp, groups, start, n_blocks, step, n_lags, ends
                 grads = {key:o*scale for key,o in _by_lag(loss, states[:-n_lags-1:-1], bs).items()}
                 phi = phi+torch.cat([*grads.values()], 2).norm(dim=2).mean(1)/len(ends)
                 total = _added(total, {key:o.mean(1)/len(ends) for key,o in grads.items()})
-            states.append(carried.leaves())
+            states.append(_with_gradient(carry))
     return phi.cpu().numpy(),total
 
 def _added(a, b):
@@ -217,7 +205,7 @@ def tbptt_find(self:Learner,
     if tau is not None: check_steps('tau', tau)
     check_carries(self.model)
     name,params = type(get_model(self.model)).__name__,list(self.model.parameters())
-    if not (recurrent_layers(self.model) or stateful_modules(self.model)): raise ValueError(f"{name} carries its state by itself, where no gradient can be followed. Carry it in a StatefulRNN, or leave it to a plain layer of torch.nn.")
+    if not Carry(self.model).modules: raise ValueError(f"{name} carries its state by itself, where no gradient can be followed. Carry it in a StatefulRNN, or leave it to a plain layer of torch.nn.")
     if not any(p.requires_grad for p in params): raise ValueError(f"{name} has {len(params)} parameters, none of which has a gradient. {'Unfreeze it.' if params else 'Its states have none either, so there is nothing to measure.'}")
     cb,phis,total,first = next(iter(self._grab_cbs(TbpttResetCB)), TbpttResetCB()),[],{},None
     limit = cb.n_skip+(1000 if max_lag is None else 2*max_lag)
@@ -266,8 +254,8 @@ def _cost(model, xb, groups, steps):
     sync = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
     sync()
     start = time.perf_counter()
-    with carry_state(model) as carried:
-        carried.reset(groups=groups)
+    with Carry(model) as carry:
+        carry.reset(groups=groups)
         out = [o for o in state_leaves(model(*xb)) if isinstance(o, Tensor) and o.requires_grad]
     torch.autograd.grad(sum(o.sum() for o in out), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     sync()

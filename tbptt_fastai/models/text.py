@@ -9,7 +9,7 @@ __all__ = ['TextRNN', 'sample_text']
 import torch
 from torch import nn
 from .sequence import rnn_types
-from ..state.carry import carry_state, reset_own_state
+from ..state.carry import Carry
 from ..state.stateful import StatefulRNN
 from ..truncation.plan import check_steps
 
@@ -56,10 +56,11 @@ def sample_text(
     if not temperature>=0: raise ValueError(f"temperature is {temperature}; expected 0 or more.")
     device,training,drawn = next(model.parameters()).device,model.training,[]
     x = torch.tensor([[number[o] for o in prompt]], device=device)
+    carry = Carry(model, evaluation=True)
     model.eval()
-    reset_own_state(model)
+    carry.reset_own()
     try:
-        with carry_state(model, evaluation=True):
+        with carry:
             for _ in range(check_steps('n', n, least=0)):
                 scores = model(x)
                 scores = (scores[0] if isinstance(scores, tuple) else scores)[0,-1].float() # the models of fastai.text return more
@@ -68,5 +69,5 @@ def sample_text(
                 x = token.view(1, 1)
     finally:
         model.train(training)
-        reset_own_state(model)
+        carry.reset_own()
     return prompt+''.join(drawn) if isinstance(prompt, str) else [*prompt, *drawn]

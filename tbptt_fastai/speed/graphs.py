@@ -14,7 +14,8 @@ from fastai.callback.training import GradientAccumulation
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from ..training.callback import TbpttResetCB
-from ..training.checks import resets_itself, resolve_truncation, stateful_modules
+from ..state.carry import Carry
+from ..training.checks import resolve_truncation
 from .known import is_known
 from .static import CudaGraph, StaticStep, accumulate, carried_states
 
@@ -57,16 +58,16 @@ class GraphedRun:
         cb,learn = self.cb,self.learn
         if cb.learn is not learn or not cb.run or not cb.fits(): return type(learn)._do_one_batch(learn)
         reset = learn.tbptt_reset_cb
-        carried = reset._carried
+        carry = reset.carry
         leaves,form = tree_flatten((learn.xb, learn.yb))
-        states,key = carried_states(carried),(form, *((o.shape,o.dtype,o.device) if type(o) is Tensor else None for o in leaves))
+        states,key = carried_states(carry),(form, *((o.shape,o.dtype,o.device) if type(o) is Tensor else None for o in leaves))
         step = cb._steps.get(key)
         if step is not None and not step.is_current:
             cb.forget()
             step = None
         if step is not None and reset._checked and states is not None and step.can_start(states): return self._replay(step, leaves, states)
         type(learn)._do_one_batch(learn)
-        if step is None and None not in key and len(cb._steps)<cb.n_shapes and (states := carried_states(carried)): cb._steps[key] = StaticStep(learn, leaves, form, states, cb.graph)
+        if step is None and None not in key and len(cb._steps)<cb.n_shapes and carried_states(carry): cb._steps[key] = StaticStep(learn, leaves, form, carry, cb.graph)
 
     def _replay(self, step, leaves, states):
         cb,learn = self.cb,self.learn
@@ -108,7 +109,7 @@ class CudaGraphCB(Callback):
         if isinstance(self.model, (nn.parallel.DistributedDataParallel,nn.DataParallel)): raise ValueError(f"The model is in a {type(self.model).__name__}, whose processes exchange gradients in the backward pass; expected a model by itself. Leave out CudaGraphCB.")
         for o in learn.cbs:
             if isinstance(o, (MixedPrecision,GradientAccumulation)): raise ValueError(f"{o} scales the loss on its way to the backward pass, which CudaGraphCB has replayed by then. Leave out one of them.")
-        if resets_itself(self.model) and not stateful_modules(self.model): raise ValueError(f"{type(self.model).__name__} carries a state by itself, which CudaGraphCB cannot copy to where a graph reads it. Carry it in a StatefulRNN, or leave out CudaGraphCB.")
+        if Carry(self.model).is_own: raise ValueError(f"{type(self.model).__name__} carries a state by itself, which CudaGraphCB cannot copy to where a graph reads it. Carry it in a StatefulRNN, or leave out CudaGraphCB.")
         scheme = resolve_truncation(reset.setting, self.dls.train)
         if scheme is None: raise ValueError("CudaGraphCB is for sub-windows, and sub_seq_len is None. Give a number of steps, or leave it out.")
         if scheme.recompute: raise ValueError(f"{scheme} computes activations again in the backward pass, piece by piece; expected a scheme without that for CudaGraphCB, such as sub-windows of one length. Leave out one of them.")
@@ -117,7 +118,7 @@ class CudaGraphCB(Callback):
     def after_epoch(self): vars(self.learn).pop('all_batches', None)
 
     def after_fit(self):
-        if getattr(getattr(self.learn, 'tbptt_reset_cb', None), '_carried', None) is None: self.forget() # else it is an evaluation in the middle of a training
+        if getattr(getattr(self.learn, 'tbptt_reset_cb', None), 'carry', None) is None: self.forget() # else it is an evaluation in the middle of a training
 
     def forget(self):
         "Let go of all graphs and their memory"
@@ -140,7 +141,7 @@ class CudaGraphCB(Callback):
     def fits(self):
         "Is the batch a sub-window all of whose steps count, to be run in one piece, from the state that the last one ended in?"
         learn,reset = self.learn,self.learn.tbptt_reset_cb
-        if not (learn.training and reset.carries and not reset._stream and reset._carrying and not reset._carried.pieces and len(learn.yb)): return False
+        if not (learn.training and reset.carries and not reset._stream and reset._carrying and not reset.carry.pieces and len(learn.yb)): return False
         if not (learn.model.training and torch.is_grad_enabled() and learn.model is self._seen[0][0] and learn.loss_func is self._seen[0][1]): return False
         sub_window = learn.dl.sub_window
         return sub_window.weight==1 and sub_window.loss_start==sub_window.start

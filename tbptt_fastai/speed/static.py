@@ -10,6 +10,7 @@ import torch
 from fastai.learner import Learner
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from ..state.carry import Carry
 from ..state.stateful import StatefulRNN
 from ..state.tree import state_leaves
 
@@ -47,11 +48,10 @@ class CudaGraph:
 
 # %% ../../nbs/speed/05_static.ipynb #81021c74
 def carried_states(
-    carried, # A `carry_pieces` that a training is in
-)->dict: # `None` if rows are about to begin anew
-    "The state that each module has carried here; empty where a window starts"
-    states = carried._states()
-    return None if any(begins is not None for _,begins,_ in states.values()) else {m:o for m,(o,*_) in states.items() if o is not None}
+    carry:Carry, # Of a training
+)->dict: # `None` if rows are about to start over
+    "The state that each module has carried here, by name; empty where a window starts"
+    return None if any(rows is not None for _,rows,_ in carry.snapshot().values()) else carry.states
 
 def begins_at_zero(
     m:nn.Module, # A `StatefulRNN`, or a plain recurrent layer
@@ -74,25 +74,28 @@ def accumulate(
             news.append(grad)
     if olds: torch._foreach_add_(olds, news)
 
+def _form(state): return tree_flatten(state)[1],[(t.shape, t.dtype) for t in tree_leaves(state)]
+
 class StaticStep:
     "Forward, loss and gradients of sub-windows of one shape, between tensors that stay where they are"
     def __init__(self,
         learn:Learner, # In a training
         leaves:list, # Tensors of such a sub-window
         form, # How `(xb, yb)` is made of them
-        states:dict, # State of each module that carries one
+        carry:Carry, # Of the training; its states have the form that they keep
         graph:type=CudaGraph, # How to call what is always the same
     ):
-        for m,o in states.items():
+        states = carry.states
+        for name,o in states.items():
             if other := next((o for o in state_leaves(o) if not isinstance(o, Tensor)), None): raise ValueError(
-                f"The state of {type(m).__name__} holds {other!r}, a {type(other).__name__}, which a CUDA graph would never change; expected tensors alone. Leave out CudaGraphCB, or keep it as a tensor.")
+                f"The state of {type(carry.modules[name]).__name__} holds {other!r}, a {type(other).__name__}, which a CUDA graph would never change; expected tensors alone. Leave out CudaGraphCB, or keep it as a tensor.")
         self._learn,self._form,self._batch = learn,form,[torch.empty_like(o) for o in leaves]
-        self._states = {m: tree_map(lambda o: torch.empty_like(o, memory_format=torch.contiguous_format), o) for m,o in states.items()}
+        self._states = {name: tree_map(lambda o: torch.empty_like(o, memory_format=torch.contiguous_format), o) for name,o in states.items()}
         owners = [o for o in (learn.model, learn.loss_func) if isinstance(o, nn.Module)]
         self.params = list({p: None for o in owners for p in o.parameters() if p.requires_grad})
         self._fixed = [*{o: None for owner in owners for o in (*owner.parameters(), *owner.buffers())}]
         self._at = self._addresses()
-        self._zero = all(map(begins_at_zero, states))
+        self._zero = all(begins_at_zero(carry.modules[name]) for name in states)
         self._graph = graph(self._run, leaves[0].device)
 
     def _addresses(self): return [o.data_ptr() for o in self._fixed]
@@ -107,14 +110,13 @@ class StaticStep:
     )->bool:
         "Can it go on from there?"
         if not states: return self._zero
-        return states.keys()==self._states.keys() and all(
-            a is b or tree_flatten(a)[1]==tree_flatten(b)[1] and [(t.shape,t.dtype) for t in tree_leaves(a)]==[(t.shape,t.dtype) for t in tree_leaves(b)] for a,b in ((states[m], o) for m,o in self._states.items()))
+        if states.keys()!=self._states.keys(): return False
+        return all(states[name] is own or _form(states[name])==_form(own) for name,own in self._states.items())
 
-    def _leaves(self, states): return [t for m in self._states for t in state_leaves(states[m])]
+    def _leaves(self, states): return [t for name in self._states for t in state_leaves(states[name])]
 
     def _put_states(self):
-        carried = self._learn.tbptt_reset_cb._carried
-        carried._set_states({**carried._states(), **{m:(o, None, None) for m,o in self._states.items()}})
+        self._learn.tbptt_reset_cb.carry.restore({name:(o, None, None) for name,o in self._states.items()})
 
     def _run(self):
         learn = self._learn
@@ -123,7 +125,7 @@ class StaticStep:
         pred = learn.model(*xb)
         loss = learn.loss_func(pred, *yb)
         grads = torch.autograd.grad(loss, self.params, allow_unused=True)
-        torch._foreach_copy_(self._leaves(self._states), self._leaves(carried_states(learn.tbptt_reset_cb._carried)))
+        torch._foreach_copy_(self._leaves(self._states), self._leaves(learn.tbptt_reset_cb.carry.states))
         return tree_map(lambda o: o.detach() if isinstance(o, Tensor) else o, (pred, loss, grads))
 
     def __call__(self,
@@ -133,7 +135,7 @@ class StaticStep:
         "Run it; afterwards the modules carry its last state"
         for to,o in zip(self._batch, leaves): to.copy_(o)
         if not states: torch._foreach_zero_(self._leaves(self._states))
-        elif not all(states[m] is o for m,o in self._states.items()): torch._foreach_copy_(self._leaves(self._states), self._leaves(states))
+        elif not all(states[name] is o for name,o in self._states.items()): torch._foreach_copy_(self._leaves(self._states), self._leaves(states))
         res = self._graph()
         self._put_states()
         return res

@@ -19,7 +19,7 @@ from .checks import check_carries, check_states, check_statistics, check_stream,
 from ..loaders.windows import SubWindows, inner_loader, view_of
 from .lr_search import RateSearch, without_search
 from .metrics import StepSmoothLoss
-from ..state.pieces import carry_pieces
+from ..state.pieces import PieceCarry
 from .resets import StateResets, CarryingRun
 from ..loaders.streams import StreamDL
 from ..truncation.plan import Fixed, Truncation, check_steps
@@ -79,7 +79,7 @@ class TbpttResetCB(StateResets):
         return self._search.loss
 
     def before_epoch(self):
-        "Runs over the batches happen within `carry_state`, if they carry a state"
+        "Runs over the batches happen within a `Carry`, if they carry a state"
         self.learn.all_batches = CarryingRun(self)
     after_train = before_epoch # if it was cancelled
 
@@ -90,7 +90,7 @@ class TbpttResetCB(StateResets):
         if self._search is not None: self._set_smooth_loss(without_search)
         self._search = None
         vars(self).pop('_whole', None)
-        if self._carried is not None: return # an evaluation in the middle of a training
+        if self.carry is not None: return # an evaluation in the middle of a training
         self.reset()
         self._window = None
 
@@ -110,8 +110,9 @@ class TbpttResetCB(StateResets):
         try:
             with unread(self.dl):
                 self.learn.dl = self._view(scheme)
-                with carry_pieces(self.model) if self.carries else nullcontext() as self._carried: self._search.run()
-        finally: self._carried = None
+                self.carry = PieceCarry(self.model)
+                with self.carry if self.carries else nullcontext(): self._search.run()
+        finally: self.carry = None
 
     def before_validate(self):
         inner = inner_loader(self.dl)
@@ -124,7 +125,7 @@ class TbpttResetCB(StateResets):
         learn,sub_window = self.learn,self.sub_window
         if learn.training and self._carrying and not self._checked and sub_window.moves_on:
             self._checked = True
-            check_states(self.model, self._carried, find_bs(self.xb), sub_window.steps)
+            check_states(self.carry, find_bs(self.xb), sub_window.steps)
         if self._stream:
             learn.dl.seen = getattr(sub_window, 'last_carried', sub_window)
             learn.pred,learn.yb = tree_map(sub_window.real_steps, (learn.pred, learn.yb))

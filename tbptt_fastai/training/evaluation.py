@@ -9,7 +9,7 @@ __all__ = ['SubWindowEvalCB']
 import torch
 from fastai.callback.core import Callback
 from torch import Tensor
-from ..state.carry import carry_state, reset_own_state
+from ..state.carry import Carry
 from ..loaders.windows import SubWindows, Window, inner_loader
 from ..loaders.streams import StreamDL
 from ..truncation.plan import Fixed, check_steps
@@ -36,8 +36,9 @@ class SubWindowEvalCB(Callback):
     def after_pred(self):
         "Predictions of the whole window in the place of those of its first sub-window"
         model,plan = self.model,Fixed(self.sub_seq_len).sub_windows(self._window.steps)
-        reset_own_state(model)
-        with carry_state(model, evaluation=True): preds = [model(*self._inputs(*sub_window[:2])) for sub_window in plan]
+        carry = Carry(model, evaluation=True)
+        carry.reset_own()
+        with carry: preds = [model(*self._inputs(*sub_window[:2])) for sub_window in plan]
         if not all(isinstance(o, Tensor) for o in (self.pred, *preds)): raise TypeError(f"{type(model).__name__} gives a {type(preds[0]).__name__}; only one tensor of predictions can be joined.")
         per_step = all(p.ndim>1 and p.shape[1]==o.stop-o.start for p,o in zip(preds, plan))
         if self._window.targets_timed and not any(self._window.targets_timed): per_step = False

@@ -14,7 +14,7 @@ from fastai.torch_core import get_model, no_random
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from .callback import TbpttResetCB
-from ..state.carry import carry_state, out_of_reach, reset_own_state
+from ..state.carry import Carry, out_of_reach
 from .checks import check_states
 from ..loaders.windows import SubWindows, Window
 from ..loaders.streams import StreamView
@@ -37,7 +37,7 @@ def on_trial(
         with out_of_reach(model), no_random(), torch.backends.cudnn.flags(enabled=False), torch.autocast(device, enabled=False), _without_compiling(): yield
     finally:
         for m,training in modes.items(): m.training = training
-        reset_own_state(model)
+        Carry(model).reset_own()
 
 def first_output(o): # of a model or a layer
     "Predictions alone: the models of fastai.text return more, and recurrent layers their state"
@@ -51,11 +51,10 @@ def run_in_parts(
     checked:bool=False, # Refuse a model in which no state was carried?
 )->list: # Predictions for each part; if the model returns a tuple, the first element
     "Predictions with the state carried from part to part, detached"
-    reset_own_state(model)
-    with carry_state(model, evaluation=True) as carried:
-        carried.reset(groups=groups)
+    with Carry(model, evaluation=True) as carry:
+        carry.reset(groups=groups)
         preds = [model(*window.cut(a, min(a+sub_seq_len, window.steps))) for a in range(0, window.steps, sub_seq_len)]
-        if checked: check_states(model, carried, len(tree_leaves(window.batch)[0]), window.steps)
+        if checked: check_states(carry, len(tree_leaves(window.batch)[0]), window.steps)
     return [first_output(o) for o in preds]
 
 # %% ../../nbs/training/07_parts.ipynb #12e76347

@@ -6,41 +6,42 @@
 __all__ = ['CarryingRun', 'StateResets']
 
 # %% ../../nbs/training/02_resets.ipynb #99436ea6
+from contextlib import nullcontext
 from functools import partial
 import torch
 from fastai.callback.core import Callback
-from fastai.torch_core import find_device, get_model
-from ..state.carry import reset_own_state
-from .checks import resets_itself, stateful_modules
+from fastai.torch_core import find_device
+from ..state.carry import check_rows
 from ..loaders.layout import BlockRun
 from ..loaders.windows import SubWindows, plain_batch
-from ..state.pieces import Piece, carry_pieces
+from ..state.pieces import Piece, PieceCarry
 from ..loaders.streams import StreamView
 from ..truncation.plan import SubWindow
 
 # %% ../../nbs/training/02_resets.ipynb #7f7ed874
 class CarryingRun:
-    "What `Learner.all_batches` is for an epoch: the same, within `carry_state` if sub-windows are run"
+    "What `Learner.all_batches` is for an epoch: the same, with an owner of the states, and within it if sub-windows are run"
     def __init__(self, cb): self.cb,self.learn = cb,cb.learn
 
     def __call__(self):
         cb,learn = self.cb,self.learn
-        if cb.learn is not learn or not cb.carries: return type(learn).all_batches(learn) # cb.learn: the callback was removed
-        outer = cb._carried
+        if cb.learn is not learn: return type(learn).all_batches(learn) # the callback was removed
+        outer = cb.carry
         try:
-            with carry_pieces(learn.model, evaluation=not learn.training) as cb._carried: type(learn).all_batches(learn)
+            cb.carry = PieceCarry(learn.model, evaluation=not learn.training)
+            with cb.carry if cb.carries else nullcontext(): type(learn).all_batches(learn)
         except BaseException:
             vars(learn).pop('all_batches', None) # back to the method
             cb.after_step() # fastai does not come to it
             raise
-        finally: cb._carried = outer
+        finally: cb.carry = outer
 
 # %% ../../nbs/training/02_resets.ipynb #239d89af
 def _pieces(o): return [Piece(b-a, factor, keep=a==o.carry) for a,b,factor in o.pieces()]
 
 class StateResets(Callback):
     "Reset the state where a window or sequence starts; the part of [`TbpttResetCB`](04_callback.ipynb) that looks after it"
-    _carried,_window = None,None # the context that a run over the batches is in; the last window that was begun
+    carry,_window = None,None # owner of the states in a run over the batches; the last window that was begun
 
     @property
     def _stream(self): return isinstance(self.learn.dl, StreamView)
@@ -52,7 +53,10 @@ class StateResets(Callback):
         return isinstance(dl, SubWindows) and dl.truncation is not None and (self.learn.training or self._stream)
 
     @property
-    def _carrying(self): return self._carried is not None and self._carried.evaluation!=self.learn.training
+    def _carrying(self): return self.carry is not None and self.carry.active
+
+    @property
+    def _owner(self): return self.carry or PieceCarry(self.model)
 
     @property
     def sub_window(self):
@@ -65,22 +69,20 @@ class StateResets(Callback):
         groups:list=None, # The group of each row
     ):
         "Forget every carried state, of all rows or of some"
-        if rows is not None and resets_itself(self.model) and not stateful_modules(self.model): raise ValueError(
-            f"The rows of this StreamDL begin their sequences at different times, but the reset() of {type(get_model(self.model)).__name__} resets all rows. Carry its state in a StatefulRNN.")
-        if resets_itself(self.model) and rows is None: get_model(self.model).reset()
-        for m in stateful_modules(self.model): m.reset(rows, groups)
-        if self._carried is not None: self._carried.reset_layers(rows)
+        owner = self._owner
+        if rows is not None: check_rows(owner, 'The rows of this StreamDL begin their sequences at different times')
+        owner.reset(rows, groups)
 
     def after_step(self): "For what a step has changed"
 
     def before_batch(self):
-        if self._carried is not None: self._carried.pieces = [] # of a batch that was cancelled
+        if self.carry is not None: self.carry.pieces = [] # of a batch that was cancelled
         carries,dl = self.carries,self.learn.dl
         if carries and not self._carrying: raise RuntimeError(
             "No state would be carried: another callback evaluated in `before_epoch`, after this one, or asked for `inner` predictions of a StreamDL. Give it an order below 12, or let it evaluate in another event.")
         if self._stream: return self._begin_rows()
         if not self.learn.training: # all but a model's own state starts evaluation from the initial one by itself, and keeps that of the training
-            return reset_own_state(self.model)
+            return self._owner.reset_own()
         window = dl.window if isinstance(dl, SubWindows) else None
         if window is None or window is not self._window:
             self._window = window
@@ -92,10 +94,10 @@ class StateResets(Callback):
     def _in_pieces(self, pieces, plan):
         "Have the next call of the model run so"
         if len(pieces)==1 and plan.next_start==plan.stop: return pieces[0].begin and pieces[0].begin()
-        if resets_itself(self.model) and not stateful_modules(self.model): raise ValueError(
-            f"{type(get_model(self.model)).__name__} carries a state by itself, which cannot be kept at a step in the middle, nor with its graph, as {self.dl.truncation} asks for. Carry it in a StatefulRNN, or use sub-windows of one length.")
+        if self.carry.is_own: raise ValueError(
+            f"{type(self.carry.inner).__name__} carries a state by itself, which cannot be kept at a step in the middle, nor with its graph, as {self.dl.truncation} asks for. Carry it in a StatefulRNN, or use sub-windows of one length.")
         inputs,timed = self.dl.inputs,getattr(self.dl.window, 'targets_timed', None)
-        self._carried.in_pieces(pieces, lambda start,stop,xb: inputs(xb).cut(start, stop), plan.next_start==plan.stop, self.dl.truncation.recompute, not timed or any(timed))
+        self.carry.in_pieces(pieces, lambda start,stop,xb: inputs(xb).cut(start, stop), plan.next_start==plan.stop, self.dl.truncation.recompute, not timed or any(timed))
 
     def _warm_up(self, xb):
         "Bring the state through steps that have no loss and get no gradient"
@@ -121,10 +123,11 @@ class StateResets(Callback):
         if not rows.any(): return
         groups = self.dl.groups(block)
         if not (self._carrying or self.training): # whole sequences in evaluation, which leaves the training state alone
-            reset_own_state(self.model)
-            for m in stateful_modules(self.model): m._groups = groups
+            owner = self._owner
+            owner.reset_own()
+            owner.name_groups(groups)
         elif rows[~idle].any(): self.reset(None if rows.all() else rows, groups)
-        else: self._rest(idle, groups)
+        else: self._owner.rest(idle, groups)
 
     def _pieces_of_run(self, run):
         "Blocks in which no row begins go on from the one before, in one piece with it"
@@ -134,9 +137,3 @@ class StateResets(Callback):
             if i and i!=run.plan.carry and i not in factors and not (block.begins(last)|(block.n==0)).any(): pieces[-1] = pieces[-1]._replace(steps=pieces[-1].steps+block.steps)
             else: pieces.append(Piece(block.steps, factors.get(i, 1.), partial(self._begin, block, last), keep=i==run.plan.carry))
         return pieces
-
-    def _rest(self, idle, groups):
-        "Rows without a sequence stay at their first state, as on padding a state may grow beyond all bounds, and the gradient of its row with it"
-        if self._carried is not None: self._carried.reset_layers(idle)
-        for m in stateful_modules(self.model):
-            if m.begins_rows: m.reset(idle, groups)
