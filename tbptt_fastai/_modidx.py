@@ -758,6 +758,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'tbptt_fastai/state/carry.py'),
                                           'tbptt_fastai.state.carry.Carry._give': ( 'state/carry.html#carry._give',
                                                                                     'tbptt_fastai/state/carry.py'),
+                                          'tbptt_fastai.state.carry.Carry._in_pass': ( 'state/carry.html#carry._in_pass',
+                                                                                       'tbptt_fastai/state/carry.py'),
                                           'tbptt_fastai.state.carry.Carry._reset_layers': ( 'state/carry.html#carry._reset_layers',
                                                                                             'tbptt_fastai/state/carry.py'),
                                           'tbptt_fastai.state.carry.Carry._take': ( 'state/carry.html#carry._take',

@@ -33,7 +33,7 @@ class Carry:
         keep_graph:bool=False, # Keep the graph of the states, instead of detaching them?
     ):
         self.model,self.evaluation,self.keep_graph = model,evaluation,keep_graph
-        self._covered,self._stack,self._owners = 0,None,{} # by how many contexts within this one; what ends with it; the slots and who had them before
+        self._covered,self._stack,self._owned = 0,None,[] # by how many contexts within this one; what ends with it; its slots
         self.inner = get_model(model)
         self.layers = {name:m for m,name in recurrent_layers(self.inner).items()}
         self.stateful = {name:m for name,m in self.inner.named_modules() if isinstance(m, StatefulRNN)}
@@ -53,6 +53,11 @@ class Carry:
     def active(self):
         "Are states carried now? Not in the other mode, nor while another context has taken the model over"
         return self._stack is not None and not self._covered and self.model.training!=self.evaluation
+
+    @property
+    def _in_pass(self):
+        "As `active`; a compiled model cannot ask itself, and goes by what was so when its pass began"
+        return self._began_active if torch.compiler.is_compiling() else self.active
 
     def __reduce__(self): return type(self),(nn.Module(),self.evaluation) # hooks that are copied or pickled with a model find no layer of theirs
 
@@ -161,8 +166,8 @@ def __enter__(self:Carry):
     self.check()
     self._stack = ExitStack()
     if self.evaluation: self._stack.enter_context(out_of_reach(self.inner))
-    self._owners = {slot:slot.owner for slot in self.slots.values()}
-    for slot in self._owners: slot.owner = self
+    self._owned,self._owners = list(self.slots.values()),[o.owner for o in self.slots.values()]
+    for slot in self._owned: slot.owner = self
     self._begin_pass()
     hooks = [self.model.register_forward_pre_hook(self._begin_pass)]
     for name,m in self.layers.items():
@@ -175,7 +180,7 @@ def __enter__(self:Carry):
 @patch
 def __exit__(self:Carry, *exc):
     Carry.entered.remove(self)
-    for slot,owner in self._owners.items():
+    for slot,owner in zip(self._owned, self._owners):
         slot.reset()
         slot.owner = owner
     self._stack.close()
@@ -184,7 +189,8 @@ def __exit__(self:Carry, *exc):
 # %% ../../nbs/state/02_carry.ipynb #4f77d9cc
 @patch
 def _begin_pass(self:Carry, *args):
-    for slot in self._owners: slot.called = None
+    self._began_active = self.active
+    for slot in self._owned: slot.called = None
 
 @patch
 def begin_call(self:Carry,
@@ -192,7 +198,7 @@ def begin_call(self:Carry,
     own:bool=False, # Does the model give it a state of its own?
 )->bool: # Is its state carried?
     "A module is called; a `ValueError` if it was before, in the same forward pass, and it is not known which state is to be carried"
-    if not self.active: return False
+    if not self._in_pass: return False
     if slot.called=='carried' or slot.called=='own' and not own:
         name = next(name for name,o in self.slots.items() if o is slot)
         raise ValueError(f"{type(self.modules[name]).__name__} {name} is called twice in one forward pass: which of its states belongs to the next sub-window "
@@ -210,4 +216,4 @@ def _give(self:Carry, slot, layer, args, kwargs):
 
 @patch
 def _take(self:Carry, slot, layer, args, output):
-    if self.active and slot.called=='carried': slot.keep(output[1])
+    if self._in_pass and slot.called=='carried': slot.keep(output[1])

@@ -162,7 +162,7 @@ class StatefulRNN(nn.Module):
     ):
         "Forget the state: the next call starts a new window, in all rows or in some"
         if rows is not None: self.check_rows()
-        self.slot.reset(rows, groups)
+        self.slot.reset(rows, groups if self.initial is not None else None)
 
     def check_rows(self):
         "A `ValueError` if the state cannot start over in single rows"
