@@ -11,6 +11,7 @@ from fastai.torch_core import set_seed
 from harness import arguments, column, headline, ratios, save, spread, table, turns
 from step_loops import CASES, SUB, WIN, Work, by_fastai, by_hand, tbptt
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.speed.ahead import pinned_ahead
 from tbptt_fastai.speed.graphs import CudaGraphCB
 from tbptt_fastai.learner import RNNLearner
 
@@ -31,17 +32,19 @@ class OnDevice(Work):
         self.n_batches = self.n_windows//bs
         self.n_steps = self.n_batches*(WIN//SUB)
 
-    def learner(self, **kwargs):
-        dls = SequenceDataLoaders.from_arrays(*self.arrays, valid=[o[:WIN] for o in self.arrays], win_sz=WIN, stp_sz=self.stp, sub_seq_len=SUB, bs=self.bs, drop_last=True, device=self.device)
+    def learner(self, ahead=None, **kwargs):
+        dls = SequenceDataLoaders.from_arrays(*self.arrays, valid=[o[:WIN] for o in self.arrays], win_sz=WIN, stp_sz=self.stp, sub_seq_len=SUB, bs=self.bs, drop_last=True, device=self.device, ahead=ahead)
         return RNNLearner(dls, hidden_size=self.hidden, grad_clip=1., **kwargs)
 
     def batch(self, numbers):
         at = (numbers[:,None]*self.stp+torch.arange(WIN)).to(self.device)
         return self.u[at],self.y[at]
 
-def graphed(work): return tbptt(work, cbs=CudaGraphCB)
+def copied_ahead(work): return tbptt(work, ahead=pinned_ahead)
+def graphed(work): return tbptt(work, cbs=CudaGraphCB, ahead=pinned_ahead)
 
-CONTENDERS = {'by hand, fused Adam': partial(by_hand, fused=True), 'TbpttLearner': partial(by_fastai, tbptt), 'TbpttLearner, CUDA graphs': partial(by_fastai, graphed)}
+CONTENDERS = {'by hand, fused Adam': partial(by_hand, fused=True), 'TbpttLearner': partial(by_fastai, tbptt),
+              'TbpttLearner, copied ahead': partial(by_fastai, copied_ahead), 'TbpttLearner, CUDA graphs, copied ahead': partial(by_fastai, graphed)}
 
 
 def trained(work, make):

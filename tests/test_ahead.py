@@ -129,19 +129,23 @@ def test_a_loader_for_a_gpu_copies_ahead(signals, monkeypatch):
     def fake(batches, device):
         used.append(device)
         return one_ahead(batches, lambda o: o, lambda o: o)
-    monkeypatch.setattr(loader, 'pinned_ahead', fake)
     plain = batches(make(signals[0]))
     assert not used
     monkeypatch.setattr(loader, 'to_device', lambda b, device: b)
     for device in ('cuda', torch.device('cuda', 0)):
-        dl = make(signals[0])
+        dl = make(signals[0], ahead=fake).new()
         dl.device = device
         for a,b in zip(plain, batches(dl), strict=True): np.testing.assert_equal([o.numpy() for o in a], [o.numpy() for o in b])
         assert used.pop()==torch.device(device) and 'it' not in vars(dl)
 
 def test_a_loader_that_may_draw_random_numbers_does_not(signals):
     for kwargs in (dict(after_item=lambda o: o), dict(before_batch=lambda o: o)):
-        dl = make(signals[0], **kwargs)
+        dl = make(signals[0], ahead=pinned_ahead, **kwargs)
         dl.device = 'cuda'
         assert not dl._copies_ahead
-    assert not make(signals[0])._copies_ahead
+    assert not make(signals[0], ahead=pinned_ahead)._copies_ahead # on the CPU
+
+def test_nothing_is_copied_ahead_unless_it_is_asked_for(signals):
+    dl = make(signals[0])
+    dl.device = 'cuda'
+    assert not dl._copies_ahead

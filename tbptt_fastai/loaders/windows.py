@@ -22,7 +22,6 @@ from fastcore.meta import delegates
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.data import IterableDataset
-from ..speed.ahead import pinned_ahead
 from ..speed.known import is_known
 from ..truncation.plan import SubWindow, Truncation, Fixed, as_truncation, check_steps
 from ..sequences.windows import SequenceWindows, Sequences
@@ -244,8 +243,10 @@ class TbpttDL(TfmdDL):
         dataset, # Map-style dataset of windows; a batch of `SequenceWindows` is read by one gather
         bs:int=64, # Windows per batch
         sub_seq_len:int=None, # Steps of a sub-window; default: the whole window
+        ahead=None, # How batches come to a GPU, such as `pinned_ahead`: a function of the batches and the device; default: one after the other
         **kwargs
     ):
+        self.ahead = ahead
         self.sub_seq_len = None if sub_seq_len is None else check_steps('sub_seq_len', sub_seq_len)
         super().__init__(dataset, bs=bs, **kwargs)
         if isinstance(dataset, Sequences): view_of(self, self.sub_seq_len).check()
@@ -262,7 +263,7 @@ class TbpttDL(TfmdDL):
         self._DataLoader__idxs = self.get_idxs()
         torch.empty((), dtype=torch.int64).random_() # the seed for workers, which PyTorch draws even if there are none
         batches = self.create_batches(self.sample())
-        if self._copies_ahead: batches = pinned_ahead(batches, self.device)
+        if self._copies_ahead: batches = self.ahead(batches, self.device)
         for b in batches: yield self.after_batch(b if self.device is None else to_device(b, self.device))
         self.after_iter()
         vars(self).pop('it', None)
@@ -283,8 +284,8 @@ class TbpttDL(TfmdDL):
         cls=None, # Another class; default: the same
         **kwargs
     ):
-        "A copy with some arguments changed; `sub_seq_len` is kept"
-        return super().new(dataset, cls, **{**(dict(sub_seq_len=self.sub_seq_len) if issubclass(cls or type(self), TbpttDL) else {}), **kwargs})
+        "A copy with some arguments changed; `sub_seq_len` and `ahead` are kept"
+        return super().new(dataset, cls, **{**(dict(sub_seq_len=self.sub_seq_len, ahead=self.ahead) if issubclass(cls or type(self), TbpttDL) else {}), **kwargs})
 
     def get_idxs(self):
         "The numbers of the windows, in their order; of `Sequences` as one array, as there may be many millions of them"
@@ -299,7 +300,7 @@ class TbpttDL(TfmdDL):
     @property
     def _copies_ahead(self):
         "To a GPU; only where it makes no difference to random numbers, as none are drawn to gather"
-        return self._gathers and self.device is not None and torch.device(self.device).type=='cuda'
+        return self.ahead is not None and self._gathers and self.device is not None and torch.device(self.device).type=='cuda'
 
     def create_batches(self, samps):
         "One gather per batch of `SequenceWindows`; item by item for other datasets, or if there are item transforms"
