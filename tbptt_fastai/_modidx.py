@@ -351,6 +351,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'tbptt_fastai/loaders/windows.py'),
                                               'tbptt_fastai.loaders.windows.SubWindows.n_windows': ( 'loaders/windows.html#subwindows.n_windows',
                                                                                                      'tbptt_fastai/loaders/windows.py'),
+                                              'tbptt_fastai.loaders.windows.SubWindows.sub_seq_len': ( 'loaders/windows.html#subwindows.sub_seq_len',
+                                                                                                       'tbptt_fastai/loaders/windows.py'),
                                               'tbptt_fastai.loaders.windows.SubWindows.to_detach': ( 'loaders/windows.html#subwindows.to_detach',
                                                                                                      'tbptt_fastai/loaders/windows.py'),
                                               'tbptt_fastai.loaders.windows.SubWindows.world_size': ( 'loaders/windows.html#subwindows.world_size',

@@ -27,6 +27,8 @@ from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.training.metrics import StreamingRMSE
 from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.models.sequence import SequenceRNN
+from tbptt_fastai.loaders.windows import SubWindows
+from tbptt_fastai.truncation.schemes import Jittered
 
 WIN,SUB,BS,LR = 60,25,5,1e-2
 BATCHES,STEPS = 3,9 # in an epoch: batches of 5, 5 and 2 windows, three sub-windows of each, the last of 10 steps
@@ -310,6 +312,21 @@ def test_E2_mixup_mixes_whole_windows_if_told(make):
     lams.clear()
     fit(learn, 1)
     assert not torch.equal(lams[0], lams[1])
+
+
+# --- what a view says
+
+@pytest.mark.parametrize('given,training', [('dls', 40), (None, None), (40, 40)])
+def test_a_view_tells_its_own_sub_windows_not_those_of_its_loader(signals, given, training):
+    dls = SequenceDataLoaders.from_arrays(*signals, win_sz=100, sub_seq_len=40, bs=4)
+    said = set()
+    note = Callback(after_pred=lambda self: said.add((self.learn.training, self.learn.dl.sub_seq_len)))
+    fit(TbpttLearner(dls, plain(), given, cbs=note), 1)
+    assert said=={(True, training), (False, None)} and dls.train.sub_seq_len==40
+
+def test_a_view_of_a_scheme_without_one_length_tells_none(signals):
+    dls = SequenceDataLoaders.from_arrays(*signals, win_sz=100, sub_seq_len=40, bs=4)
+    assert SubWindows(dls.train, Jittered(20)).sub_seq_len==Jittered(20).sub_seq_len
 
 
 # --- torch.compile

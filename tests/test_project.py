@@ -89,3 +89,14 @@ def test_no_address_is_named_before_it_is_known():
     for name in ('README.md', 'CITATION.cff', 'nbs/index.ipynb', 'nbs/nbdev.yml', 'CONTRIBUTING.md'):
         found = set(re.findall(r'https?://[^\s)"\\]*tbptt_fastai', (ROOT/name).read_text(encoding='utf-8')))
         assert found <= {known}, f'{name} names {found}'
+
+def test_a_star_import_gives_the_names_that_users_type():
+    code = """if 1:
+    import warnings
+    warnings.simplefilter('ignore')
+    import tbptt_fastai.all as names
+    ours = [k for k,v in vars(names).items() if k[0]!='_' and str(getattr(v, '__module__', '')).startswith('tbptt_fastai')]
+    assert 40<len(ours)<=50, sorted(ours)
+    assert {'TbpttLearner','TbpttResetCB','TbpttDL','StatefulRNN','StreamDL','SequenceDataLoaders','RNNLearner','Overlap','fun_rmse','Learner','nn','np'}<=vars(names).keys()
+    assert hasattr(names.Learner, 'tbptt_find') and hasattr(names.Learner, 'check_memory_grads')"""
+    run(sys.executable, '-W', 'ignore', '-c', code, cwd=ROOT)

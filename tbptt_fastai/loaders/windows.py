@@ -131,6 +131,11 @@ class SubWindows(GetAttr):
                              "wait for the others. Give all of them windows of the same number of sub-windows: cut, pad or sort the data.")
 
     @property
+    def sub_seq_len(self):
+        "Steps of a sub-window of this view, whatever its loader says; `None`: whole windows, or a scheme without one length"
+        return self.truncation and self.truncation.sub_seq_len
+
+    @property
     def is_first(self):
         "Was the last sub-window the first one that its window yielded? Then a state has to be reset, and `warm_up` to be run"
         return self.sub_window is self.plan[0]
