@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/training/03_lr_search.ipynb #1ee53819
 class Weights:
-    "A copy of the parameters and buffers of a model; within the context, the model has them, and afterwards its own again"
+    "A copy of the parameters and buffers of a model, which has them within the context, and afterwards its own again"
     def __init__(self,
         model:nn.Module, # Any model
     ):
@@ -90,7 +90,7 @@ class SearchLoss(Metric):
     @property
     def value(self):
         own,untrained = self.smooth.value,self.untrained.value.to(self.smooth.value.device)
-        if self.has_sign: return self.mean+own-untrained # a ratio of losses that pass through zero, such as log-likelihoods, says nothing
+        if self.has_sign: return self.mean+own-untrained # losses that pass through zero have no ratio
         floor = self.floor*self.mean
         return self.mean*(own+floor)/(untrained+floor)
 

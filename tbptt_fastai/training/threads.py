@@ -54,7 +54,7 @@ def pass_seconds(
 
 # %% ../../nbs/training/08_threads.ipynb #bf832f31
 class ThreadHintCB(Callback):
-    "Warn once if a pass through the model takes several times as long as it would on one thread; `TbpttLearner` adds it where `num_threads` is not given"
+    "Warn once if a pass through the model takes several times as long as on one thread. `TbpttLearner` has it unless `num_threads` is given"
     order,run_valid = TbpttResetCB.order-.4,False # before the state is reset for the training
     def __init__(self,
         times:float=2., # How many times as long is worth a word
@@ -81,5 +81,6 @@ class ThreadHintCB(Callback):
         for _ in range(2): # a moment in which the machine is busy is not worth a word
             on_all,on_one = pass_seconds(model, xb, n),pass_seconds(model, xb, 1)
             if on_all<self.times*on_one: return None
-        return (f"On {n} threads a pass of {steps} steps takes {1e3*on_all:.1f} ms, on one thread {1e3*on_one:.1f} ms. The threads of small recurrent layers wait for each other, "
-                "all the longer where other processes use the cores. Give the learner num_threads=1, or call torch.set_num_threads(1).")
+        return (f"On {n} threads a pass of {steps} steps takes {1e3*on_all:.1f} ms, on one thread {1e3*on_one:.1f} ms. "
+                "The threads of small recurrent layers wait for each other, all the longer where other processes use the cores. "
+                "Give the learner num_threads=1, or call torch.set_num_threads(1).")
