@@ -8,7 +8,7 @@ from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.instruments.activation import activation_memory
 from tbptt_fastai.instruments.adaptive import Adaptive
 from tbptt_fastai.instruments.health import GradientHealth
-from tbptt_fastai.learner import RNNLearner, TbpttLearner
+from tbptt_fastai.learner import RNNLearner, TbpttLearner, scaling_from_data
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.loaders.windows import SubWindows, TbpttDL

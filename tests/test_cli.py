@@ -92,10 +92,13 @@ def test_one_legend_names_all_lines_where_nothing_is_drawn(figure):
     (dict(sub_seq_len=501), '--sub-seq-len is 501, but a window has 500 steps (--win-sz). Use at most 500'), (dict(win_sz=0), '--win-sz is 0'), (dict(n_epoch=0), '--n-epoch is 0'),
     (dict(hidden_size=0), '--hidden-size is 0'), (dict(stp_sz=-1), '--stp-sz is -1'), (dict(sub_seq_len=0), '--sub-seq-len is 0'), (dict(threads=0), '--threads is 0'),
     (dict(lr=float('nan')), '--lr is nan'), (dict(lr=0.), '--lr is 0.0'), (dict(lr=float('inf')), '--lr is inf'), (dict(out='nowhere/figure.png'), '--out is nowhere/figure.png, in a folder that does not exist'),
+    (dict(seed=-1), '--seed is -1'), (dict(seed=2**70), '--seed is 1180591620717411303424'), (dict(threads=10**6), '--threads is 1000000; expected at most'),
+    (dict(out='folder.png'), '--out is folder.png, which is a folder'), (dict(out='/proc/figure.png'), '--out is /proc/figure.png, which cannot be written'),
     (dict(out='figure.xyz'), '--out is figure.xyz; expected a name that ends in .png'), (dict(data='silverbox', path=__file__), 'expected a folder, found a file'),
 ])
 def test_what_cannot_be_is_said_in_one_line_before_anything_is_made(kwargs, message, monkeypatch):
     monkeypatch.setattr(demo, 'create_dls_duffing', None)
+    Path('folder.png').mkdir()
     with pytest.raises(SystemExit, match='^tbptt-demo: ') as e: tbptt_demo(**kwargs)
     assert message in str(e.value) and '\n' not in str(e.value)
 
@@ -118,6 +121,24 @@ def test_the_version():
     res = shell('--version')
     assert res.returncode==0 and res.stdout.strip()==f'tbptt_fastai {__version__}'
 
+
+def test_the_ending_of_a_figure_may_be_in_capitals(monkeypatch):
+    monkeypatch.setattr(demo, 'compare', lambda *args: None)
+    tbptt_demo(out='figure.PNG')
+
+@pytest.mark.skipif(os.name=='nt', reason='Windows has another signal')
+@pytest.mark.parametrize('delay', [.3, .8, 1.4])
+def test_ctrl_c_before_the_first_epoch_is_one_line(delay):
+    with subprocess.Popen([COMMAND, *SMALL, '--n-epoch', '100000'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as p:
+        time.sleep(delay)
+        p.send_signal(signal.SIGINT)
+        _,err = p.communicate(timeout=60)
+    err = [o for o in err.decode().splitlines() if o.strip()]
+    assert p.returncode==130 and err[-1].startswith('tbptt-demo: interrupted') and not any('Traceback' in o or 'terminate' in o for o in err)
+
+def test_a_training_that_diverges_is_named(capsys):
+    tbptt_demo(stp_sz=4000, hidden_size=4, n_epoch=1, lr=1e30)
+    assert 'diverged: the validation MAE is nan. Use a smaller --lr.' in capsys.readouterr().out
 
 @pytest.mark.skipif(os.name=='nt', reason='Windows has another signal')
 def test_ctrl_c_says_what_was_reached(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import ProgressCallback # with it comes Learner.no_bar
 from fastai.callback.schedule import LRFinder
@@ -17,9 +18,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.training.lr_search import RateSearch, SearchLoss
+from tbptt_fastai.training import callback
+from tbptt_fastai.training.lr_search import SearchLoss, without_hooks
 from tbptt_fastai.training.metrics import StepSmoothLoss
 from tbptt_fastai.training.once import once_per_window
+from tbptt_fastai.state.carry import Carry
 from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
 
@@ -67,7 +70,7 @@ def test_a_rate_is_found_where_the_loss_depends_on_the_place_in_the_window(make,
     set_seed(seed)
     learn = make(seed)
     found = find(learn)
-    assert len(learn.recorder.losses)==100 and 1e-4<found.valley<1
+    assert len(learn.recorder.losses)==100 and 1e-3<found.valley<=1
 
 
 class Doubled(IterableDataset):
@@ -88,7 +91,6 @@ cases = {
     'washout': lambda: tbptt(windows(), n_skip=50),
     'washout of a stream': lambda: tbptt(stream(), n_skip=8),
     'a ragged tail': lambda: tbptt(windows(sub_seq_len=30)),
-    'dropout': lambda: tbptt(windows(), net(nn.Dropout(.3))),
     'overlap': lambda: tbptt(windows(), truncation=Overlap(10, 20)),
     'overlap on a stream': lambda: tbptt(stream(), truncation=Overlap(10, 20)),
     'jittered': lambda: tbptt(windows(), truncation=Jittered(20)),
@@ -117,11 +119,11 @@ def test_a_rate_too_small_to_change_anything_gives_a_flat_curve(make):
 def steps_of(learn):
     "The loss of each step, as it is"
     losses = []
-    learn.add_cb(Callback(after_loss=lambda self: losses.append(self.learn.loss.item()) if self.learn.training and torch.is_grad_enabled() else None))
+    learn.add_cb(Callback(after_loss=lambda self: losses.append(self.learn.loss.item()) if self.learn.training else None))
     find(learn, suggest_funcs=None, stop_div=False)
     return losses
 
-@pytest.mark.parametrize('make', [cases[o] for o in ('windows', 'a stream', 'two epochs', 'dropout', 'PyTorch loaders', 'worker processes', 'unbiased')])
+@pytest.mark.parametrize('make', [cases[o] for o in ('windows', 'a stream', 'two epochs', 'PyTorch loaders', 'worker processes', 'unbiased')])
 @pytest.mark.parametrize('layers', [(), (nn.BatchNorm1d(8), nn.Dropout(.2))], ids=['plain', 'with buffers'])
 def test_steps_are_those_of_a_search_without_the_untrained_model(make, layers, monkeypatch):
     "Parameters, running statistics, the order of the data and random numbers are as if nothing else had been run"
@@ -131,7 +133,7 @@ def test_steps_are_those_of_a_search_without_the_untrained_model(make, layers, m
         if layers: learn.model.insert(1, nn.Sequential(Transposed(*copy.deepcopy(layers)), Counting()))
         return steps_of(learn),[*learn.model.parameters(), *learn.model.buffers()],learn
     losses,state,learn = go()
-    monkeypatch.setattr(RateSearch, 'run', lambda self: self.loss.compare_with([torch.tensor(1.)]*100))
+    monkeypatch.setattr(callback, 'rate_search', lambda *args: None)
     without,state_without,learn_without = go()
     assert len(losses)==100 and losses==without
     assert all(torch.equal(a, b) for a,b in zip(state, state_without))
@@ -165,13 +167,36 @@ def test_the_search_stops_where_the_loss_explodes():
     losses = torch.stack(learn.recorder.losses)
     assert 20<len(losses)<100 and losses[-1]>4*losses.min()
 
-def test_the_curve_is_in_the_units_of_the_loss_and_falls_where_the_model_learns():
+def test_the_curve_begins_at_one_and_falls_where_the_model_learns():
     set_seed(0)
     learn = tbptt(windows())
-    with torch.no_grad(): untrained = np.mean([nn.functional.mse_loss(net()(x), y).item() for x,y in learn.dls.valid])
-    find(learn, start_lr=1e-3, end_lr=.1, num_it=400)
+    find(learn, start_lr=1e-5, end_lr=.1, num_it=400)
     losses = torch.stack(learn.recorder.losses)
-    assert losses[0].item()==pytest.approx(untrained, rel=.3) and losses.min()<.97*losses[0]
+    assert losses[0]==1 and losses.min()<.97
+
+def filtered(seed, n=100):
+    "Sequences that are as hard at every place: a moving average of what comes in"
+    rng = np.random.default_rng(seed)
+    xs = [rng.standard_normal((200, 1)).astype(np.float32) for _ in range(n)]
+    return xs,[np.convolve(x[:,0], [.5,.3,.2])[:200,None].astype(np.float32) for x in xs]
+
+def test_suggestions_are_near_those_of_fastai_where_every_place_is_as_hard():
+    "... for whole windows; in the median of five seeds, and by no more than a factor of four. The model learns with them"
+    found = {20: [], None: []}
+    for seed in range(5):
+        xs,ys = filtered(seed)
+        for steps in found:
+            set_seed(seed)
+            dls = SequenceDataLoaders.from_arrays(xs[20:], ys[20:], valid=(xs[:20], ys[:20]), win_sz=200, bs=8, sub_seq_len=20)
+            learn = tbptt(dls, sub_seq_len=steps)
+            found[steps].append(find(learn).valley)
+            if steps is None: continue
+            with learn.no_bar(), learn.no_logging():
+                before = learn.validate()[0]
+                learn.fit_flat_cos(3, found[steps][-1])
+                assert learn.validate()[0]<.2*before
+    ours,fastais = (np.median(o) for o in found.values())
+    assert 1/4<ours/fastais<4
 
 @pytest.mark.parametrize('make,smooth', [(windows, AvgSmoothLoss), (stream, StepSmoothLoss)])
 def test_a_training_after_it_records_ordinary_losses(make, smooth):
@@ -197,8 +222,9 @@ def test_an_interrupted_search_leaves_nothing_behind():
     finder = LRFinder()
     with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[finder, Interrupt()])
     finder.tmp_d.cleanup() # fastai does so where a search ends
+    assert type(learn.recorder.smooth_loss) is AvgSmoothLoss and not Carry.entered
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-    assert type(learn.recorder.smooth_loss) is AvgSmoothLoss and len(learn.recorder.losses)==100
+    assert type(learn.recorder.smooth_loss) is AvgSmoothLoss and len(learn.recorder.losses)==100 and not Carry.entered
 
 def test_a_loss_that_passes_through_zero_is_compared_by_its_difference():
     set_seed(0)
@@ -244,18 +270,101 @@ def test_a_training_works_after_a_search_that_failed_before_its_first_step():
     assert all(torch.equal(a, b) for a,b in zip(fit(learn), fit(other)))
     assert learn.model[0].state is None # reset after a fit
 
-def test_whole_windows_are_searched_as_fastai_does():
-    "Every step has a whole window, so nothing is compared"
+@pytest.mark.parametrize('how', [dict(sub_seq_len=None), dict(truncation=Exact())])
+def test_a_search_has_all_its_steps_where_the_loader_has_more_than_the_learner(how):
+    "fastai makes as many epochs as the sub-windows of the loader would need; every step has a whole window"
     set_seed(0)
-    learn = tbptt(windows(), sub_seq_len=None)
+    learn = tbptt(windows(), **how)
     find(learn)
-    assert type(learn.recorder.smooth_loss) is AvgSmoothLoss
+    assert len(learn.recorder.losses)==100
 
-def test_later_epochs_are_compared_with_the_same_untrained_model(monkeypatch):
+def test_whole_windows_are_compared_with_nothing(monkeypatch):
+    monkeypatch.setattr(callback, 'rate_search', None)
     set_seed(0)
-    learn,seen = tbptt(windows(n=44, n_valid=4, shuffle=False)),[]
-    compare = SearchLoss.compare_with
-    monkeypatch.setattr(SearchLoss, 'compare_with', lambda self, losses: (seen.append(torch.stack(losses)), compare(self, losses)))
-    find(learn, start_lr=1e-2, end_lr=1e-1)
-    first,second,*_ = seen
-    assert len(first)==len(second)==50 and torch.equal(first, second)
+    find(learn := tbptt(windows(), sub_seq_len=None))
+    assert learn.recorder.losses[0]>2
+
+
+class Crops(torch.utils.data.Dataset):
+    "Windows that begin anywhere, drawn by a generator that nobody can put back"
+    def __init__(self, n=10): self.rng,self.data,self.n = np.random.default_rng(0),pairs(n=4),n
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        start,steps = self.rng.integers(0, 100),self.rng.integers(40, 100)
+        return tuple(o[start:start+steps] for o in self.data[i%4])
+
+class Once(IterableDataset):
+    "Windows that can be read once"
+    def __init__(self): self.windows = iter(pairs(n=2000))
+    def __iter__(self): return self.windows
+    def __len__(self): return 2000
+
+datasets = {'crops': lambda: DataLoader(Crops(), batch_size=1), 'once': lambda: DataLoader(Once(), batch_size=8)}
+
+@pytest.mark.parametrize('make', datasets.values(), ids=datasets)
+def test_data_that_are_others_each_time_are_compared_with_themselves(make):
+    set_seed(0)
+    find(learn := plain(DataLoaders(make(), DataLoader(pairs(), batch_size=8))), start_lr=1e-30, end_lr=1e-29)
+    assert len(learn.recorder.losses)==100 and set(map(float, learn.recorder.losses))=={1.}
+
+class Counts(Callback):
+    "What callbacks rely on: `before_train` comes first, `n_iter` is known, and each event comes once a step"
+    order = 20
+    def before_train(self): self.seen = dict.fromkeys(['before_batch', 'after_loss', 'after_batch'], 0)
+    def before_batch(self):
+        assert self.n_iter==100
+        self.seen['before_batch'] += 1
+    def after_loss(self): self.seen['after_loss'] += 1
+    def after_batch(self): self.seen['after_batch'] += 1
+
+@pytest.mark.filterwarnings('ignore:You are shadowing an attribute .modules.:UserWarning') # ActivationStats, by itself
+def test_callbacks_meet_each_step_once():
+    set_seed(0)
+    counts,learn = Counts(),tbptt(windows())
+    with learn.added_cbs([counts, ActivationStats(every=1)]): find(learn, suggest_funcs=None, stop_div=False)
+    assert set(counts.seen.values())<={99, 100} # the last step ends the fit in its `after_batch`
+    assert not any(m._forward_hooks for m in learn.model.modules())
+
+def test_a_loss_that_takes_gradients_itself_is_searched():
+    def loss_func(pred, y): return nn.functional.mse_loss(pred, y)+1e-3*torch.autograd.grad(pred.sum(), pred, create_graph=True)[0].square().mean()
+    set_seed(0)
+    find(learn := TbpttLearner(windows(), net(), loss_func=loss_func))
+    assert len(learn.recorder.losses)==100
+
+class Reassigned(Counting):
+    "A buffer that is another tensor after each call"
+    def forward(self, x):
+        self.n = self.n+self.training
+        return x*(1+self.n/100)
+
+def test_buffers_that_are_replaced_are_those_of_the_model(monkeypatch):
+    def go():
+        set_seed(0)
+        learn = tbptt(windows(), net(Reassigned()))
+        return steps_of(learn)
+    with_copy = go()
+    monkeypatch.setattr(callback, 'rate_search', lambda *args: None)
+    assert with_copy==go()
+
+class Uncopied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn,self.head = nn.LSTM(1, 8, batch_first=True),nn.Linear(8, 1)
+    def forward(self, x): return self.head(self.rnn(x)[0])
+    def __deepcopy__(self, memo): raise TypeError('there can be only one')
+
+@pytest.mark.filterwarnings('ignore:numpy.core is deprecated:DeprecationWarning') # as in pyproject.toml, but warnings are recorded here
+def test_a_model_that_cannot_be_copied_is_searched_as_it_is_and_says_so():
+    set_seed(0)
+    with pytest.warns(UserWarning, match=r'Uncopied cannot be copied \(there can be only one\)'):
+        find(learn := tbptt(windows(), Uncopied()), suggest_funcs=None)
+    assert learn.recorder.losses[0]>2
+
+def test_a_copy_calls_no_hook():
+    model,called = net(),[]
+    for m in model.modules(): m.register_forward_hook(lambda *args: called.append(1))
+    without_hooks(model)(torch.randn(2, 5, 1))
+    assert not called
+    model(torch.randn(2, 5, 1))
+    assert called
+

@@ -13,6 +13,7 @@ from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.state.stateful import StatefulRNN
+from tbptt_fastai.training.parts import SubWindowCheckCB
 from tbptt_fastai.training.threads import ThreadHintCB, on_threads, pass_seconds
 
 pytestmark = pytest.mark.filterwarnings('ignore:On 2 threads a pass:UserWarning') # the machine that tests run on may be busy
@@ -94,7 +95,7 @@ def test_what_is_no_number_of_threads_is_refused(dls, n):
 def test_a_fit_says_once_that_one_thread_is_faster(dls):
     learn = waiting(dls)
     hint, = hints(lambda: (fit(learn, 2), fit(learn), learn.validate()))
-    assert hint.startswith('On 2 threads a pass of 50 steps takes ') and 'num_threads=1' in hint and 'torch.set_num_threads(1)' in hint
+    assert hint.startswith('On 2 threads a pass of 20 steps takes ') and 'num_threads=1' in hint and 'torch.set_num_threads(1)' in hint
     assert torch.get_num_threads()==2 and not learn._grab_cbs(ThreadHintCB)
 
 def test_a_search_of_the_learning_rate_says_so_as_well(dls):
@@ -165,6 +166,51 @@ def test_the_measurement_changes_no_bit_of_the_training(signals, model, kind):
         with on_threads(2): hints(lambda: fit(learn, 2))
         return [*learn.model.parameters(), *learn.model.buffers(), torch.stack(learn.recorder.losses), torch.rand(1)]
     assert all(torch.equal(a, b) for a,b in zip(go(True), go(False)))
+
+class Counted(torch.autograd.Function):
+    "Notes when its gradient is asked for"
+    seen = []
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, grad):
+        Counted.seen.append(torch.get_num_threads())
+        return grad
+
+def test_a_pass_is_forward_and_backward_on_that_many_threads():
+    class Model(nn.Linear):
+        def forward(self, x): return Counted.apply(super().forward(x))
+    Counted.seen.clear()
+    assert pass_seconds(Model(2, 1), (torch.randn(3, 10, 2),), 1, seconds=.01)>0
+    assert len(Counted.seen)>1 and set(Counted.seen)=={1}
+
+def test_a_large_model_is_not_measured_for_long():
+    model = Waits(40.)
+    assert pass_seconds(model, (torch.randn(3, 10, 2),), 2, most=.02) is None
+    learn = TbpttLearner(SequenceDataLoaders.from_arrays(torch.randn(400, 2), torch.randn(400, 1), win_sz=50, bs=2), Waits(700.), sub_seq_len=None, loss_func=nn.L1Loss())
+    learn.model.register_forward_pre_hook(lambda m, x: setattr(m, 'ms', 0.))
+    assert not hints(lambda: fit(learn))
+
+class Generated(nn.Module):
+    "Dropout by a random generator of its own, which nobody can put back"
+    def __init__(self):
+        super().__init__()
+        self.rnn,self.head,self.calls = nn.GRU(2, 4, batch_first=True),nn.Linear(4, 1),0
+    def forward(self, x):
+        self.calls += 1
+        keep = torch.rand(4, generator=torch.Generator().manual_seed(self.calls))>.3
+        return self.head(self.rnn(x)[0]*keep)
+
+def test_a_model_that_counts_its_calls_trains_as_without_the_measurement(dls):
+    def go(with_hint):
+        set_seed(0)
+        dls.train.rng.seed(0)
+        learn = TbpttLearner(dls, Generated(), loss_func=nn.L1Loss())
+        learn.remove_cb(SubWindowCheckCB)
+        if not with_hint: learn.remove_cb(ThreadHintCB)
+        hints(lambda: fit(learn))
+        return [*learn.model.parameters(), torch.tensor(learn.model.calls)]
+    assert all(map(torch.equal, go(True), go(False)))
 
 def test_a_pass_leaves_no_gradient_and_no_state():
     model = Own()

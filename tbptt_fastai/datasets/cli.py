@@ -1,5 +1,6 @@
 "`tbptt-demo`: what is typed is checked here, before anything that takes seconds to import"
-import sys
+import os, signal, sys
+from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from fastcore.basics import str_enum
@@ -11,14 +12,33 @@ RNN = str_enum('RNN', 'rnn', 'gru', 'lstm')
 FIGURES = '.png','.svg','.pdf'
 
 
-def check(lr, out, sub_seq_len, win_sz, **counts):
+def check(lr, out, sub_seq_len, win_sz, seed, threads, **counts):
     "A `ValueError` that names the option and what it takes"
-    for name,n in dict(counts, win_sz=win_sz, sub_seq_len=sub_seq_len).items():
+    counts.update(win_sz=win_sz, sub_seq_len=sub_seq_len, threads=threads)
+    for name,n in counts.items():
         if n<1: raise ValueError(f"--{name.replace('_', '-')} is {n}; expected a whole number of at least 1.")
-    if sub_seq_len>win_sz: raise ValueError(f"--sub-seq-len is {sub_seq_len}, but a window has {win_sz} steps (--win-sz). Use at most {win_sz}, which is full backpropagation.")
+    if sub_seq_len>win_sz:
+        raise ValueError(f"--sub-seq-len is {sub_seq_len}, but a window has {win_sz} steps (--win-sz). "
+                         f"Use at most {win_sz}, which is full backpropagation.")
+    if threads>os.cpu_count(): raise ValueError(f"--threads is {threads}; expected at most {os.cpu_count()}, as many as there are cores.")
+    if not 0<=seed<2**32: raise ValueError(f"--seed is {seed}; expected a whole number from 0 to {2**32-1}.")
     if not (lr>0 and isfinite(lr)): raise ValueError(f"--lr is {lr}; expected a learning rate above 0, such as 0.003.")
-    if Path(out).suffix not in FIGURES: raise ValueError(f"--out is {out}; expected a name that ends in {', '.join(FIGURES)}.")
-    if not Path(out).resolve().parent.is_dir(): raise ValueError(f"--out is {out}, in a folder that does not exist.")
+    path = Path(out).resolve()
+    if path.suffix.lower() not in FIGURES: raise ValueError(f"--out is {out}; expected a name that ends in {', '.join(FIGURES)}.")
+    if not path.parent.is_dir(): raise ValueError(f"--out is {out}, in a folder that does not exist.")
+    if path.is_dir(): raise ValueError(f"--out is {out}, which is a folder; expected the name of a file.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK): raise ValueError(f"--out is {out}, which cannot be written.")
+
+
+@contextmanager
+def at_once():
+    "Within it, Ctrl-C ends the program with one line: libraries that are being loaded do not take an exception well"
+    def stop(*args):
+        os.write(2, b'\ntbptt-demo: interrupted\n')
+        os._exit(130)
+    before = signal.signal(signal.SIGINT, stop)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
 
 
 @call_parse
@@ -41,8 +61,9 @@ def tbptt_demo(
     if version: return print(f'tbptt_fastai {__version__}')
     windows = dict(win_sz=win_sz, stp_sz=stp_sz, sub_seq_len=sub_seq_len)
     try:
-        check(lr=lr, out=out, n_epoch=n_epoch, hidden_size=hidden_size, threads=threads, **windows)
-        from tbptt_fastai.datasets.demo import compare
+        check(lr=lr, out=out, seed=seed, n_epoch=n_epoch, hidden_size=hidden_size, threads=threads, **windows)
+        with at_once():
+            from tbptt_fastai.datasets.demo import compare
         compare(str(data), path, n_epoch, lr, seed, threads, out, dict(rnn_type=str(rnn_type), hidden_size=hidden_size), windows)
     except (ValueError, OSError, ImportError) as e: raise SystemExit(f'tbptt-demo: {e}') from None
     except KeyboardInterrupt as e:

@@ -86,6 +86,8 @@ def compare(data, path, n_epoch, lr, seed, threads, out, rnn, windows):
             print(f'\n{name}: {len(dls.train_ds)} windows of {dls.train_ds.win_sz} steps, {n_epoch} epochs')
             runs.append(train(name, dls, sub_seq_len, n_epoch, lr, seed, threads, **rnn))
     finally:
+        for o in runs:
+            if not np.isfinite(o.losses[-1]): print(f'\n{o.name} diverged: the validation MAE is {o.losses[-1]}. Use a smaller --lr.')
         if runs: print(f'\nOn the validation windows, after the last epoch:\n{table(runs)}')
     fig = figure(runs, shown_window(dls)[1][:,0].numpy(), dls.valid_ds.dt)
     fig.savefig(out, dpi=120)

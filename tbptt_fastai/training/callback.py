@@ -6,7 +6,7 @@
 __all__ = ['TbpttResetCB']
 
 # %% ../../nbs/training/04_callback.ipynb #2aa02dba
-from contextlib import nullcontext
+from contextlib import ExitStack
 import torch
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
@@ -17,13 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .checks import check_carries, check_states, check_statistics, check_stream, resolve_truncation
 from ..loaders.windows import SubWindows, inner_loader, view_of
-from .lr_search import RateSearch, without_search
+from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss
-from ..state.pieces import PieceCarry
 from .resets import StateResets, CarryingRun
 from ..loaders.streams import StreamDL
 from ..truncation.plan import Fixed, Truncation, check_steps
-from ..loaders.unread import unread
 
 # %% ../../nbs/training/04_callback.ipynb #054d8ba4
 class TbpttResetCB(StateResets):
@@ -74,9 +72,51 @@ class TbpttResetCB(StateResets):
         smooth = without_search(smooth)
         if by_steps!=isinstance(smooth, StepSmoothLoss): smooth = (StepSmoothLoss if by_steps else AvgSmoothLoss)(smooth.beta)
         finder = first(self.learn._grab_cbs(LRFinder))
-        if finder is None or scheme is None and not is_stream: return smooth
-        self._search = RateSearch(self.learn, finder, smooth)
-        return self._search.loss
+        if finder is None: return smooth
+        self.learn.n_epoch = max(self.learn.n_epoch, finder.num_it) # fastai counts on the steps of the loader, not on ours
+        if scheme is None and not is_stream: return smooth
+        self._search = rate_search(self.learn, smooth)
+        return smooth if self._search is None else self._search.loss
+
+    def within(self):
+        "A model that is not trained goes along with a learning rate search"
+        contexts = ExitStack()
+        contexts.enter_context(super().within())
+        if self._searching:
+            self._search.begin()
+            if self.carries: contexts.enter_context(self._search.carry)
+        return contexts
+
+    @property
+    def _searching(self): return self._search is not None and self.learn.training
+
+    def before_batch(self):
+        if self._searching: self._prepare_untrained()
+        super().before_batch()
+
+    def _prepare_untrained(self):
+        "What happens before a batch, for the model that goes along: it is at the same place, with states of its own"
+        dl,carry,window = self.learn.dl,self.carry,self._window
+        seen = dl.seen if self._stream else None
+        self.carry = self._search.carry
+        try: super().before_batch()
+        finally:
+            self.carry,self._window = carry,window
+            if self._stream: dl.seen = seen
+
+    def _untrained_loss(self):
+        "Its loss, of the steps that count"
+        learn,own = self.learn,(self.learn.pred,self.learn.yb)
+        with torch.random.fork_rng(): learn.pred = self._search.carry.model(*learn.xb)
+        self._keep_counted()
+        loss = learn.loss_func(learn.pred, *learn.yb) if len(learn.yb) else None
+        learn.pred,learn.yb = own
+        return loss
+
+    def end_search(self):
+        if self._search is None: return
+        self._set_smooth_loss(without_search)
+        self._search = None
 
     def before_epoch(self):
         "Runs over the batches happen within a `Carry`, if they carry a state"
@@ -87,8 +127,7 @@ class TbpttResetCB(StateResets):
 
     def after_fit(self):
         self.after_epoch()
-        if self._search is not None: self._set_smooth_loss(without_search)
-        self._search = None
+        self.end_search()
         vars(self).pop('_whole', None)
         if self.carry is not None: return # an evaluation in the middle of a training
         self.reset()
@@ -100,19 +139,9 @@ class TbpttResetCB(StateResets):
         self._checked = False
         scheme = resolve_truncation(self.setting, self.dl)
         if scheme is not None: scheme.before_epoch(self.learn)
-        if self._search is not None: self._run_untrained(scheme)
         self.learn.dl = self._view(scheme)
         self._n_windows = self.dl.n_windows
         if self._n_windows==0: raise ValueError(f"The training loader has no batches: {getattr(self.dl, 'n', 0)} windows, bs={getattr(self.dl, 'bs', None)}, drop_last={getattr(self.dl, 'drop_last', None)}.")
-
-    def _run_untrained(self, scheme):
-        "Before the training view draws an order, which it then does as the view that is run here"
-        try:
-            with unread(self.dl):
-                self.learn.dl = self._view(scheme)
-                self.carry = PieceCarry(self.model)
-                with self.carry if self.carries else nullcontext(): self._search.run()
-        finally: self.carry = None
 
     def before_validate(self):
         inner = inner_loader(self.dl)
@@ -126,12 +155,18 @@ class TbpttResetCB(StateResets):
         if learn.training and self._carrying and not self._checked and sub_window.moves_on:
             self._checked = True
             check_states(self.carry, find_bs(self.xb), sub_window.steps)
-        if self._stream:
-            learn.dl.seen = getattr(sub_window, 'last_carried', sub_window)
-            learn.pred,learn.yb = tree_map(sub_window.real_steps, (learn.pred, learn.yb))
+        if self._searching and (loss := self._untrained_loss()) is not None: self._search.loss.compare_with(loss)
+        if self._stream: learn.dl.seen = getattr(sub_window, 'last_carried', sub_window)
+        whole = self._keep_counted()
+        if not learn.training and (learn.pred is not whole[0] or learn.yb is not whole[1]): self._whole = whole
+
+    def _keep_counted(self):
+        "Cut predictions and targets to the steps that count; what there was of real steps before"
+        learn = self.learn
+        if self._stream: learn.pred,learn.yb = tree_map(self.sub_window.real_steps, (learn.pred, learn.yb))
         whole = learn.pred,learn.yb
         self._skip_washout()
-        if not learn.training and (learn.pred is not whole[0] or learn.yb is not whole[1]): self._whole = whole
+        return whole
 
     def after_loss(self):
         learn,weight = self.learn,self.sub_window.weight

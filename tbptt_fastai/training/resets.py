@@ -29,8 +29,9 @@ class CarryingRun:
         outer = cb.carry
         try:
             cb.carry = PieceCarry(learn.model, evaluation=not learn.training)
-            with cb.carry if cb.carries else nullcontext(): type(learn).all_batches(learn)
-        except BaseException:
+            with cb.within(): type(learn).all_batches(learn)
+        except BaseException as e:
+            if not str(type(e).__name__).startswith('Cancel'): cb.end_search()
             vars(learn).pop('all_batches', None) # back to the method
             cb.after_step() # fastai does not come to it
             raise
@@ -73,6 +74,11 @@ class StateResets(Callback):
         if rows is not None: check_rows(owner, 'The rows of this StreamDL begin their sequences at different times')
         owner.reset(rows, groups)
 
+    def within(self):
+        "The context of a run over the batches"
+        return self.carry if self.carries else nullcontext()
+
+    def end_search(self): "For what a learning rate search has begun"
     def after_step(self): "For what a step has changed"
 
     def before_batch(self):
@@ -101,7 +107,7 @@ class StateResets(Callback):
 
     def _warm_up(self, xb):
         "Bring the state through steps that have no loss and get no gradient"
-        with torch.no_grad(): self.model(*plain_batch(xb, find_device(self.xb)))
+        with torch.no_grad(): self._owner.model(*plain_batch(xb, find_device(self.xb)))
 
     def _begin_rows(self):
         "Reset the rows of a stream in which a sequence begins"

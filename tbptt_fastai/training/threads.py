@@ -12,11 +12,12 @@ from time import perf_counter
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.torch_core import get_model, num_distrib
+from fastai.torch_core import num_distrib
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from .callback import TbpttResetCB
 from ..loaders.windows import SubWindows, Window
+from .lr_search import without_hooks
 from .parts import on_trial
 from ..truncation.plan import check_steps
 
@@ -38,14 +39,17 @@ def pass_seconds(
     xb:tuple, # Its inputs
     num_threads:int, # Threads
     seconds:float=.1, # Passes are made for this long; one more is made before, to warm up
-)->float: # Seconds, the mean: a thread that waits does so now and then, for longer than many passes take
-    "Time of a forward and a backward pass, which leaves no trace"
+    most:float=.5, # A single pass that takes longer says that the model is large
+)->float|None: # Seconds, the mean: a thread that waits does so now and then, for longer than many passes take; `None` if it is large
+    "Time of a forward and a backward pass"
     params = [p for p in model.parameters() if p.requires_grad]
     def run():
         outputs = [o for o in tree_leaves(model(*xb)) if isinstance(o, Tensor) and o.requires_grad]
         torch.autograd.grad([o.sum() for o in outputs], params, allow_unused=True)
     with on_threads(num_threads), on_trial(model), torch.enable_grad():
+        start = perf_counter()
         run()
+        if perf_counter()-start>most: return None
         n,start,taken = 0,perf_counter(),0.
         while taken<seconds:
             run()
@@ -58,7 +62,7 @@ class ThreadHintCB(Callback):
     order,run_valid = TbpttResetCB.order-.4,False # before the state is reset for the training
     def __init__(self,
         times:float=2., # How many times as long is worth a word
-        steps:int=50, # Time steps of the pass that is measured, at most
+        steps:int=20, # Time steps of the pass that is measured, at most
     ):
         if not times>1: raise ValueError(f"times is {times}; expected how many times as long a pass may take, above 1.")
         self.times,self.steps = times,check_steps('steps', steps)
@@ -67,7 +71,7 @@ class ThreadHintCB(Callback):
         learn = self.learn
         learn.remove_cb(self)
         if torch.get_num_threads()==1 or num_distrib()>1 or next(learn.model.parameters()).device.type!='cpu': return
-        try: hint = self._measure(get_model(learn.model), *self._inputs(learn))
+        try: hint = self._measure(without_hooks(learn.model), *self._inputs(learn))
         except Exception: return # a model that cannot be run on a few steps
         if hint is not None: warnings.warn(hint, stacklevel=2)
 
@@ -79,8 +83,9 @@ class ThreadHintCB(Callback):
     def _measure(self, model, xb, steps):
         n = torch.get_num_threads()
         for _ in range(2): # a moment in which the machine is busy is not worth a word
-            on_all,on_one = pass_seconds(model, xb, n),pass_seconds(model, xb, 1)
-            if on_all<self.times*on_one: return None
+            on_all = pass_seconds(model, xb, n)
+            on_one = on_all and pass_seconds(model, xb, 1)
+            if on_one is None or on_all<self.times*on_one: return None
         return (f"On {n} threads a pass of {steps} steps takes {1e3*on_all:.1f} ms, on one thread {1e3*on_one:.1f} ms. "
                 "The threads of small recurrent layers wait for each other, all the longer where other processes use the cores. "
                 "Give the learner num_threads=1, or call torch.set_num_threads(1).")
