@@ -23,7 +23,7 @@ class SubWindow(NamedTuple):
     # 0: no step counts. `Truncation.sub_windows` sets it
     weight:float=1.
     carry:int|None=None # Step whose state the next sub-window starts from; default: `stop`
-    cuts:tuple=() # Pairs `(step, factor)`: the gradient of the state is multiplied by it where it goes back over that step
+    cuts:tuple=() # Pairs `(step, factor)`: what the gradient of the state is multiplied by, going back over that step
     lr:float=1. # Factor for the learning rate of this training step
 
     @property
