@@ -225,6 +225,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'tbptt_fastai/loaders/layout.py'),
                                              'tbptt_fastai.loaders.layout.Layout.__len__': ( 'loaders/layout.html#layout.__len__',
                                                                                              'tbptt_fastai/loaders/layout.py'),
+                                             'tbptt_fastai.loaders.layout.Layout._heard': ( 'loaders/layout.html#layout._heard',
+                                                                                            'tbptt_fastai/loaders/layout.py'),
                                              'tbptt_fastai.loaders.layout.Layout._len': ( 'loaders/layout.html#layout._len',
                                                                                           'tbptt_fastai/loaders/layout.py'),
                                              'tbptt_fastai.loaders.layout.Layout.aligned': ( 'loaders/layout.html#layout.aligned',
