@@ -146,7 +146,8 @@ def from_arrays(cls:SequenceDataLoaders,
     if valid is not None: _check_pair(valid)
     if y is None: raise ValueError("y is None: training needs targets. For prediction alone use test_dl.")
     kw = dict(dtype=dtype, x_names=x_names, y_names=y_names, dt=dt)
-    train = Sequences(x, y, groups=groups, check=check, **kw) # what is wrong is named as it was given, before it is split
+    # what is wrong is named as it was given, before it is split
+    train = Sequences(x, y, groups=groups, check=check, **kw)
     kw['check'] = check and valid is not None
     if valid is None:
         (x,x_valid),(y,y_valid) = (split_by_time(o, valid_pct) for o in train.arrays)

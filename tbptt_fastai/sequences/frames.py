@@ -81,7 +81,8 @@ def _time_order(df, time, groups):
 
 def _groups(df, by):
     "The group of each row: its value of the column, or a tuple for several columns"
-    for c in by: _refuse(df[c].isna(), df, None, lambda i: f"has no group: its {c!r} is missing. Fill or drop such rows.")
+    for c in by:
+        _refuse(df[c].isna(), df, None, lambda i: f"has no group: its {c!r} is missing. Fill or drop such rows.")
     if len(by)==1: return df[by[0]]
     return pd.Series(list(df[by].itertuples(index=False, name=None)), index=df.index)
 
@@ -90,7 +91,7 @@ def group_sequences(
     df:pd.DataFrame, # One row per step
     x, # Column of the inputs, or a list of columns
     y, # Column of the targets, or a list of columns
-    group=None, # Column, or list of columns, that says which sequence a row belongs to; default: all rows are one sequence
+    group=None, # Column, or list of columns, with the sequence that a row belongs to; default: all are one sequence
     time:str=None, # Column to sort by within a group; default: rows are in order
 )->dict: # For each group, in the order they first appear: x, y and the index of its rows
     """Take a data frame apart into one sequence for each group.
@@ -127,7 +128,8 @@ def _hold_back_ends(sequences, valid_pct):
     train = {k:tuple(part[:cut[k]] for part in o) for k,o in sequences.items()}
     valid = {k:tuple(part[cut[k]:] for part in o) for k,o in sequences.items() if cut[k]<steps[k]}
     if not valid: raise ValueError(
-        f"valid_pct is {valid_pct}: the longest group has {max(steps.values())} rows, so that none is left for validation.")
+        f"valid_pct is {valid_pct}: the longest group has {max(steps.values())} rows, "
+        "so that none is left for validation.")
     return train,valid
 
 # %% ../../nbs/sequences/03_frames.ipynb #eb6946b9
