@@ -12,6 +12,7 @@ from glob import glob
 from inspect import signature
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from fastcore.meta import delegates
@@ -29,17 +30,47 @@ def split_by_time(
     valid_pct:float=.2, # Share of each sequence, at its end, that is held back
 )->tuple[list,list]: # Training and validation parts: views
     "Hold back the last part of every sequence for validation"
-    if not 0<valid_pct<1: raise ValueError(f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
+    if not 0<valid_pct<1: raise ValueError(
+        f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
     cuts = [(s, len(s)-int(len(s)*valid_pct)) for s in seqs]
     for i,(s,n) in enumerate(cuts):
-        if n==len(s): raise ValueError(f"valid_pct is {valid_pct}: of the {len(s)} steps of sequence {i} none would be left for validation.")
+        if n==len(s): raise ValueError(
+            f"valid_pct is {valid_pct}: of the {len(s)} steps of sequence {i} none would be left for validation.")
     def part(s, start, stop): return s.narrow(0, start, stop-start) if hasattr(s, 'narrow') else s[start:stop]
     return [part(s, 0, n) for s,n in cuts],[part(s, n, len(s)) for s,n in cuts]
 
+# %% ../../nbs/loaders/03_dataloaders.ipynb #5889ae30
+def _kind(o):
+    "Channels and type, for messages"
+    what = f'channels {tuple(o.shape[1:])}' if hasattr(o, 'shape') else type(o).__name__
+    return f"{what} {getattr(o, 'dtype', '')}"
+
+def _check_same_kind(train, valid):
+    for name,a,b in zip('xy', train.arrays, valid.arrays):
+        a,b = _kind(a[0]),_kind(b[0])
+        if a!=b: raise ValueError(
+            f"{name} is {a} in training and {b} in validation: expected the same channels and type.")
+
+def _check_pair(valid):
+    is_pair = isinstance(valid, (tuple,list)) and len(valid)==2
+    if not is_pair: raise ValueError(f"valid is {_kind(valid)}; expected a pair (x, y).")
+
+# %% ../../nbs/loaders/03_dataloaders.ipynb #2f162a5f
+def _as_xy(items, with_labels):
+    "Inputs, and targets or `None`, of one sequence, a list of such, or a list of pairs"
+    items = items if isinstance(items, (list,tuple)) else [items]
+    x,*y = zip(*(o if isinstance(o, tuple) else (o,) for o in items))
+    if any(isinstance(o, str) for o in x): raise TypeError(
+        "Text is not predicted but gone on with: use sample_text(learn, prompt).")
+    return list(x),list(y[0]) if y and with_labels else None
+
 # %% ../../nbs/loaders/03_dataloaders.ipynb #718d2182
 class SequenceDataLoaders(DataLoaders):
-    """`DataLoaders` of long sequences. Arrays of one length in memory become windows in a `TbpttDL`, which evaluation sees whole; sequences of unequal length,
-    groups, text, and arrays in files are read by a `StreamDL`, which evaluates by sub-windows and gives predictions step by step, in the order of the data"""
+    """`DataLoaders` of long sequences.
+
+    Arrays of one length in memory become windows in a `TbpttDL`, which evaluation sees whole. Sequences of unequal
+    length, groups, text, and arrays in files are read by a `StreamDL`, which evaluates by sub-windows and gives
+    predictions step by step, in the order of the data"""
     @classmethod
     @delegates(TbpttDL.__init__, but=['dataset'])
     def from_sequences(cls,
@@ -57,111 +88,16 @@ class SequenceDataLoaders(DataLoaders):
         "A `StreamDL` if sequences are not windows in memory, else a `TbpttDL`"
         unknown = kwargs.keys()-signature(TbpttDL).parameters.keys()-set(TbpttDL._methods)
         if unknown: raise TypeError(f"SequenceDataLoaders got unexpected arguments {sorted(unknown)}.")
-        for name,a,b in zip('xy', train.arrays, valid.arrays):
-            if _kind(a[0])!=_kind(b[0]): raise ValueError(f"{name} is {_kind(a[0])} in training and {_kind(b[0])} in validation: expected the same channels and type.")
+        _check_same_kind(train, valid)
         train,valid = copy(train),copy(valid)
         train.split_idx,valid.split_idx = 0,1 # random transforms are for training only
         in_memory = all(isinstance(o, SequenceWindows) and not o.in_files for o in (train, valid))
         kw = dict(bs=check_steps('bs', bs), sub_seq_len=sub_seq_len, shuffle=shuffle, num_workers=num_workers, **kwargs)
         train_dl = (TbpttDL if in_memory else StreamDL)(train, **kw)
-        return cls(train_dl, train_dl.new(valid, bs=check_steps('val_bs', val_bs or bs), shuffle=False, drop_last=False, **(dict(sub_seq_len=None) if in_memory else {})),
-                   path=path, device=default_device() if device is None else device)
-
-    @classmethod
-    @delegates(from_sequences, but=['train', 'valid'])
-    def from_arrays(cls,
-        x, # Inputs: array `(time,)` or `(time, channels)`, or a list of such; torch, numpy, `np.memmap`, HDF5, zarr or another array that can be sliced
-        y, # Targets, as long as the inputs
-        valid:tuple=None, # `(x, y)` of the validation set; default: the last `valid_pct` of each sequence
-        valid_pct:float=.2, # Share of each sequence for validation, if `valid` is not given
-        win_sz:int=None, # Steps of a window; default: the whole sequence
-        stp_sz:int=None, # Steps from one training window to the next; default: `win_sz`, and then the last window of a sequence in a file is shorter
-        valid_stp_sz:int=None, # The same for validation; default: `win_sz`, so that no step counts twice
-        groups:list=None, # Name of each sequence; default: its number
-        valid_groups:list=None, # Names of the sequences in `valid`; default: numbers
-        check:bool=True, # Read all values once, to refuse NaN and infinite ones?
-        dtype:torch.dtype=torch.float32, # Type of real numbers in a batch
-        x_names=None, # Names, with units, of the input channels
-        y_names=None, # Names, with units, of the target channels
-        dt:float=None, # Seconds per step
-        **kwargs # As for `from_sequences`
-    ):
-        "Sequences of inputs and targets, whole or in windows, with the end of each held back for validation"
-        if valid is not None and not (isinstance(valid, (tuple,list)) and len(valid)==2): raise ValueError(f"valid is {_kind(valid)}; expected a pair (x, y).")
-        if y is None: raise ValueError("y is None: training needs targets. For prediction alone use test_dl.")
-        kw = dict(dtype=dtype, x_names=x_names, y_names=y_names, dt=dt)
-        train = Sequences(x, y, groups=groups, check=check, **kw) # what is wrong is named as it was given, before it is split
-        kw['check'] = check and valid is not None
-        if valid is None:
-            (x,x_valid),(y,y_valid) = (split_by_time(o, valid_pct) for o in train.arrays)
-            valid,valid_groups = (x_valid,y_valid),groups
-        whole = win_sz is None and (groups is not None or train.in_files or len(set(train.lengths))>1)
-        if whole and (stp_sz is not None or valid_stp_sz is not None): raise ValueError(f"stp_sz is {stp_sz}, valid_stp_sz {valid_stp_sz}, but sequences are taken whole: give win_sz as well.")
-        def dataset(xy, stp, groups):
-            if whole: return Sequences(*xy, groups=groups, **kw)
-            if train.in_files and stp is None: return SequenceParts(*xy, win_sz, groups=groups, **kw)
-            return SequenceWindows(*xy, win_sz, stp, groups=groups, **kw)
-        if train.in_files and win_sz is not None and win_sz>train.lengths.max(): raise ValueError(f"win_sz is {win_sz}, but the longest sequence has {train.lengths.max()} steps. Use a shorter window.")
-        return cls.from_sequences(dataset((x,y), stp_sz, groups), dataset(valid, valid_stp_sz, valid_groups), **kwargs)
-
-    @classmethod
-    @delegates(from_sequences, but=['train', 'valid'])
-    def from_df(cls,
-        df, # Data frame with a row for each step
-        x, # Column of the inputs, or a list of columns
-        y, # Column of the targets, or a list of columns
-        group=None, # Column, or list of columns, that says which sequence a row belongs to
-        time:str=None, # Column to sort by within a group; default: rows are in order
-        valid_pct:float=.2, # Share of each group, at its end, that is held back for validation
-        valid_groups=None, # Names of groups that are held back whole, instead
-        win_sz:int=None, # Most steps before the state begins anew, to fill more rows than there are groups; default: a whole group
-        dtype:torch.dtype=torch.float32, # Type of the numbers in a batch
-        dt:float=None, # Seconds per step
-        **kwargs
-    ):
-        "One sequence for each group of a data frame; `dls.valid_ds.index` says which row of the frame each step, and so each prediction, belongs to"
-        kw = dict(dtype=dtype, x_names=x, y_names=y, dt=dt, check=dtype!=torch.float64)
-        def dataset(sequences):
-            xs,ys,index = zip(*sequences.values())
-            ds = (Sequences if win_sz is None else partial(SequenceParts, win_sz=win_sz))(list(xs), list(ys), groups=list(sequences), **kw)
-            ds.index = index[0].append(list(index[1:]))
-            return ds
-        return cls.from_sequences(*map(dataset, split_groups(group_sequences(df, x, y, group, time), valid_pct, valid_groups)), **kwargs)
-
-    @classmethod
-    @delegates(from_arrays, but=['valid', 'groups', 'valid_groups'])
-    def from_hdf5(cls,
-        files, # Pattern of file names such as 'runs/*.h5', or a list of files; each is a sequence
-        x, # Name of the dataset with the inputs, `(time,)` or `(time, channels)`, or a list of names
-        y, # The same for the targets
-        valid_files=None, # Files of the validation set; default: the last `valid_pct` of each file
-        **kwargs
-    ):
-        "Recordings in HDF5 files, one in each, which are read sub-window by sub-window"
-        files,valid_files = _files(files),None if valid_files is None else _files(valid_files)
-        arrays = [[HDF5Array(f, names) for f in files] for names in (x, y)]
-        valid = None if valid_files is None else tuple([HDF5Array(f, names) for f in valid_files] for names in (x, y))
-        return cls.from_arrays(*arrays, valid=valid, groups=list(map(str, files)), valid_groups=valid and list(map(str, valid_files)), **{**dict(x_names=x, y_names=y), **kwargs})
-
-    @classmethod
-    def from_text(cls,
-        text, # A string, or a list of tokens
-        valid=None, # Text of the validation set; default: the last `valid_pct` of the text
-        valid_pct:float=.1, # Share of the text for validation, if `valid` is not given
-        vocab:list=None, # All characters or tokens that there are; default: those of both texts, sorted
-        bs:int=64, # Rows of contiguous text
-        val_bs:int=None, # The same in validation; default: `bs`
-        sub_seq_len:int=100, # Characters or tokens of a sub-window
-        path='.', # Where models and exports are saved
-        device=None, # Default: fastai's `default_device()`
-    ):
-        "Contiguous rows of text with the next character or token as target; the vocabulary is `dls.vocab`"
-        for o in (text, valid):
-            if not (o is None or isinstance(o, (str,list,tuple))): raise TypeError(f"The text is a {type(o).__name__}; expected a string or a list of tokens, such as Path('text.txt').read_text().")
-        if valid is None: text,valid = (o[0] for o in split_by_time([text], valid_pct))
-        vocab = sorted({*text, *valid}) if vocab is None else list(vocab)
-        train,valid = TextRows(text, vocab, bs),TextRows(valid, vocab, val_bs or bs, name='text of the validation set')
-        return cls.from_sequences(train, valid, sub_seq_len=sub_seq_len, bs=bs, val_bs=val_bs, shuffle=False, path=path, device=device)
+        whole = dict(sub_seq_len=None) if in_memory else {}
+        val_bs = check_steps('val_bs', val_bs or bs)
+        valid_dl = train_dl.new(valid, bs=val_bs, shuffle=False, drop_last=False, **whole)
+        return cls(train_dl, valid_dl, path=path, device=default_device() if device is None else device)
 
     def test_dl(self,
         test_items, # One sequence of inputs, a list of such, a list of `(x, y)` pairs, or `Sequences`
@@ -172,20 +108,141 @@ class SequenceDataLoaders(DataLoaders):
         "A loader for new data, as `predict` and `Interpretation` ask for it: whole windows, if all are of one length"
         kwargs.pop('process', None)
         if isinstance(test_items, Sequences): return self.valid.new(test_items, **kwargs)
-        items = test_items if isinstance(test_items, (list,tuple)) else [test_items]
-        x,*y = zip(*(o if isinstance(o, tuple) else (o,) for o in items))
-        if any(isinstance(o, str) for o in x): raise TypeError("Text is not predicted but gone on with: use sample_text(learn, prompt).")
-        xy,kw = (list(x),list(y[0]) if y and with_labels else None),dict(dtype=self.valid_ds.dtype)
-        whole = Sequences(*xy, **kw)
-        if whole.in_files or len(set(whole.lengths))>1:
-            steps = self.valid.sub_seq_len if whole.in_files else None
-            return StreamDL(whole, **{**dict(bs=self.valid.bs, sub_seq_len=steps and min(steps, int(whole.lengths.max())), device=self.device, after_batch=self.valid.after_batch), **kwargs})
-        return self.valid.new(SequenceWindows(*xy, check=False, **kw), cls=TbpttDL, **{**dict(sub_seq_len=None), **kwargs})
+        xy,dtype = _as_xy(test_items, with_labels),self.valid_ds.dtype
+        whole = Sequences(*xy, dtype=dtype)
+        if not whole.in_files and len(set(whole.lengths))==1:
+            windows = SequenceWindows(*xy, check=False, dtype=dtype)
+            return self.valid.new(windows, cls=TbpttDL, **{**dict(sub_seq_len=None), **kwargs})
+        steps = self.valid.sub_seq_len if whole.in_files else None
+        if steps: steps = min(steps, int(whole.lengths.max()))
+        settings = dict(bs=self.valid.bs, sub_seq_len=steps, device=self.device, after_batch=self.valid.after_batch)
+        return StreamDL(whole, **{**settings, **kwargs})
 
+# %% ../../nbs/loaders/03_dataloaders.ipynb #aa86f2d1
+@patch(cls_method=True)
+@delegates(SequenceDataLoaders.from_sequences, but=['train', 'valid'])
+def from_arrays(cls:SequenceDataLoaders,
+    # Inputs: array `(time,)` or `(time, channels)`, or a list of such;
+    # torch, numpy, `np.memmap`, HDF5, zarr or another array that can be sliced
+    x,
+    y, # Targets, as long as the inputs
+    valid:tuple=None, # `(x, y)` of the validation set; default: the last `valid_pct` of each sequence
+    valid_pct:float=.2, # Share of each sequence for validation, if `valid` is not given
+    win_sz:int=None, # Steps of a window; default: the whole sequence
+    # Steps from one training window to the next; default: `win_sz`, and then the last window of a sequence
+    # in a file is shorter
+    stp_sz:int=None,
+    valid_stp_sz:int=None, # The same for validation; default: `win_sz`, so that no step counts twice
+    groups:list=None, # Name of each sequence; default: its number
+    valid_groups:list=None, # Names of the sequences in `valid`; default: numbers
+    check:bool=True, # Read all values once, to refuse NaN and infinite ones?
+    dtype:torch.dtype=torch.float32, # Type of real numbers in a batch
+    x_names=None, # Names, with units, of the input channels
+    y_names=None, # Names, with units, of the target channels
+    dt:float=None, # Seconds per step
+    **kwargs # As for `from_sequences`
+):
+    "Sequences of inputs and targets, whole or in windows, with the end of each held back for validation"
+    if valid is not None: _check_pair(valid)
+    if y is None: raise ValueError("y is None: training needs targets. For prediction alone use test_dl.")
+    kw = dict(dtype=dtype, x_names=x_names, y_names=y_names, dt=dt)
+    # what is wrong is named as it was given, before it is split
+    train = Sequences(x, y, groups=groups, check=check, **kw)
+    kw['check'] = check and valid is not None
+    if valid is None:
+        (x,x_valid),(y,y_valid) = (split_by_time(o, valid_pct) for o in train.arrays)
+        valid,valid_groups = (x_valid,y_valid),groups
+    are_long = groups is not None or train.in_files or len(set(train.lengths))>1
+    whole = win_sz is None and are_long
+    if whole and (stp_sz is not None or valid_stp_sz is not None): raise ValueError(
+        f"stp_sz is {stp_sz}, valid_stp_sz {valid_stp_sz}, but sequences are taken whole: give win_sz as well.")
+    def dataset(xy, stp, groups):
+        if whole: return Sequences(*xy, groups=groups, **kw)
+        if train.in_files and stp is None: return SequenceParts(*xy, win_sz, groups=groups, **kw)
+        return SequenceWindows(*xy, win_sz, stp, groups=groups, **kw)
+    longest = train.lengths.max()
+    if train.in_files and win_sz is not None and win_sz>longest: raise ValueError(
+        f"win_sz is {win_sz}, but the longest sequence has {longest} steps. Use a shorter window.")
+    train_ds,valid_ds = dataset((x,y), stp_sz, groups),dataset(valid, valid_stp_sz, valid_groups)
+    return cls.from_sequences(train_ds, valid_ds, **kwargs)
+
+# %% ../../nbs/loaders/03_dataloaders.ipynb #e1be4971
+@patch(cls_method=True)
+@delegates(SequenceDataLoaders.from_sequences, but=['train', 'valid'])
+def from_df(cls:SequenceDataLoaders,
+    df, # Data frame with a row for each step
+    x, # Column of the inputs, or a list of columns
+    y, # Column of the targets, or a list of columns
+    group=None, # Column, or list of columns, that says which sequence a row belongs to
+    time:str=None, # Column to sort by within a group; default: rows are in order
+    valid_pct:float=.2, # Share of each group, at its end, that is held back for validation
+    valid_groups=None, # Names of groups that are held back whole, instead
+    # Most steps before the state is reset, to fill more rows than there are groups; default: a whole group
+    win_sz:int=None,
+    dtype:torch.dtype=torch.float32, # Type of the numbers in a batch
+    dt:float=None, # Seconds per step
+    **kwargs
+):
+    """One sequence for each group of a data frame.
+
+    `dls.valid_ds.index` says which row of the frame each step, and so each prediction, belongs to"""
+    make = Sequences if win_sz is None else partial(SequenceParts, win_sz=win_sz)
+    kw = dict(dtype=dtype, x_names=x, y_names=y, dt=dt, check=dtype!=torch.float64)
+    def dataset(sequences):
+        xs,ys,index = zip(*sequences.values())
+        ds = make(list(xs), list(ys), groups=list(sequences), **kw)
+        ds.index = index[0].append(list(index[1:]))
+        return ds
+    train,valid = split_groups(group_sequences(df, x, y, group, time), valid_pct, valid_groups)
+    return cls.from_sequences(dataset(train), dataset(valid), **kwargs)
+
+# %% ../../nbs/loaders/03_dataloaders.ipynb #10e86616
 def _files(files):
     "Files of a pattern, sorted, or of a list"
     found = sorted(glob(str(files), recursive=True)) if isinstance(files, (str,Path)) else list(files)
     if not found: raise FileNotFoundError(f"There is no file {str(files)!r}.")
     return found
 
-def _kind(o): return f"{'channels '+str(tuple(o.shape[1:])) if hasattr(o, 'shape') else type(o).__name__} {getattr(o, 'dtype', '')}"
+@patch(cls_method=True)
+@delegates(SequenceDataLoaders.from_arrays, but=['valid', 'groups', 'valid_groups'])
+def from_hdf5(cls:SequenceDataLoaders,
+    files, # Pattern of file names such as 'runs/*.h5', or a list of files; each is a sequence
+    x, # Name of the dataset with the inputs, `(time,)` or `(time, channels)`, or a list of names
+    y, # The same for the targets
+    valid_files=None, # Files of the validation set; default: the last `valid_pct` of each file
+    **kwargs
+):
+    "Recordings in HDF5 files, one in each, which are read sub-window by sub-window"
+    def arrays(files): return tuple([HDF5Array(f, names) for f in files] for names in (x, y))
+    def groups(files): return list(map(str, files))
+    files = _files(files)
+    valid_files = None if valid_files is None else _files(valid_files)
+    xs,ys = arrays(files)
+    valid,valid_groups = (None,None) if valid_files is None else (arrays(valid_files),groups(valid_files))
+    kwargs = {**dict(x_names=x, y_names=y), **kwargs}
+    return cls.from_arrays(xs, ys, valid=valid, groups=groups(files), valid_groups=valid_groups, **kwargs)
+
+# %% ../../nbs/loaders/03_dataloaders.ipynb #fa297919
+@patch(cls_method=True)
+def from_text(cls:SequenceDataLoaders,
+    text, # A string, or a list of tokens
+    valid=None, # Text of the validation set; default: the last `valid_pct` of the text
+    valid_pct:float=.1, # Share of the text for validation, if `valid` is not given
+    vocab:list=None, # All characters or tokens that there are; default: those of both texts, sorted
+    bs:int=64, # Rows of contiguous text
+    val_bs:int=None, # The same in validation; default: `bs`
+    sub_seq_len:int=100, # Characters or tokens of a sub-window
+    path='.', # Where models and exports are saved
+    device=None, # Default: fastai's `default_device()`
+):
+    "Contiguous rows of text with the next character or token as target; the vocabulary is `dls.vocab`"
+    for o in (text, valid):
+        if not (o is None or isinstance(o, (str,list,tuple))): raise TypeError(
+            f"The text is a {type(o).__name__}; expected a string or a list of tokens, "
+            "such as Path('text.txt').read_text().")
+    if valid is None: text,valid = (o[0] for o in split_by_time([text], valid_pct))
+    vocab = sorted({*text, *valid}) if vocab is None else list(vocab)
+    train = TextRows(text, vocab, bs)
+    valid = TextRows(valid, vocab, val_bs or bs, name='text of the validation set')
+    kw = dict(sub_seq_len=sub_seq_len, bs=bs, val_bs=val_bs, path=path, device=device)
+    return cls.from_sequences(train, valid, shuffle=False, **kw)

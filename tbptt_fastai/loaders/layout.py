@@ -9,13 +9,14 @@ __all__ = ['Block', 'BlockRun', 'assign_rows', 'Layout', 'VaryingLayout']
 from functools import cached_property
 from heapq import heapify, heapreplace
 from itertools import repeat
-import numpy as np
-import torch
+import numpy as np, torch
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/loaders/01_layout.ipynb #79dfd596
 class Block:
     "One training step of a stream: which steps of which sequences its rows hold"
+    moves_on,lr = True,1. # as those of a `SubWindow`
     def __init__(self,
         seq, # Number of the sequence in each row `(rows,)`; -1 if none is left
         start, # First step of each row, counted from the start of its sequence
@@ -24,16 +25,16 @@ class Block:
         most:int=None, # Steps that count in a full block; default: the real steps of this one
     ):
         self.seq,self.start,self.n,self.steps = seq,start,n,int(n.max())
-        filled = np.arange(self.steps)<n[:,None]
-        self._count(filled, filled&(start[:,None]+np.arange(self.steps)>=n_skip))
+        step = np.arange(self.steps)
+        filled = step<n[:,None]
+        self._count(filled, filled&(start[:,None]+step>=n_skip))
         self.weight = int(self._counts.sum())/(most or int(n.sum())) # as that of a `SubWindow`
 
     def _count(self, filled, counts):
         self._filled,self._counts = filled,counts
-        self.real = None if filled.all() else np.flatnonzero(filled) # where the real steps are among all; `None`: everywhere
-        self.counted = None if (counts==filled).all() else np.flatnonzero(counts[filled]) # where those with a loss are among the real ones
-
-    moves_on,lr = True,1. # as those of a `SubWindow`
+        # where the real steps are among all, and those with a loss among the real ones; `None`: everywhere
+        self.real = None if filled.all() else np.flatnonzero(filled)
+        self.counted = None if (counts==filled).all() else np.flatnonzero(counts[filled])
 
     def begins(self,
         last, # The block before, as the model has seen it; `None` at the start
@@ -41,23 +42,30 @@ class Block:
         "The rows that have another sequence than in `last`"
         return np.ones(len(self.seq), bool) if last is None else self.seq!=last.seq
 
-    def real_steps(self,
-        o:Tensor, # `(rows, steps, ...)`
-    )->Tensor: # `(n, ...)`: one real step after the other, row by row
-        "All steps but the padding"
-        if o.shape[:2]!=(len(self.seq), self.steps):
-            raise TypeError(f"A stream needs predictions and targets for every step, ({len(self.seq)}, {self.steps}, ...), not of shape {tuple(o.shape)}.")
-        flat = o.flatten(0, 1)
-        return flat if self.real is None else flat[torch.from_numpy(self.real).to(o.device)]
+    def __repr__(self):
+        rows = zip(self.seq, self.start, self.n)
+        return ' | '.join(f'{s}[{a}:{a+n}]' if n else '-' for s,a,n in rows)
 
-    def counted_steps(self,
-        o:Tensor, # `(n, ...)`, as `real_steps` gives them
-    )->Tensor:
-        "Those whose loss counts"
-        return o if self.counted is None else o[torch.from_numpy(self.counted).to(o.device)]
+# %% ../../nbs/loaders/01_layout.ipynb #f482fb02
+@patch
+def real_steps(self:Block,
+    o:Tensor, # `(rows, steps, ...)`
+)->Tensor: # `(n, ...)`: one real step after the other, row by row
+    "All steps but the padding"
+    if o.shape[:2]!=(len(self.seq), self.steps): raise TypeError(
+        f"A stream needs predictions and targets for every step, ({len(self.seq)}, {self.steps}, ...), "
+        f"not of shape {tuple(o.shape)}.")
+    flat = o.flatten(0, 1)
+    return flat if self.real is None else flat[torch.from_numpy(self.real).to(o.device)]
 
-    def __repr__(self): return ' | '.join(f'{s}[{a}:{a+n}]' if n else '-' for s,a,n in zip(self.seq, self.start, self.n))
+@patch
+def counted_steps(self:Block,
+    o:Tensor, # `(n, ...)`, as `real_steps` gives them
+)->Tensor:
+    "Those whose loss counts"
+    return o if self.counted is None else o[torch.from_numpy(self.counted).to(o.device)]
 
+# %% ../../nbs/loaders/01_layout.ipynb #c1f61def
 class BlockRun(Block):
     "Some blocks, one after the other, as one training step of a scheme that is not `Fixed`"
     def __init__(self,
@@ -65,11 +73,14 @@ class BlockRun(Block):
         plan, # `SubWindow` in blocks, counted from the first of them
         size:int, # Steps of a full block
     ):
-        self.blocks,self.plan,self.seq,self.start,self.n = blocks,plan,blocks[0].seq,blocks[0].start,sum(o.n for o in blocks)
-        self.steps,self.lr,self.moves_on = sum(o.steps for o in blocks),plan.lr,plan.moves_on
+        self.blocks,self.plan = blocks,plan
+        self.lr,self.moves_on = plan.lr,plan.moves_on
+        self.seq,self.start = blocks[0].seq,blocks[0].start
+        self.n,self.steps = sum(o.n for o in blocks),sum(o.steps for o in blocks)
         counts = [o._counts&(i>=plan.loss_start) for i,o in enumerate(blocks)]
         self._count(np.concatenate([o._filled for o in blocks], 1), np.concatenate(counts, 1))
-        self.weight = plan.weight*int(self._counts.sum())/((plan.stop-plan.loss_start)*size*len(self.seq))
+        full = (plan.stop-plan.loss_start)*size*len(self.seq)
+        self.weight = plan.weight*int(self._counts.sum())/full
 
     def __repr__(self): return ' + '.join(map(repr, self.blocks))
 
@@ -79,11 +90,14 @@ def assign_rows(
     bs:int, # Rows
     order:np.ndarray, # Permutation of the sequences
 )->list[np.ndarray]: # The sequences of each row, in their order
-    "Share sequences among rows so that all rows end at about the same time: the longest first, each to the row with the least work"
+    """Share sequences among rows so that all rows end at about the same time.
+
+    The longest comes first, each to the row with the least work"""
     if n_blocks.min()==n_blocks.max(): return [order[row::bs] for row in range(bs)]
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    rows,work = [[] for _ in range(bs)],[(0, row) for row in range(bs)]
+    rows = [[] for _ in range(bs)]
+    work = [(0, row) for row in range(bs)]
     heapify(work)
     for seq in order[np.argsort(-n_blocks[order], kind='stable')]:
         load,row = work[0]
@@ -101,12 +115,16 @@ class Layout:
         order=None, # Permutation of the sequences; default: as they are
         n_skip:int=0, # Washout: first steps of each sequence whose loss does not count
     ):
-        longest,shortest = int(lengths.max(initial=1)),int(lengths.min(initial=1<<62))
-        self.lengths,self.n_skip,self.sub_seq_len = lengths,n_skip,min(sub_seq_len or longest, longest)
-        self.n_blocks = np.broadcast_to(-(-(lengths[:1] if longest==shortest else lengths)//self.sub_seq_len), len(lengths)) # no array for windows, all of one length
-        self.rows = assign_rows(self.n_blocks, min(bs, len(lengths)), np.arange(len(lengths)) if order is None else order) if len(lengths) else []
-        washed = n_skip//self.sub_seq_len*self.sub_seq_len # of the longest sequence, the sub-window with the end of the washout begins here
-        self.most = len(self.rows)*max(min(washed+self.sub_seq_len, longest)-n_skip, min(self.sub_seq_len, longest-washed-self.sub_seq_len))
+        n,longest,shortest = len(lengths),int(lengths.max(initial=1)),int(lengths.min(initial=1<<62))
+        size = min(sub_seq_len or longest, longest)
+        self.lengths,self.n_skip,self.sub_seq_len = lengths,n_skip,size
+        different = lengths[:1] if longest==shortest else lengths # no array for windows, all of one length
+        self.n_blocks = np.broadcast_to(-(-different//size), n)
+        if order is None: order = np.arange(n)
+        self.rows = assign_rows(self.n_blocks, min(bs, n), order) if n else []
+        # Of the longest sequence, the block with the end of the washout begins at `washed`
+        washed = n_skip//size*size
+        self.most = len(self.rows)*max(min(washed+size, longest)-n_skip, min(size, longest-washed-size))
 
     @cached_property
     def _len(self): return max((int(self.n_blocks[row].sum()) for row in self.rows), default=0)
@@ -123,8 +141,8 @@ class Layout:
 
     def __iter__(self):
         lengths,rows = self.lengths,self.rows
-        place,seq = np.zeros(len(rows), int),np.array([row[0] if len(row) else -1 for row in rows], dtype=int)
-        start = np.zeros(len(rows), int)
+        seq = np.array([row[0] if len(row) else -1 for row in rows], dtype=int)
+        place,start = np.zeros(len(rows), int),np.zeros(len(rows), int)
         for size in self.sizes():
             if (seq<0).all(): return
             n = np.where(seq<0, 0, np.minimum(lengths[seq]-start, size))
@@ -132,38 +150,48 @@ class Layout:
             start += n
             for row in np.flatnonzero((seq>=0)&(start==lengths[seq])):
                 place[row] += 1
-                seq[row],start[row] = rows[row][place[row]] if place[row]<len(rows[row]) else -1,0
+                left = rows[row][place[row]:]
+                seq[row],start[row] = left[0] if len(left) else -1,0
 
     def n_counted(self):
         "Blocks that have a step whose loss counts"
         if not self.n_skip: return len(self)
         silent = np.ones(len(self), bool)
-        for row in self.rows:
-            n,lengths = self.n_blocks[row],self.lengths[row]
-            washed = np.where(lengths<=self.n_skip, n, self.n_skip//self.sub_seq_len)
-            begin = n.cumsum()-n
-            heard = np.zeros(len(self)+1, int) # +1 where the counted part of a sequence begins, -1 where it ends
-            np.add.at(heard, begin+washed, 1)
-            np.add.at(heard, begin+n, -1)
-            silent &= heard.cumsum()[:-1]==0
+        for row in self.rows: silent &= ~self._heard(row)
         return int((~silent).sum())
 
-    @property
-    def uneven(self):
-        "May rows have padding, or begin their sequences in different steps?"
-        return len(self.rows)>0 and (self.lengths.min()!=self.lengths.max() or len(self.lengths)%len(self.rows)!=0)
+# %% ../../nbs/loaders/01_layout.ipynb #c6cebfe8
+@patch
+def _heard(self:Layout, row):
+    "Which blocks have a step of this row whose loss counts?"
+    n,lengths = self.n_blocks[row],self.lengths[row]
+    washed = np.where(lengths<=self.n_skip, n, self.n_skip//self.sub_seq_len)
+    begin = n.cumsum()-n
+    change = np.zeros(len(self)+1, int) # +1 where the counted part of a sequence begins, -1 where it ends
+    np.add.at(change, begin+washed, 1)
+    np.add.at(change, begin+n, -1)
+    return change.cumsum()[:-1]!=0
 
-    @property
-    def waste(self):
-        "Share of the steps that rows are run over that are padding"
-        if not len(self): return 0.
-        width = np.zeros(len(self), int) # of each block
-        for row in self.rows:
-            steps = np.full(int(self.n_blocks[row].sum()), self.sub_seq_len)
-            steps[self.n_blocks[row].cumsum()-1] -= self.n_blocks[row]*self.sub_seq_len-self.lengths[row]
-            width[:len(steps)] = np.maximum(width[:len(steps)], steps)
-        return float(1-self.lengths.sum()/(width.sum()*len(self.rows)))
+# %% ../../nbs/loaders/01_layout.ipynb #ccc15020
+@patch(as_prop=True)
+def uneven(self:Layout):
+    "May rows have padding, or begin their sequences in different steps?"
+    if not self.rows: return False
+    return self.lengths.min()!=self.lengths.max() or len(self.lengths)%len(self.rows)!=0
 
+@patch(as_prop=True)
+def waste(self:Layout):
+    "Share of the steps that rows are run over that are padding"
+    if not len(self): return 0.
+    width = np.zeros(len(self), int) # of each block
+    for row in self.rows:
+        n = self.n_blocks[row]
+        steps = np.full(int(n.sum()), self.sub_seq_len)
+        steps[n.cumsum()-1] -= n*self.sub_seq_len-self.lengths[row]
+        width[:len(steps)] = np.maximum(width[:len(steps)], steps)
+    return float(1-self.lengths.sum()/(width.sum()*len(self.rows)))
+
+# %% ../../nbs/loaders/01_layout.ipynb #a94d600f
 class VaryingLayout(Layout):
     "A layout in blocks of varying length"
     def __init__(self,

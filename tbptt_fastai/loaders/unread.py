@@ -12,6 +12,14 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import get_random_states, set_random_states
 from .windows import inner_loader
 
+# %% ../../nbs/loaders/04_unread.ipynb #25cef111
+def _generators(dl):
+    "PyTorch's generators that a loader and its samplers draw from"
+    batch_sampler = getattr(dl, 'batch_sampler', None)
+    samplers = dl,getattr(dl, 'sampler', None),batch_sampler,getattr(batch_sampler, 'sampler', None)
+    found = [getattr(o, 'generator', None) for o in samplers]
+    return [g for g in found if isinstance(g, torch.Generator)]
+
 # %% ../../nbs/loaders/04_unread.ipynb #839cb9e0
 @contextmanager
 def unread(
@@ -19,11 +27,11 @@ def unread(
 ):
     "What is read from a loader in it is read again afterwards, in the same order; random generators are put back"
     dl = inner_loader(dl)
-    random_states,own,rng = get_random_states(),dict(getattr(dl, '__dict__', {})),getattr(dl, 'rng', None)
+    random_states = get_random_states()
+    own = dict(getattr(dl, '__dict__', {}))
+    rng = getattr(dl, 'rng', None)
     drawn = rng and rng.getstate()
-    batch_sampler = getattr(dl, 'batch_sampler', None)
-    samplers = dl,getattr(dl, 'sampler', None),batch_sampler,getattr(batch_sampler, 'sampler', None)
-    generators = {g:g.get_state() for o in samplers if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
+    states = {g:g.get_state() for g in _generators(dl)}
     try:
         with dl.fake_l.no_multiproc() if isinstance(dl, DataLoader) else nullcontext(): yield
     finally:
@@ -32,4 +40,4 @@ def unread(
             vars(dl).clear()
             vars(dl).update(own)
         if rng: rng.setstate(drawn)
-        for g,state in generators.items(): g.set_state(state)
+        for g,state in states.items(): g.set_state(state)

@@ -6,17 +6,17 @@
 __all__ = ['FileArray', 'HDF5Array', 'as_sequences', 'blocks', 'check_finite', 'channel_stats']
 
 # %% ../../nbs/sequences/00_arrays.ipynb #40167f20
-import mmap
-import warnings
-import weakref
+import mmap, warnings, weakref
 from collections import deque
-import numpy as np
-import torch
 from pathlib import Path
+import numpy as np, torch
+from fastcore.basics import patch
 from torch import Tensor
 
 # %% ../../nbs/sequences/00_arrays.ipynb #12c4cb28
-def _is_mapped(o): return isinstance(o, np.memmap) and o._mmap is not None # a copy of a memory map is of its class too, but in memory
+def _is_mapped(o):
+    "Is it a memory map? A copy of one is of its class too, but in memory"
+    return isinstance(o, np.memmap) and o._mmap is not None
 
 class FileArray:
     "An array outside of memory, or some of its steps; a slice is read as a tensor"
@@ -25,9 +25,11 @@ class FileArray:
         start:int=0, # First step
         stop:int=None, # One past the last step; default: the end
     ):
-        self.source,self.start,self.stop = source,start,source.shape[0] if stop is None else stop
+        self.source,self.start = source,start
+        self.stop = source.shape[0] if stop is None else stop
         self._native = np.dtype(source.dtype).newbyteorder('=') # torch knows no other byte order
-        self._channels = tuple(source.shape[1:]) or ((1,) if self._native.kind=='f' else ())
+        self._channels = tuple(source.shape[1:])
+        if not self._channels and self.is_floating_point(): self._channels = (1,)
 
     @property
     def shape(self): return torch.Size((self.stop-self.start, *self._channels))
@@ -38,31 +40,49 @@ class FileArray:
     def is_floating_point(self): return self._native.kind=='f'
     def __len__(self): return self.stop-self.start
 
-    def narrow(self,
-        dim:int, # 0: time
-        start:int, # First step
-        length:int, # Steps
-    ):
-        "Some of the steps, as `Tensor.narrow`: nothing is read"
-        if dim!=0: raise ValueError(f"Only time, dimension 0, can be narrowed, not dimension {dim}.")
-        return FileArray(self.source, self.start+start, self.start+start+length)
-
     def __getitem__(self,
         steps:slice, # Consecutive steps
     )->Tensor: # `(steps, ...)`, in memory of its own
         start,stop,by = steps.indices(len(self))
         if by!=1: raise IndexError(f"A FileArray is read in consecutive steps, not every {by}.")
-        read = torch.from_numpy(np.array(self.source[self.start+start:self.start+stop], dtype=self._native)).reshape(-1, *self._channels)
+        read = np.array(self.source[self.start+start:self.start+stop], dtype=self._native)
         if _is_mapped(self.source) and self.source.mode!='c' and hasattr(mmap, 'MADV_DONTNEED'):
             self.source._mmap.madvise(mmap.MADV_DONTNEED) # pages that were read count as resident until then
-        return read
+        return torch.from_numpy(read).reshape(-1, *self._channels)
 
     def __deepcopy__(self, memo): return self # a deep copy of a memory map would be in memory
     def __repr__(self): return f'{type(self).__name__} {tuple(self.shape)} {self.dtype}'
 
-# %% ../../nbs/sequences/00_arrays.ipynb #1d7436dd
-_opened,_MAX_OPEN = deque(),200 # arrays whose file is open, and how many may be: systems allow a process 1024 files, or 256
+# %% ../../nbs/sequences/00_arrays.ipynb #e383b213
+@patch
+def narrow(self:FileArray,
+    dim:int, # 0: time
+    start:int, # First step
+    length:int, # Steps
+):
+    "Some of the steps, as `Tensor.narrow`: nothing is read"
+    if dim!=0: raise ValueError(f"Only time, dimension 0, can be narrowed, not dimension {dim}.")
+    return FileArray(self.source, self.start+start, self.start+start+length)
 
+# %% ../../nbs/sequences/00_arrays.ipynb #f687c59f
+def _check_names(f, names, path):
+    "A `KeyError` that lists the datasets of the open file `f`, if one of these is not among them"
+    import h5py
+    missing = [o for o in names if not isinstance(f.get(o), h5py.Dataset)]
+    if not missing: return
+    known = []
+    f.visititems(lambda name,o: known.append(name) if isinstance(o, h5py.Dataset) else None)
+    raise KeyError(f"{path} has no dataset {missing[0]!r}; it has {known}.")
+
+def _check_shapes(shapes, names, path):
+    "A `ValueError` if datasets cannot be the channels of one array"
+    are_signals = all(s is not None and len(s) in (1, 2) for s in shapes)
+    if are_signals and len({s[0] for s in shapes})==1: return
+    raise ValueError(
+        f"The datasets {names} of {path} have shapes {list(shapes)}; "
+        "expected (time,) or (time, channels) with one length.")
+
+# %% ../../nbs/sequences/00_arrays.ipynb #1d7436dd
 class HDF5Array:
     "One or several datasets of an HDF5 file as the channels of one array"
     def __init__(self,
@@ -71,18 +91,15 @@ class HDF5Array:
     ):
         try: import h5py
         except ImportError: raise ImportError("HDF5 files need h5py: pip install 'tbptt_fastai[hdf5]'.") from None
-        self.path,self.names,self._data = Path(path),[names] if isinstance(names, str) else list(names),None
+        self.path,self.names = Path(path),[names] if isinstance(names, str) else list(names)
+        self._data = None # the datasets, while their file is open
         with self._open(h5py) as f:
-            missing = [o for o in self.names if not isinstance(f.get(o), h5py.Dataset)]
-            if missing:
-                known = []
-                f.visititems(lambda name,o: known.append(name) if isinstance(o, h5py.Dataset) else None)
-                raise KeyError(f"{self.path} has no dataset {missing[0]!r}; it has {known}.")
+            _check_names(f, self.names, self.path)
             shapes,dtypes = zip(*((f[o].shape,f[o].dtype) for o in self.names))
-        if not all(s is not None and 1<=len(s)<=2 for s in shapes) or len({s[0] for s in shapes})>1:
-            raise ValueError(f"The datasets {self.names} of {self.path} have shapes {list(shapes)}; expected (time,) or (time, channels) with one length.")
+        _check_shapes(shapes, self.names, self.path)
         self.dtype = np.result_type(*dtypes)
-        self.shape = shapes[0] if len(shapes)==1 else (shapes[0][0], sum(s[1] if len(s)>1 else 1 for s in shapes))
+        channels = sum(s[1] if len(s)>1 else 1 for s in shapes)
+        self.shape = shapes[0] if len(shapes)==1 else (shapes[0][0], channels)
 
     def _open(self, h5py):
         try: return h5py.File(self.path, 'r')
@@ -92,37 +109,61 @@ class HDF5Array:
 
     def __getitem__(self, steps):
         data = self._data
-        if data is None:
-            import h5py
-            f = self._open(h5py)
-            data = self._data = [f[o] for o in self.names] # they keep the file open; kept themselves, for what HDF5 decompresses is theirs
-            _opened.append(weakref.ref(self))
-            while len(_opened)>_MAX_OPEN:
-                oldest = _opened.popleft()()
-                if oldest is not None: oldest._data = None # opened again when it is read again
+        if data is None: data = self._open_data()
         parts = [o[steps] for o in data]
         return parts[0] if len(parts)==1 else np.concatenate([o.reshape(len(o), -1) for o in parts], axis=1)
 
     def __getstate__(self): return {**self.__dict__, '_data': None}
 
-# %% ../../nbs/sequences/00_arrays.ipynb #9f6fafd2
+# %% ../../nbs/sequences/00_arrays.ipynb #22db091b
+_opened = deque() # references to the arrays whose file is open, in the order of opening
+_MAX_OPEN = 200 # systems allow a process 1024 files, or 256
+
+@patch
+def _open_data(self:HDF5Array):
+    "The datasets of the file, which they keep open; they are kept themselves, for what HDF5 decompresses is theirs"
+    import h5py
+    f = self._open(h5py)
+    data = self._data = [f[o] for o in self.names]
+    _opened.append(weakref.ref(self))
+    while len(_opened)>_MAX_OPEN:
+        oldest = _opened.popleft()()
+        if oldest is not None: oldest._data = None
+    return data
+
+# %% ../../nbs/sequences/00_arrays.ipynb #ed0a1d99
+def _is_in_file(o):
+    "Is it a memory map, or has it a type and slices but is of neither numpy nor pandas?"
+    if _is_mapped(o): return True
+    in_memory = isinstance(o, np.ndarray) or hasattr(o, 'to_numpy')
+    return not in_memory and hasattr(o, 'dtype') and hasattr(o, '__getitem__')
+
+def _shared(name, seq):
+    "A tensor that shares the memory of an array, or a `FileArray`"
+    in_file = _is_in_file(seq)
+    try:
+        with warnings.catch_warnings(): # we only read
+            warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
+            t = FileArray(seq) if in_file else torch.from_numpy(np.asarray(seq))
+            t.dtype # a `TypeError` if torch has no such type
+            return t
+    except (TypeError,ValueError) as e:
+        kind = getattr(seq, 'dtype', type(seq).__name__)
+        raise TypeError(
+            f"{name} is an array of {kind} that torch cannot share ({e}). "
+            "Pass np.ascontiguousarray(a, dtype=np.float32), or another type of torch's.") from None
+
 def _as_sequence(name, seq):
     if isinstance(seq, FileArray): return seq
-    if isinstance(seq, Tensor): t = seq.detach()
-    elif isinstance(seq, np.ma.MaskedArray): raise TypeError(f"{name} is a masked array, whose mask would be lost. Fill or drop what is masked first.")
-    else:
-        in_file = _is_mapped(seq) or hasattr(seq, 'dtype') and hasattr(seq, '__getitem__') and not (isinstance(seq, np.ndarray) or hasattr(seq, 'to_numpy'))
-        try:
-            with warnings.catch_warnings(): # we only read
-                warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
-                t = FileArray(seq) if in_file else torch.from_numpy(np.asarray(seq))
-                t.dtype
-        except (TypeError,ValueError) as e:
-            raise TypeError(f"{name} is an array of {getattr(seq, 'dtype', type(seq).__name__)} that torch cannot share ({e}). Pass np.ascontiguousarray(a, dtype=np.float32), or another type of torch's.") from None
-    if t.dtype in (torch.uint16,torch.uint32,torch.uint64) or t.dtype.is_complex:
-        raise TypeError(f"{name} is of type {t.dtype}; expected real numbers, int64, int32, int16, uint8 or bool.")
-    return t.unsqueeze(1) if isinstance(t, Tensor) and t.ndim==1 and t.is_floating_point() else t
+    if isinstance(seq, np.ma.MaskedArray): raise TypeError(
+        f"{name} is a masked array, whose mask would be lost. Fill or drop what is masked first.")
+    t = seq.detach() if isinstance(seq, Tensor) else _shared(name, seq)
+    if t.dtype in (torch.uint16,torch.uint32,torch.uint64) or t.dtype.is_complex: raise TypeError(
+        f"{name} is of type {t.dtype}; expected real numbers, int64, int32, int16, uint8 or bool.")
+    is_signal = isinstance(t, Tensor) and t.ndim==1 and t.is_floating_point()
+    return t.unsqueeze(1) if is_signal else t
 
+# %% ../../nbs/sequences/00_arrays.ipynb #9f6fafd2
 def as_sequences(
     name:str, # What the array is, for messages
     seqs, # One array `(time, ...)`, or a list or tuple of them
@@ -131,7 +172,9 @@ def as_sequences(
     seqs = seqs if isinstance(seqs, (list,tuple)) else [seqs]
     if len(seqs)==0: raise ValueError(f"{name} is empty: expected at least one sequence.")
     for i,s in enumerate(seqs):
-        if not getattr(s, 'shape', None): raise TypeError(f"{name}[{i}] is a {type(s).__name__} without a time axis; expected an array (time, ...). Convert lists of numbers by np.array.")
+        if not getattr(s, 'shape', None): raise TypeError(
+            f"{name}[{i}] is a {type(s).__name__} without a time axis; expected an array (time, ...). "
+            "Convert lists of numbers by np.array.")
         if s.shape[0]==0: raise ValueError(f"{name}[{i}] has shape {tuple(s.shape)}: it has no steps.")
     return [_as_sequence(f'{name}[{i}]', s) for i,s in enumerate(seqs)]
 
@@ -144,6 +187,17 @@ def blocks(
     steps = max(size//max(seq.shape[1:].numel(), 1), 1)
     for start in range(0, len(seq), steps): yield seq[start:start+steps]
 
+# %% ../../nbs/sequences/00_arrays.ipynb #a2341286
+def _first_not_finite(seq, dtype):
+    "Step and values of the first NaN or infinite value, or `None`"
+    start = 0
+    for part in blocks(seq):
+        ok = part.to(dtype).isfinite().flatten(1).all(1)
+        if not ok.all():
+            step = int(ok.logical_not().nonzero()[0])
+            return start+step,part[step].tolist()
+        start += len(part)
+
 # %% ../../nbs/sequences/00_arrays.ipynb #99c02bae
 def check_finite(
     name:str, # What the array is, for messages
@@ -153,14 +207,13 @@ def check_finite(
 ):
     "A `ValueError` that names the sequence and the step of the first NaN or infinite value"
     for i,s in enumerate(seqs):
-        if not s.is_floating_point(): continue
-        start = 0
-        for part in blocks(s):
-            ok = part.to(dtype).isfinite().flatten(1).all(1)
-            if not ok.all():
-                step = int(ok.logical_not().nonzero()[0])
-                raise ValueError(f"{name} of sequence {i if groups is None else groups[i]} is {part[step].tolist()} at step {start+step}: values must be finite as {dtype}. Remove, interpolate or scale them first.")
-            start += len(part)
+        found = _first_not_finite(s, dtype) if s.is_floating_point() else None
+        if found is None: continue
+        step,values = found
+        group = i if groups is None else groups[i]
+        raise ValueError(
+            f"{name} of sequence {group} is {values} at step {step}: values must be finite as {dtype}. "
+            "Remove, interpolate or scale them first.")
 
 # %% ../../nbs/sequences/00_arrays.ipynb #c3d7d8bd
 def channel_stats(

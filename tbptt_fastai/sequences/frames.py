@@ -7,11 +7,11 @@ __all__ = ['group_sequences', 'split_groups']
 
 # %% ../../nbs/sequences/03_frames.ipynb #5ec0fd1a
 import warnings
-import numpy as np
-import pandas as pd
+import numpy as np, pandas as pd
+from pandas.api import types
 
-# %% ../../nbs/sequences/03_frames.ipynb #7a1cab8e
-def _as_list(o): return [o] if isinstance(o, str) or not isinstance(o, (list,tuple)) else list(o)
+# %% ../../nbs/sequences/03_frames.ipynb #b494d709
+def _as_list(o): return list(o) if isinstance(o, (list,tuple)) else [o]
 
 def _plain(o): return o.item() if isinstance(o, np.generic) else o
 
@@ -19,63 +19,118 @@ def _refuse(wrong, df, groups, what):
     "A `ValueError` that names the first row where `wrong` is true, and its group"
     if not (wrong := np.asarray(wrong)).any(): return
     i = int(np.flatnonzero(wrong)[0])
-    raise ValueError(f"Row {_plain(df.index[i])!r}{f' of group {_plain(groups.iloc[i])!r}' if groups is not None else ''} {what(i)}")
+    of_group = '' if groups is None else f' of group {_plain(groups.iloc[i])!r}'
+    raise ValueError(f"Row {_plain(df.index[i])!r}{of_group} {what(i)}")
 
-def _times(df, time, groups):
-    times = df[time]
-    _refuse(times.isna(), df, groups, lambda i: f"has no {time}. Fill or drop such rows.")
-    if pd.api.types.is_string_dtype(times) or times.dtype==object:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter('error') # pandas warns before it reads each time in a format of its own
-                times = pd.to_datetime(times)
-        except (ValueError,TypeError,UserWarning) as e: raise ValueError(f"Column {time!r} is text that is no time ({e}). Convert it by pandas.to_datetime with a format.") from None
-    return times
+# %% ../../nbs/sequences/03_frames.ipynb #ed407ac9
+def _check_frame(df, x, y, by, time):
+    "What is wrong with the frame as a whole, or with the columns that are asked for"
+    if not x or not y: raise ValueError(f"x is {x} and y is {y}: expected at least one column for each.")
+    columns = df.columns
+    if not columns.is_unique: raise ValueError(
+        f"The data frame has columns of the same name: {list(columns[columns.duplicated()])}. Rename them.")
+    asked = [*x, *y, *by]
+    if time is not None: asked.append(time)
+    unknown = [c for c in asked if c not in columns]
+    if unknown: raise KeyError(f"The data frame has no column {unknown[0]!r}; it has {list(columns)}.")
+    if len(df)==0: raise ValueError("The data frame has no rows.")
+    twice = df.index[df.index.duplicated()]
+    if len(twice): raise ValueError(
+        f"The index of the data frame has {_plain(twice[0])!r} more than once, so predictions could not be put back. "
+        "Use df.reset_index(drop=True).")
 
+# %% ../../nbs/sequences/03_frames.ipynb #89079fac
 def _values(df, columns, groups):
     for c in columns:
-        if not (pd.api.types.is_numeric_dtype(df[c]) or pd.api.types.is_bool_dtype(df[c])) or pd.api.types.is_complex_dtype(df[c]):
-            raise TypeError(f"Column {c!r} is of type {df[c].dtype}; expected numbers. Convert it, or encode its categories as numbers.")
-        _refuse(df[c].isna() | (np.isinf(df[c]) if pd.api.types.is_float_dtype(df[c]) else False), df, groups,
-                lambda i: f"has {df[c].iloc[i]} in column {c!r}: values must be finite. Fill, interpolate or drop such rows.")
+        col = df[c]
+        is_real = types.is_numeric_dtype(col) or types.is_bool_dtype(col)
+        if not is_real or types.is_complex_dtype(col): raise TypeError(
+            f"Column {c!r} is of type {col.dtype}; expected numbers. Convert it, or encode its categories as numbers.")
+        wrong = col.isna()
+        if types.is_float_dtype(col): wrong = wrong|np.isinf(col)
+        _refuse(wrong, df, groups, lambda i: (
+            f"has {col.iloc[i]} in column {c!r}: values must be finite. Fill, interpolate or drop such rows."))
     return df[columns].to_numpy(np.float64)
 
 def _targets(df, columns, groups):
     values = _values(df, columns, groups)
-    if not all(pd.api.types.is_integer_dtype(df[c]) for c in columns): return values
+    if not all(types.is_integer_dtype(df[c]) for c in columns): return values
     classes = df[columns].to_numpy(np.int64)
     return classes[:,0] if len(columns)==1 else classes
 
+# %% ../../nbs/sequences/03_frames.ipynb #8033083e
+def _times(df, time, groups):
+    "The column of times; text is read as dates"
+    times = df[time]
+    _refuse(times.isna(), df, groups, lambda i: f"has no {time}. Fill or drop such rows.")
+    if not types.is_string_dtype(times) and times.dtype!=object: return times
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error') # pandas warns before it reads each time in a format of its own
+            return pd.to_datetime(times)
+    except (ValueError,TypeError,UserWarning) as e: raise ValueError(
+        f"Column {time!r} is text that is no time ({e}). Convert it by pandas.to_datetime with a format.") from None
+
+def _time_order(df, time, groups):
+    "Numbers of the rows in the order of time"
+    times = _times(df, time, groups)
+    twice = pd.DataFrame(dict(g=0 if groups is None else groups, t=times)).duplicated()
+    _refuse(twice, df, groups, lambda i: (
+        f"has the same {time} as an earlier one, {times.iloc[i]}. Drop, or join, such rows."))
+    return np.argsort(times.to_numpy(), kind='stable')
+
+def _groups(df, by):
+    "The group of each row: its value of the column, or a tuple for several columns"
+    for c in by:
+        _refuse(df[c].isna(), df, None, lambda i: f"has no group: its {c!r} is missing. Fill or drop such rows.")
+    if len(by)==1: return df[by[0]]
+    return pd.Series(list(df[by].itertuples(index=False, name=None)), index=df.index)
+
+# %% ../../nbs/sequences/03_frames.ipynb #7a1cab8e
 def group_sequences(
     df:pd.DataFrame, # One row per step
     x, # Column of the inputs, or a list of columns
     y, # Column of the targets, or a list of columns
-    group=None, # Column, or list of columns, that says which sequence a row belongs to; default: all rows are one sequence
+    group=None, # Column, or list of columns, with the sequence that a row belongs to; default: all are one sequence
     time:str=None, # Column to sort by within a group; default: rows are in order
-)->dict: # For each group, in the order they first appear: x `(time, channels)`, y `(time, channels)`, or `(time,)` for one column of classes, and the index of its rows
-    "Take a data frame apart into one sequence for each group; what cannot be a sequence is refused with its group and row"
-    if not isinstance(df, pd.DataFrame): raise TypeError(f"df is a {type(df).__name__}; expected a pandas DataFrame with a row for each step.")
-    x,y = _as_list(x),_as_list(y)
-    if not x or not y: raise ValueError(f"x is {x} and y is {y}: expected at least one column for each.")
-    if not df.columns.is_unique: raise ValueError(f"The data frame has columns of the same name: {list(df.columns[df.columns.duplicated()])}. Rename them.")
-    by = [] if group is None else _as_list(group)
-    unknown = [c for c in [*x, *y, *by, *([] if time is None else [time])] if c not in df.columns]
-    if unknown: raise KeyError(f"The data frame has no column {unknown[0]!r}; it has {list(df.columns)}.")
-    if len(df)==0: raise ValueError("The data frame has no rows.")
-    twice = df.index[df.index.duplicated()]
-    if len(twice): raise ValueError(f"The index of the data frame has {_plain(twice[0])!r} more than once, so predictions could not be put back. Use df.reset_index(drop=True).")
-    for c in by: _refuse(df[c].isna(), df, None, lambda i: f"has no group: its {c!r} is missing. Fill or drop such rows.")
-    groups = None if group is None else df[by[0]] if len(by)==1 else pd.Series(list(df[by].itertuples(index=False, name=None)), index=df.index)
+)->dict: # For each group, in the order they first appear: x, y and the index of its rows
+    """Take a data frame apart into one sequence for each group.
+
+    x and y are `(time, channels)`, but y is `(time,)` if it is one column of classes.
+    What cannot be a sequence is refused with its group and row"""
+    if not isinstance(df, pd.DataFrame): raise TypeError(
+        f"df is a {type(df).__name__}; expected a pandas DataFrame with a row for each step.")
+    x,y,by = _as_list(x),_as_list(y),[] if group is None else _as_list(group)
+    _check_frame(df, x, y, by, time)
+    groups = None if group is None else _groups(df, by)
     xs,ys = _values(df, x, groups),_targets(df, y, groups)
-    order = np.arange(len(df))
-    if time is not None:
-        times = _times(df, time, groups)
-        _refuse(pd.DataFrame(dict(g=0 if groups is None else groups, t=times)).duplicated(), df, groups, lambda i: f"has the same {time} as an earlier one, {times.iloc[i]}. Drop, or join, such rows.")
-        order = np.argsort(times.to_numpy(), kind='stable')
+    order = np.arange(len(df)) if time is None else _time_order(df, time, groups)
     codes,names = (np.zeros(len(df), int),[None]) if groups is None else pd.factorize(groups)
     order = order[np.argsort(codes[order], kind='stable')]
     parts = np.split(order, np.bincount(codes).cumsum()[:-1])
     return {_plain(name):(xs[rows], ys[rows], df.index[rows]) for name,rows in zip(names, parts)}
+
+# %% ../../nbs/sequences/03_frames.ipynb #d6ffcc32
+def _hold_back_groups(sequences, names):
+    unknown = [o for o in names if o not in sequences]
+    if unknown: raise ValueError(
+        f"There is no group {unknown[0]!r} to hold back for validation; the groups are {list(sequences)}.")
+    train = {k:o for k,o in sequences.items() if k not in names}
+    if not train: raise ValueError(f"valid_groups is {names}: no group is left for training.")
+    if not names: raise ValueError(f"valid_groups is {names}: none is held back, and all are left for training.")
+    return train,{k:sequences[k] for k in names}
+
+def _hold_back_ends(sequences, valid_pct):
+    if not 0<valid_pct<1: raise ValueError(
+        f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
+    steps = {k:len(o[0]) for k,o in sequences.items()}
+    cut = {k:n-int(n*valid_pct) for k,n in steps.items()}
+    train = {k:tuple(part[:cut[k]] for part in o) for k,o in sequences.items()}
+    valid = {k:tuple(part[cut[k]:] for part in o) for k,o in sequences.items() if cut[k]<steps[k]}
+    if not valid: raise ValueError(
+        f"valid_pct is {valid_pct}: the longest group has {max(steps.values())} rows, "
+        "so that none is left for validation.")
+    return train,valid
 
 # %% ../../nbs/sequences/03_frames.ipynb #eb6946b9
 def split_groups(
@@ -84,15 +139,5 @@ def split_groups(
     valid_groups=None, # Names of groups that are held back whole, instead
 )->tuple[dict,dict]: # For training and for validation
     "Hold back the end of every group, or whole groups. A group too short to give up a step is in training only"
-    if valid_groups is not None:
-        valid_groups = _as_list(valid_groups)
-        unknown = [o for o in valid_groups if o not in sequences]
-        if unknown: raise ValueError(f"There is no group {unknown[0]!r} to hold back for validation; the groups are {list(sequences)}.")
-        train = {k:o for k,o in sequences.items() if k not in valid_groups}
-        if not train or not valid_groups: raise ValueError(f"valid_groups is {valid_groups}: {'no group is' if not train else 'none is held back, and all are'} left for training.")
-        return train,{k:sequences[k] for k in valid_groups}
-    if not 0<valid_pct<1: raise ValueError(f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
-    cut = {k:len(o[0])-int(len(o[0])*valid_pct) for k,o in sequences.items()}
-    valid = {k:tuple(part[cut[k]:] for part in o) for k,o in sequences.items() if cut[k]<len(o[0])}
-    if not valid: raise ValueError(f"valid_pct is {valid_pct}: the longest group has {max(len(o[0]) for o in sequences.values())} rows, so that none is left for validation.")
-    return {k:tuple(part[:cut[k]] for part in o) for k,o in sequences.items()},valid
+    if valid_groups is None: return _hold_back_ends(sequences, valid_pct)
+    return _hold_back_groups(sequences, _as_list(valid_groups))

@@ -6,9 +6,23 @@
 __all__ = ['plot_windows']
 
 # %% ../../nbs/sequences/02_plot.ipynb #040d0ee5
-import numpy as np
-import matplotlib.pyplot as plt
+import numpy as np, matplotlib.pyplot as plt
 from torch import Tensor
+
+# %% ../../nbs/sequences/02_plot.ipynb #2383a87a
+def _check_drawable(**arrays):
+    for name,o in arrays.items():
+        if o is not None and o.ndim not in (2,3): raise ValueError(
+            f"{name} has shape {tuple(o.shape)}; expected (n, time, channels) or (n, time) to draw it.")
+
+def _draw_upper(ax, time, y, pred):
+    "Target and prediction of one window; a target is gray under a prediction. Returns the first line of each"
+    lines = []
+    if y is not None:
+        lw,color = (1, 'C0') if pred is None else (2.5, '0.7')
+        lines.append(ax.plot(time, y.float(), lw=lw, color=color)[0])
+    if pred is not None: lines.append(ax.plot(time, pred.float(), lw=1, color='C0')[0])
+    return lines
 
 # %% ../../nbs/sequences/02_plot.ipynb #780d0705
 def plot_windows(
@@ -22,20 +36,18 @@ def plot_windows(
     figsize:tuple=None, # Size in inches; default: by the number of windows
 ): # Array of axes: a row for the targets and one for the inputs, a column per window
     "Draw windows side by side: target and prediction above, input below, on one time axis"
-    n,upper = min(len(x), max_n),y if y is not None else pred
-    for name,o in (('x',x), ('y',y), ('pred',pred)):
-        if o is not None and o.ndim not in (2,3): raise ValueError(f"{name} has shape {tuple(o.shape)}; expected (n, time, channels) or (n, time) to draw it.")
-    rows = 1 if upper is None else 2
-    fig,axs = plt.subplots(rows, n, sharex='col', sharey='row', squeeze=False, figsize=figsize or (min(4*n, 14), 1.7*rows+.8), layout='constrained')
+    _check_drawable(x=x, y=y, pred=pred)
+    n,rows = min(len(x), max_n),1 if y is None and pred is None else 2
+    figsize = figsize or (min(4*n, 14), 1.7*rows+.8)
+    fig,axs = plt.subplots(rows, n, sharex='col', sharey='row', squeeze=False, figsize=figsize, layout='constrained')
     time = np.arange(x.shape[1])*(dt or 1)
-    for j in range(n):
-        if y is not None: axs[0,j].plot(time, y[j].float(), lw=2.5 if pred is not None else 1, color='0.7' if pred is not None else 'C0')
-        if pred is not None: axs[0,j].plot(time, pred[j].float(), lw=1, color='C0')
-        axs[-1,j].plot(time, x[j].float(), lw=.8, color='0.4')
-        axs[-1,j].set_xlabel('time [s]' if dt else 'step')
+    for j,column in enumerate(axs.T):
+        lines = _draw_upper(column[0], time, *(None if o is None else o[j] for o in (y, pred)))
+        if j==0 and len(lines)==2:
+            fig.legend(lines, ['target', 'prediction'], loc='outside upper right', ncols=2, frameon=False)
+        column[-1].plot(time, x[j].float(), lw=.8, color='0.4')
+        column[-1].set_xlabel('time [s]' if dt else 'step')
     axs[-1,0].set_ylabel(', '.join(x_names or ['input']))
-    if upper is not None: axs[0,0].set_ylabel(', '.join(y_names or ['target' if pred is None else 'prediction']))
-    if y is not None and pred is not None:
-        target,prediction = axs[0,0].lines[0],axs[0,0].lines[y.shape[-1] if y.ndim>2 else 1]
-        fig.legend([target, prediction], ['target', 'prediction'], loc='outside upper right', ncols=2, frameon=False)
+    upper = 'target' if pred is None else 'prediction'
+    if rows==2: axs[0,0].set_ylabel(', '.join(y_names or [upper]))
     return axs

@@ -11,6 +11,17 @@ from fastai.losses import CrossEntropyLossFlat
 from ..truncation.plan import check_steps
 from .windows import Sequences
 
+# %% ../../nbs/sequences/04_text.ipynb #e28e5e7d
+def _check_tokens(tokens, vocab, bs, name):
+    known = set(vocab)
+    unknown = [o for o in dict.fromkeys(tokens) if o not in known]
+    if unknown: raise ValueError(
+        f"The {name} has {unknown[0]!r}, which is not in the vocabulary of {len(vocab)}. "
+        "Build the vocabulary from all texts, or replace such tokens.")
+    if len(tokens)<=check_steps('bs', bs): raise ValueError(
+        f"The {name} has {len(tokens)} tokens; {bs} rows with a next token each need at least {bs+1}. "
+        "Use fewer rows: a smaller bs or val_bs.")
+
 # %% ../../nbs/sequences/04_text.ipynb #b1ef985e
 class TextRows(Sequences):
     "A text in `bs` contiguous rows, as inputs and next tokens; no token is left out"
@@ -20,10 +31,8 @@ class TextRows(Sequences):
         bs:int=64, # Rows
         name:str='text', # What it is, for messages
     ):
+        _check_tokens(tokens, vocab, bs, name)
         number = {o:i for i,o in enumerate(vocab)}
-        unknown = [o for o in dict.fromkeys(tokens) if o not in number]
-        if unknown: raise ValueError(f"The {name} has {unknown[0]!r}, which is not in the vocabulary of {len(vocab)}. Build the vocabulary from all texts, or replace such tokens.")
-        if len(tokens)<=check_steps('bs', bs): raise ValueError(f"The {name} has {len(tokens)} tokens; {bs} rows with a next token each need at least {bs+1}. Use fewer rows: a smaller bs or val_bs.")
         ids = np.fromiter((number[o] for o in tokens), np.int64, len(tokens))
         super().__init__(*(np.array_split(part, bs) for part in (ids[:-1], ids[1:])))
         self.vocab,self.loss_func = list(vocab),CrossEntropyLossFlat()
@@ -37,4 +46,5 @@ class TextRows(Sequences):
     def join(self, ids):
         "Tokens as text: characters side by side, words with blanks in between"
         tokens = [self.vocab[i] for i in ids]
-        return ('' if all(isinstance(o, str) and len(o)==1 for o in self.vocab) else ' ').join(map(str, tokens))
+        are_characters = all(isinstance(o, str) and len(o)==1 for o in self.vocab)
+        return ('' if are_characters else ' ').join(map(str, tokens))

@@ -8,12 +8,25 @@ __all__ = ['Sequences', 'SequenceWindows', 'SequenceParts']
 # %% ../../nbs/sequences/01_windows.ipynb #6b150511
 import warnings
 from operator import index
-import numpy as np
-import torch
+import numpy as np, torch
+from fastcore.basics import patch
 from torch import Tensor
 from .arrays import FileArray, as_sequences, check_finite
 from .plot import plot_windows
 from ..truncation.plan import check_steps
+
+# %% ../../nbs/sequences/01_windows.ipynb #51aa8fe5
+def _check_alike(name, seqs):
+    kinds = {(s.shape[1:],s.dtype) for s in seqs}
+    if len(kinds)<2: return
+    shown = sorted({f'{tuple(shape)} {dtype}' for shape,dtype in kinds})
+    raise ValueError(f"The sequences of {name} differ in channels or type: {shown}.")
+
+def _check_pairs(xs, ys):
+    if len(xs)!=len(ys): raise ValueError(f"x has {len(xs)} sequences, y has {len(ys)}: expected a y for every x.")
+    for i,(x,y) in enumerate(zip(xs, ys)):
+        if len(x)!=len(y): raise ValueError(
+            f"Sequence {i} has {len(x)} steps of x and {len(y)} of y: expected the same number.")
 
 # %% ../../nbs/sequences/01_windows.ipynb #2e64595f
 class Sequences:
@@ -29,25 +42,21 @@ class Sequences:
         dt:float=None, # Seconds from one step to the next; default: time axes count steps
         check:bool=True, # Read all values once, to refuse NaN and infinite ones?
     ):
-        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point): raise TypeError(f"dtype is {dtype!r}; expected a real torch.dtype such as torch.float32.")
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point): raise TypeError(
+            f"dtype is {dtype!r}; expected a real torch.dtype such as torch.float32.")
         self.dtype,self.dt = dtype,dt
         self.x_names,self.y_names = ([o] if isinstance(o, str) else o for o in (x_names,y_names))
-        self.arrays = [as_sequences('x', x)] + ([] if y is None else [as_sequences('y', y)])
-        self._check_lengths()
+        self.arrays = [as_sequences('x', x)]
+        if y is not None: self.arrays.append(as_sequences('y', y))
+        for name,seqs in zip('xy', self.arrays): _check_alike(name, seqs)
+        if y is not None: _check_pairs(*self.arrays)
         self.steps = np.array([len(s) for s in self.arrays[0]]) # of each sequence
-        self.groups = list(range(len(self.steps))) if groups is None else list(groups)
-        if len(self.groups)!=len(self.steps): raise ValueError(f"There are {len(self.steps)} sequences and {len(self.groups)} groups: expected a name for each.")
-        for name,seqs in zip('xy', self.arrays if check else ()): check_finite(name, seqs, dtype, self.groups)
-
-    def _check_lengths(self):
-        for name,seqs in zip('xy', self.arrays):
-            if len({(s.shape[1:],s.dtype) for s in seqs})>1:
-                raise ValueError(f"The sequences of {name} differ in channels or type: {sorted({f'{tuple(s.shape[1:])} {s.dtype}' for s in seqs})}.")
-        if len(self.arrays)<2: return
-        xs,ys = self.arrays
-        if len(xs)!=len(ys): raise ValueError(f"x has {len(xs)} sequences, y has {len(ys)}: expected a y for every x.")
-        for i,(x,y) in enumerate(zip(xs, ys)):
-            if len(x)!=len(y): raise ValueError(f"Sequence {i} has {len(x)} steps of x and {len(y)} of y: expected the same number.")
+        n = len(self.steps)
+        self.groups = list(range(n)) if groups is None else list(groups)
+        if len(self.groups)!=n: raise ValueError(
+            f"There are {n} sequences and {len(self.groups)} groups: expected a name for each.")
+        if not check: return
+        for name,seqs in zip('xy', self.arrays): check_finite(name, seqs, dtype, self.groups)
 
     def __len__(self): return len(self.steps)
 
@@ -56,44 +65,7 @@ class Sequences:
         "Steps of each item"
         return self.steps
 
-    @property
-    def in_files(self):
-        "Is any of the sequences read from a file?"
-        return any(isinstance(s, FileArray) for seqs in self.arrays for s in seqs)
-
-    def locate(self,
-        idxs, # Numbers of items
-    )->tuple[np.ndarray,np.ndarray]:
-        "The sequence that each item is in, and its first step there"
-        idxs = np.asarray(idxs)
-        if idxs.dtype.kind in 'iu' or len(idxs)==0: idxs = idxs.astype(np.int64)
-        if ((idxs<0)|(idxs>=len(self))).any(): raise IndexError(f"Item {idxs} asked for, there are {len(self)}.")
-        return self._locate(idxs)
-
     def _locate(self, idxs): return idxs,np.zeros_like(idxs)
-
-    def groups_of(self,
-        idxs, # Numbers of items
-    )->list:
-        "The names of the sequences that items are in"
-        return [self.groups[i] for i in self.locate(idxs)[0]]
-
-    def read(self,
-        idxs, # Numbers of items, one for each row
-        start, # First step to read of each, counted from the start of the item
-        n, # Steps to read of each; 0 leaves the row empty
-    )->tuple[Tensor,...]: # x and y `(len(idxs), max(n), ...)`
-        "Some steps of some items; rows with fewer of them are padded with zeros"
-        n,rows = np.asarray(n),np.flatnonzero(n)
-        seq,first = self.locate(np.asarray(idxs)[rows])
-        spans = list(zip(rows.tolist(), seq.tolist(), (first+np.asarray(start)[rows]).tolist(), n[rows].tolist()))
-        batch = []
-        for seqs in self.arrays:
-            kind = seqs[0]
-            out = torch.zeros((len(n), int(n.max(initial=0)), *kind.shape[1:]), dtype=self.dtype if kind.is_floating_point() else kind.dtype)
-            for row,i,begin,steps in spans: out[row,:steps] = seqs[i][begin:begin+steps]
-            batch.append(out)
-        return tuple(batch)
 
     def __getitem__(self, i):
         if not hasattr(i, '__index__') and hasattr(i, '__iter__'): return [self[int(o)] for o in i]
@@ -101,9 +73,17 @@ class Sequences:
         self.locate(i)
         return tuple(b[0] for b in self.read([i], [0], [self.lengths[i]]))
 
-    def plot(self, x, y=None, pred=None, **kwargs):
-        "Draw items of a batch; see `plot_windows`"
-        return plot_windows(x, y, pred, **{**dict(x_names=self.x_names, y_names=self.y_names, dt=self.dt), **kwargs})
+    def __repr__(self):
+        least,most = (f(self.lengths) if len(self) else 0 for f in (min, max))
+        steps = least if least==most else f'{least} to {most}'
+        return f'{type(self).__name__}: {len(self)} of {steps} steps'
+
+    def new_empty(self):
+        "The same settings without the data, as `Learner.export` needs it"
+        empty = object.__new__(type(self))
+        arrays = [[seqs[0][:0].clone()] for seqs in self.arrays]
+        empty.__dict__ = {**self.__dict__, 'index': None, 'arrays': arrays, 'steps': np.zeros(0, int), 'groups': []}
+        return empty
 
     @property
     def items(self):
@@ -111,17 +91,56 @@ class Sequences:
         return self
     iloc = items
 
-    def new_empty(self):
-        "The same settings without the data, as `Learner.export` needs it"
-        empty = object.__new__(type(self))
-        empty.__dict__ = {**self.__dict__, 'index': None, 'arrays': [[seqs[0][:0].clone()] for seqs in self.arrays], 'steps': np.zeros(0, int), 'groups': []}
-        return empty
+    def plot(self, x, y=None, pred=None, **kwargs):
+        "Draw items of a batch; see `plot_windows`"
+        settings = dict(x_names=self.x_names, y_names=self.y_names, dt=self.dt)
+        return plot_windows(x, y, pred, **{**settings, **kwargs})
 
-    def __repr__(self):
-        least,most = (f(self.lengths) if len(self) else 0 for f in (min, max))
-        return f"{type(self).__name__}: {len(self)} of {least if least==most else f'{least} to {most}'} steps"
+# %% ../../nbs/sequences/01_windows.ipynb #7859faf5
+@patch
+def locate(self:Sequences,
+    idxs, # Numbers of items
+)->tuple[np.ndarray,np.ndarray]:
+    "The sequence that each item is in, and its first step there"
+    idxs = np.asarray(idxs)
+    if idxs.dtype.kind in 'iu' or len(idxs)==0: idxs = idxs.astype(np.int64)
+    if ((idxs<0)|(idxs>=len(self))).any(): raise IndexError(f"Item {idxs} asked for, there are {len(self)}.")
+    return self._locate(idxs)
 
-# %% ../../nbs/sequences/01_windows.ipynb #cc09b746
+@patch
+def groups_of(self:Sequences,
+    idxs, # Numbers of items
+)->list:
+    "The names of the sequences that items are in"
+    return [self.groups[i] for i in self.locate(idxs)[0]]
+
+@patch(as_prop=True)
+def in_files(self:Sequences):
+    "Is any of the sequences read from a file?"
+    return any(isinstance(s, FileArray) for seqs in self.arrays for s in seqs)
+
+# %% ../../nbs/sequences/01_windows.ipynb #332bfa7c
+@patch
+def read(self:Sequences,
+    idxs, # Numbers of items, one for each row
+    start, # First step to read of each, counted from the start of the item
+    n, # Steps to read of each; 0 leaves the row empty
+)->tuple[Tensor,...]: # x and y `(len(idxs), max(n), ...)`
+    "Some steps of some items; rows with fewer of them are padded with zeros"
+    n,rows = np.asarray(n),np.flatnonzero(n)
+    seq,first = self.locate(np.asarray(idxs)[rows])
+    begin = first+np.asarray(start)[rows]
+    spans = list(zip(rows.tolist(), seq.tolist(), begin.tolist(), n[rows].tolist()))
+    batch = []
+    for seqs in self.arrays:
+        kind = seqs[0]
+        dtype = self.dtype if kind.is_floating_point() else kind.dtype
+        out = torch.zeros((len(n), int(n.max(initial=0)), *kind.shape[1:]), dtype=dtype)
+        for row,i,start,steps in spans: out[row,:steps] = seqs[i][start:start+steps]
+        batch.append(out)
+    return tuple(batch)
+
+# %% ../../nbs/sequences/01_windows.ipynb #195ddc85
 class _Pieces(Sequences):
     "Pieces of sequences, every `stp_sz` steps, found by arithmetic"
     def _count(self, counts): self._counts,self._ends = counts,counts.cumsum()
@@ -139,6 +158,7 @@ class _Pieces(Sequences):
         empty._count(np.zeros(1, int))
         return empty
 
+# %% ../../nbs/sequences/01_windows.ipynb #cc09b746
 class SequenceWindows(_Pieces):
     "Windows of `win_sz` steps, every `stp_sz` steps, over one or several sequences of inputs and targets"
     def __init__(self,
@@ -149,37 +169,52 @@ class SequenceWindows(_Pieces):
         **kwargs # As for `Sequences`
     ):
         super().__init__(x, y, **kwargs)
-        lengths = self.steps
-        if win_sz is None and len(set(lengths))>1:
-            raise ValueError(f"The sequences have {lengths.min()} to {lengths.max()} steps: windows of one length need win_sz.")
+        lengths,longest = self.steps,self.steps.max()
+        if win_sz is None and len(set(lengths))>1: raise ValueError(
+            f"The sequences have {lengths.min()} to {longest} steps: windows of one length need win_sz.")
         self.win_sz = check_steps('win_sz', lengths[0] if win_sz is None else win_sz)
-        self.stp_sz = min(check_steps('stp_sz', self.win_sz if stp_sz is None else stp_sz), int(lengths.max()))
-        if self.win_sz>lengths.max(): raise ValueError(f"win_sz is {self.win_sz}, but the longest sequence has {lengths.max()} steps. Use a shorter window.")
-        if self.win_sz>lengths.min():
-            short = [self.groups[i] for i in np.flatnonzero(lengths<self.win_sz)]
-            warnings.warn(f"{len(short)} of {len(lengths)} sequences are shorter than win_sz={self.win_sz} and give no window: {short[:10]}{'…' if len(short)>10 else ''}.", stacklevel=2)
+        self.stp_sz = min(check_steps('stp_sz', self.win_sz if stp_sz is None else stp_sz), int(longest))
+        if self.win_sz>longest: raise ValueError(
+            f"win_sz is {self.win_sz}, but the longest sequence has {longest} steps. Use a shorter window.")
+        short = [self.groups[i] for i in np.flatnonzero(lengths<self.win_sz)]
+        if short:
+            more = '…' if len(short)>10 else ''
+            warnings.warn(
+                f"{len(short)} of {len(lengths)} sequences are shorter than win_sz={self.win_sz} and give no window: "
+                f"{short[:10]}{more}.", stacklevel=2)
         self._count(np.maximum((lengths-self.win_sz)//self.stp_sz+1, 0))
 
     @property
     def lengths(self): return np.broadcast_to(self.win_sz, len(self)) # takes no memory
 
-    def gather(self,
-        idxs, # Numbers of windows
-    )->tuple[Tensor,...]: # x and y `(len(idxs), win_sz, ...)`
-        "A batch of windows, by one indexing operation, or one copy of slices if there are several sequences"
-        if self.in_files: return self.read(idxs, np.zeros_like(idxs), np.full(len(idxs), self.win_sz))
-        seq,start = self.locate(idxs)
-        return tuple(self._cut(seqs, seq, start) for seqs in self.arrays)
+    def __getitem__(self, i):
+        if self.in_files or not hasattr(i, '__index__'): return super().__getitem__(i)
+        return tuple(b[0] for b in self.gather([index(i)]))
 
-    def _cut(self, seqs, seq, start):
-        if len(seqs)==1: batch = seqs[0].unfold(0, self.win_sz, 1).movedim(-1, 1)[torch.from_numpy(start)].contiguous()
-        elif len(seq): batch = torch.stack([seqs[i][a:a+self.win_sz] for i,a in zip(seq.tolist(), start.tolist())])
-        else: batch = seqs[0].new_empty((0, self.win_sz, *seqs[0].shape[1:]))
-        return batch.to(self.dtype) if batch.is_floating_point() else batch
+    def __repr__(self):
+        return (f'{type(self).__name__}: {len(self)} windows of {self.win_sz} steps, every {self.stp_sz}, '
+            f'over {len(self.steps)} sequences')
 
-    def __getitem__(self, i): return super().__getitem__(i) if self.in_files or not hasattr(i, '__index__') else tuple(b[0] for b in self.gather([index(i)]))
+# %% ../../nbs/sequences/01_windows.ipynb #ce479618
+def _cut_windows(
+    seqs, # Tensors `(time, ...)`
+    seq, # Number of the sequence of each window
+    start, # First step of each window
+    win_sz, # Steps of a window
+):
+    if len(seqs)==1: return seqs[0].unfold(0, win_sz, 1).movedim(-1, 1)[torch.from_numpy(start)].contiguous()
+    if len(seq)==0: return seqs[0].new_empty((0, win_sz, *seqs[0].shape[1:]))
+    return torch.stack([seqs[i][a:a+win_sz] for i,a in zip(seq.tolist(), start.tolist())])
 
-    def __repr__(self): return f'{type(self).__name__}: {len(self)} windows of {self.win_sz} steps, every {self.stp_sz}, over {len(self.steps)} sequences'
+@patch
+def gather(self:SequenceWindows,
+    idxs, # Numbers of windows
+)->tuple[Tensor,...]: # x and y `(len(idxs), win_sz, ...)`
+    "A batch of windows, by one indexing operation, or one copy of slices if there are several sequences"
+    if self.in_files: return self.read(idxs, np.zeros_like(idxs), np.full(len(idxs), self.win_sz))
+    seq,start = self.locate(idxs)
+    batch = (_cut_windows(seqs, seq, start, self.win_sz) for seqs in self.arrays)
+    return tuple(o.to(self.dtype) if o.is_floating_point() else o for o in batch)
 
 # %% ../../nbs/sequences/01_windows.ipynb #556a40e1
 class SequenceParts(_Pieces):

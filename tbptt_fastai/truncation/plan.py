@@ -11,6 +11,7 @@ from math import isfinite
 from operator import index
 from random import Random
 from typing import NamedTuple
+from fastcore.basics import patch
 
 # %% ../../nbs/truncation/00_plan.ipynb #bc3eb9ef
 class SubWindow(NamedTuple):
@@ -18,9 +19,11 @@ class SubWindow(NamedTuple):
     start:int # First step; 0 marks a new window
     stop:int|None # One past the last step; `None`: to the end of the window
     loss_start:int # First step whose loss counts
-    weight:float=1. # Factor for a loss that is a mean over steps, so that every counted step of a window weighs the same; 0: no step counts. `Truncation.sub_windows` sets it
+    # Factor for a loss that is a mean over steps, so that every counted step of a window weighs the same;
+    # 0: no step counts. `Truncation.sub_windows` sets it
+    weight:float=1.
     carry:int|None=None # Step whose state the next sub-window starts from; default: `stop`
-    cuts:tuple=() # Pairs `(step, factor)`: what the gradient of the state is multiplied by where it goes back over that step
+    cuts:tuple=() # Pairs `(step, factor)`: what the gradient of the state is multiplied by, going back over that step
     lr:float=1. # Factor for the learning rate of this training step
 
     @property
@@ -38,11 +41,14 @@ class SubWindow(NamedTuple):
         "Does the next sub-window start from another state?"
         return self.next_start!=self.start
 
-    def pieces(self):
-        "Its parts between two cuts, and where the state is that the next one starts from: triples `(start, stop, factor)`"
-        factors = {**({self.carry:1.} if self.carry not in (None, self.start, self.stop) else {}), **dict(self.cuts)}
-        bounds = [self.start, *sorted(factors), self.stop]
-        return [(a, b, factors.get(a, 1.)) for a,b in zip(bounds, bounds[1:])]
+# %% ../../nbs/truncation/00_plan.ipynb #d231330e
+@patch
+def pieces(self:SubWindow):
+    "Its parts between two cuts, and where the state is that the next one starts from: triples `(start, stop, factor)`"
+    factors = dict(self.cuts)
+    if self.carry not in (None, self.start, self.stop): factors.setdefault(self.carry, 1.)
+    bounds = [self.start, *sorted(factors), self.stop]
+    return [(a, b, factors.get(a, 1.)) for a,b in zip(bounds, bounds[1:])]
 
 # %% ../../nbs/truncation/00_plan.ipynb #b07ea521
 def check_steps(
@@ -52,24 +58,22 @@ def check_steps(
 )->int:
     "`steps` as an int; a `TypeError` or `ValueError` that names the setting if it is not a whole number of steps"
     try: n = index(steps)
-    except TypeError: raise TypeError(f"{name} is {steps!r}, a {type(steps).__name__}; expected a whole number of steps.") from None
+    except TypeError: raise TypeError(
+        f"{name} is {steps!r}, a {type(steps).__name__}; expected a whole number of steps.") from None
     if isinstance(steps, bool): raise TypeError(f"{name} is {steps!r}; expected a whole number of steps.")
     if n<least: raise ValueError(f"{name} is {n}; expected at least {least}.")
     return n
 
 # %% ../../nbs/truncation/00_plan.ipynb #f1f93de9
-class _NoRandom:
-    "In the place of random numbers, for schemes that draw none"
-    def __init__(self, name): self._name = name
-    def __getattr__(self, attr): raise ValueError(f"{self._name} draws random numbers: say so by `random = True` in its class, so that each window gets others, and each process the same.")
-
 class Truncation:
     "A plan over one window, made anew for each window. Subclasses have a `plan`"
     least_window = 1 # Steps that a window has to have
     sub_seq_len = None # Steps that gradients usually go back over; `None`: those of the window
     random = False # Does the plan draw random numbers?
     recompute = False # Are activations computed again in the backward pass, piece by piece between the `cuts`?
-    lengths = None # A method `lengths(rng)` that yields lengths without end, if they vary and sub-windows follow each other: then it works on a `StreamDL` too
+    # A method `lengths(rng)` that yields lengths without end, if they vary and sub-windows follow each other:
+    # then it works on a `StreamDL` too
+    lengths = None
     block = None # Steps that all its bounds are multiples of, but for the window's end; needed for a `StreamDL`
 
     def plan(self,
@@ -90,42 +94,75 @@ class Truncation:
         "Factor for a loss that is a mean over steps"
         return counted/most
 
-    def sub_windows(self,
-        win_sz:int, # Steps of the window
-        n_skip:int=0, # Washout: first steps of the window whose loss does not count
-        rng:Random=None, # Default: one that draws the same each time
-    )->list[SubWindow]:
-        "The plan, checked, with washout and weights. A sub-window of weight 0 only brings the state to its `next_start`"
-        win_sz,n_skip = check_steps('win_sz', win_sz),check_steps('n_skip', n_skip, least=0)
-        if n_skip>=win_sz: raise ValueError(f"n_skip is {n_skip}, the window has {win_sz} steps: no step would count in the loss. Use a smaller n_skip or a longer window.")
-        plan = self._checked(self.plan(win_sz, (rng or Random(0)) if self.random else _NoRandom(type(self).__name__)), win_sz)
-        counted = [max(o.stop-max(o.loss_start, n_skip), 0) for o in plan]
-        most = max(counted)
-        if most==0: raise ValueError(f"In the plan of {type(self).__name__} for {win_sz} steps, {n_skip} of them washout, no step counts in a loss.")
-        return [o._replace(loss_start=o.stop-n, weight=self.weight(n, most) if n else 0.) for o,n in zip(plan, counted)]
-
-    def _checked(self, plan, win_sz):
-        at,res,which = 0,[],f"plan of {type(self).__name__} for {win_sz} steps"
-        try: plan = list(plan)
-        except TypeError: raise TypeError(f"The {which} is a {type(plan).__name__}; expected SubWindows, or pairs (start, stop).") from None
-        for i,o in enumerate(plan):
-            try:
-                if not isinstance(o, SubWindow):
-                    start,stop = o
-                    o = SubWindow(start, stop, start)
-                bounds = [index(step) for step in (o.start, o.stop, o.loss_start, o.next_start, *(step for step,_ in o.cuts))]
-                fits = isfinite(o.lr) and o.lr>0 and all(isfinite(factor) for _,factor in o.cuts) and len(dict(o.cuts))==len(o.cuts)
-            except (TypeError, ValueError): raise TypeError(f"Sub-window {i} of the {which} is {o}; expected a SubWindow, or a pair (start, stop), of whole steps; cuts are pairs (step, factor).") from None
-            if o.start!=at or not o.start<o.stop<=win_sz or not all(o.start<=step<=o.stop for step in bounds) or not all(o.start<step<o.stop for step,_ in o.cuts) or not fits:
-                raise ValueError(f"Sub-window {i} of the {which} is {o}; expected start={at}, and start < stop <= {win_sz}, with carry, loss_start and cuts between them, each cut once, and finite factors.")
-            at = o.next_start
-            res.append(o)
-        if not res or res[-1].stop!=win_sz: raise ValueError(f"The {which} ends at {res[-1].stop if res else 0}; expected the window's end.")
-        return res
-
     def __repr__(self):
-        args = ((k, getattr(self, k, p.default), p.default) for k,p in signature(type(self)).parameters.items())
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v,default in args if v!=default)})"
+        params = signature(type(self)).parameters.items()
+        args = ((k, getattr(self, k, p.default), p.default) for k,p in params)
+        changed = ', '.join(f'{k}={v!r}' for k,v,default in args if v!=default)
+        return f'{type(self).__name__}({changed})'
+
+# %% ../../nbs/truncation/00_plan.ipynb #74e16214
+def _fits(o, at, win_sz):
+    "Does `o` start at `at`, with its steps in order? A `TypeError` or `ValueError` if they are not whole steps"
+    cuts,factors = [step for step,_ in o.cuts],[factor for _,factor in o.cuts]
+    steps = [index(step) for step in (o.start, o.stop, o.loss_start, o.next_start, *cuts)]
+    finite = o.lr>0 and all(map(isfinite, (o.lr, *factors)))
+    inside = all(o.start<=step<=o.stop for step in steps)
+    cut_once = len(set(cuts))==len(o.cuts) and all(o.start<step<o.stop for step in cuts)
+    return o.start==at and o.start<o.stop<=win_sz and inside and cut_once and finite
+
+# %% ../../nbs/truncation/00_plan.ipynb #3386b607
+def _check_plan(plan, win_sz, which):
+    "The plan as a list of `SubWindow`s that cover the window in order"
+    try: plan = list(plan)
+    except TypeError: raise TypeError(
+        f"The {which} is a {type(plan).__name__}; expected SubWindows, or pairs (start, stop).") from None
+    at,end,res = 0,0,[]
+    for i,o in enumerate(plan):
+        try:
+            if not isinstance(o, SubWindow):
+                start,stop = o
+                o = SubWindow(start, stop, start)
+            fits = _fits(o, at, win_sz)
+        except (TypeError, ValueError): raise TypeError(
+            f"Sub-window {i} of the {which} is {o}; expected a SubWindow, or a pair (start, stop), of whole steps; "
+            "cuts are pairs (step, factor).") from None
+        if not fits: raise ValueError(
+            f"Sub-window {i} of the {which} is {o}; expected start={at}, and start < stop <= {win_sz}, "
+            "with carry, loss_start and cuts between them, each cut once, and finite factors.")
+        at,end = o.next_start,o.stop
+        res.append(o)
+    if end!=win_sz: raise ValueError(f"The {which} ends at {end}; expected the window's end.")
+    return res
+
+# %% ../../nbs/truncation/00_plan.ipynb #ff07f4e8
+class _NoRandom:
+    "In the place of random numbers, for schemes that draw none"
+    def __init__(self, name): self._name = name
+    def __getattr__(self, attr): raise ValueError(
+        f"{self._name} draws random numbers: say so by `random = True` in its class, "
+        "so that each window gets others, and each process the same.")
+
+# %% ../../nbs/truncation/00_plan.ipynb #fdf7458c
+@patch
+def sub_windows(self:Truncation,
+    win_sz:int, # Steps of the window
+    n_skip:int=0, # Washout: first steps of the window whose loss does not count
+    rng:Random=None, # Default: one that draws the same each time
+)->list[SubWindow]:
+    "The plan, checked, with washout and weights. A sub-window of weight 0 only brings the state to its `next_start`"
+    win_sz,n_skip = check_steps('win_sz', win_sz),check_steps('n_skip', n_skip, least=0)
+    if n_skip>=win_sz: raise ValueError(
+        f"n_skip is {n_skip}, the window has {win_sz} steps: no step would count in the loss. "
+        "Use a smaller n_skip or a longer window.")
+    name = type(self).__name__
+    rng = (rng or Random(0)) if self.random else _NoRandom(name)
+    plan = _check_plan(self.plan(win_sz, rng), win_sz, f'plan of {name} for {win_sz} steps')
+    counted = [max(o.stop-max(o.loss_start, n_skip), 0) for o in plan]
+    most = max(counted)
+    if most==0: raise ValueError(
+        f"In the plan of {name} for {win_sz} steps, {n_skip} of them washout, no step counts in a loss.")
+    weights = [self.weight(n, most) if n else 0. for n in counted]
+    return [o._replace(loss_start=o.stop-n, weight=weight) for o,n,weight in zip(plan, counted, weights)]
 
 # %% ../../nbs/truncation/00_plan.ipynb #2536c121
 class Fixed(Truncation):
@@ -135,14 +172,18 @@ class Fixed(Truncation):
         sub_seq_len:int, # Steps of a sub-window
     ): self.sub_seq_len = self.block = self.least_window = check_steps('sub_seq_len', sub_seq_len)
 
+    def plan(self, win_sz, rng):
+        return [(start, min(start+self.sub_seq_len, win_sz)) for start in range(0, win_sz, self.sub_seq_len)]
+
     def sub_windows(self, win_sz, n_skip=0, rng=None):
-        if type(self) is not Fixed or vars(self).keys()&{'plan','weight'}: return super().sub_windows(win_sz, n_skip, rng)
-        asked = self.sub_seq_len,check_steps('win_sz', win_sz),check_steps('n_skip', n_skip, least=0) # most windows are as long as the last one
+        changed = type(self) is not Fixed or vars(self).keys()&{'plan','weight'}
+        if changed: return super().sub_windows(win_sz, n_skip, rng)
+        # most windows are as long as the last one
+        asked = self.sub_seq_len,check_steps('win_sz', win_sz),check_steps('n_skip', n_skip, least=0)
         if self._last is None or self._last[0]!=asked: self._last = asked,super().sub_windows(win_sz, n_skip, rng)
         return list(self._last[1])
 
-    def plan(self, win_sz, rng): return [(start, min(start+self.sub_seq_len, win_sz)) for start in range(0, win_sz, self.sub_seq_len)]
-
+# %% ../../nbs/truncation/00_plan.ipynb #3b1408dc
 def as_truncation(
     o, # A scheme, a number of steps, or `None` for whole windows
 )->Truncation|None:

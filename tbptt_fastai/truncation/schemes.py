@@ -15,10 +15,11 @@ class Overlap(Truncation):
     def __init__(self,
         k1:int, # Steps from one update to the next
         k2:int, # Steps that gradients go back over
-        losses:str='last', # Which losses count in an update: those of the 'last' k1 steps, each once; or those of 'all' k2 steps, most of them several times
+        losses:str='last', # Losses in an update: of the 'last' k1 steps, each once; or of 'all' k2, most several times
     ):
         self.k1,self.k2,self.losses = check_steps('k1', k1),check_steps('k2', k2),losses
-        if k2<k1: raise ValueError(f"k2 is {k2}, k1 is {k1}: steps between them would have no gradient. Use a k2 of at least k1.")
+        if k2<k1: raise ValueError(
+            f"k2 is {k2}, k1 is {k1}: steps between them would have no gradient. Use a k2 of at least k1.")
         if losses not in ('last', 'all'): raise ValueError(f"losses is {losses!r}; expected 'last' or 'all'.")
 
     @property
@@ -31,7 +32,10 @@ class Overlap(Truncation):
     def plan(self, win_sz, rng):
         stops = [*range(self.k1, win_sz, self.k1), win_sz]
         starts = [max(stop-self.k2, 0) for stop in stops]
-        for start,stop,carry,before in zip(starts, stops, [*starts[1:], win_sz], [0, *stops]): yield SubWindow(start, stop, before if self.losses=='last' else start, carry=carry)
+        loss_starts = [0, *stops] if self.losses=='last' else starts
+        carries = [*starts[1:], win_sz]
+        for start,stop,loss_start,carry in zip(starts, stops, loss_starts, carries):
+            yield SubWindow(start, stop, loss_start, carry=carry)
 
 # %% ../../nbs/truncation/01_schemes.ipynb #41d0b807
 class Jittered(Truncation):
@@ -43,10 +47,15 @@ class Jittered(Truncation):
         std:float=5., # Standard deviation of the length, in steps
         least:int=5, # Shortest length, in steps
         longest:int=None, # Longest length, in steps; default: no limit
-        rescale:str='loss', # What is multiplied by length/k: the 'loss', so that each step weighs the same; or the learning rate, 'lr', as AWD-LSTM does
+        # What is multiplied by length/k: the 'loss', so that each step weighs the same;
+        # or the learning rate, 'lr', as AWD-LSTM does
+        rescale:str='loss',
     ):
-        self.k,self.half,self.std,self.least,self.longest,self.rescale = check_steps('k', k),half,std,check_steps('least', least),longest if longest is None else check_steps('longest', longest, least),rescale
-        if not 0<=half<=1 or not std>=0: raise ValueError(f"half is {half}, std is {std}; expected a share, and a number of steps that is not negative.")
+        self.k,self.least = check_steps('k', k),check_steps('least', least)
+        self.longest = longest if longest is None else check_steps('longest', longest, least)
+        self.half,self.std,self.rescale = half,std,rescale
+        if not 0<=half<=1 or not std>=0: raise ValueError(
+            f"half is {half}, std is {std}; expected a share, and a number of steps that is not negative.")
         if rescale not in ('loss', 'lr'): raise ValueError(f"rescale is {rescale!r}; expected 'loss' or 'lr'.")
 
     @property
@@ -56,7 +65,8 @@ class Jittered(Truncation):
 
     def lengths(self, rng):
         while True:
-            n = max(self.least, int(rng.gauss(self.k/2 if rng.random()<self.half else self.k, self.std)))
+            mean = self.k/2 if rng.random()<self.half else self.k
+            n = max(self.least, int(rng.gauss(mean, self.std)))
             yield min(n, self.longest or n)
 
     def plan(self, win_sz, rng):
@@ -70,20 +80,27 @@ class Jittered(Truncation):
 
     def sub_windows(self, win_sz, n_skip=0, rng=None):
         plan = super().sub_windows(win_sz, n_skip, rng)
-        return plan if self.rescale=='loss' else [o._replace(lr=(o.stop-o.loss_start)/self.k if o.weight else 1.) for o in plan]
+        if self.rescale=='loss': return plan
+        def lr(o): return (o.stop-o.loss_start)/self.k if o.weight else 1.
+        return [o._replace(lr=lr(o)) for o in plan]
 
 # %% ../../nbs/truncation/01_schemes.ipynb #ce7ea437
 class RandomUnbiased(Truncation):
-    "Cut at random, and scale up gradients that pass, so that the mean gradient is the full one; ARTBP, Tallec and Ollivier 2017 (arXiv 1705.08209)"
+    """Cut at random, and scale up gradients that pass, so that the mean gradient is the full one.
+
+    ARTBP, Tallec and Ollivier 2017 (arXiv 1705.08209)"""
     random = True
     def __init__(self,
         mean:float, # Mean length of a sub-window, in steps
-        alpha:float=None, # Exponent of the power law of lengths, above 2; default: a geometric law, the same probability everywhere
+        # Exponent of the power law of lengths, above 2; default: a geometric law, the same probability everywhere
+        alpha:float=None,
         block:int=1, # Steps from one boundary, where a cut is possible, to the next: larger blocks are faster
     ):
         self.mean,self.alpha,self.block = mean,alpha,check_steps('block', block)
-        if not mean>block: raise ValueError(f"mean is {mean}, block is {block}: a mean length above that of a block is needed.")
-        if alpha is not None and not alpha>2: raise ValueError(f"alpha is {alpha}; expected an exponent above 2, as the mean length is infinite otherwise.")
+        if not mean>block: raise ValueError(
+            f"mean is {mean}, block is {block}: a mean length above that of a block is needed.")
+        if alpha is not None and not alpha>2: raise ValueError(
+            f"alpha is {alpha}; expected an exponent above 2, as the mean length is infinite otherwise.")
 
     @property
     def sub_seq_len(self): return round(self.mean)
@@ -95,7 +112,8 @@ class RandomUnbiased(Truncation):
     )->float:
         "Of a cut after so many blocks"
         mean = self.mean/self.block
-        return 1/mean if self.alpha is None else min((self.alpha-1)/((self.alpha-2)*mean+n), 1.)
+        if self.alpha is None: return 1/mean
+        return min((self.alpha-1)/((self.alpha-2)*mean+n), 1.)
 
     def plan(self, win_sz, rng):
         start,cuts = 0,[]
@@ -111,7 +129,9 @@ class RandomUnbiased(Truncation):
 
 # %% ../../nbs/truncation/01_schemes.ipynb #c995e641
 class Exact(Truncation):
-    "Full backpropagation through whole windows that keeps one segment's activations at a time; after Gruslys et al. 2016 (arXiv 1606.03401)"
+    """Full backpropagation through whole windows that keeps one segment's activations at a time.
+
+    After Gruslys et al. 2016 (arXiv 1606.03401)"""
     recompute = True
     def __init__(self,
         segment:int=None, # Steps that are computed again at a time; default: the square root of the window's
