@@ -138,10 +138,15 @@ def _first_input(model, memory, window, groups):
     finally: hook.remove()
     return first(seen)
 
+def _may_lose_it(rnn, x):
+    "Could a gradient be lost between the steps of this call? Layers of torch.nn lose none"
+    if x is None or isinstance(rnn, nn.RNNBase): return False
+    return getattr(rnn, 'batch_first', True) and x.shape[1]>1
+
 def _cut_within(model, memory, window, groups, tol):
     "How a memory loses the gradient within a single call, though its last output depends on earlier steps; `None` if it does not"
-    x,rnn = _first_input(model, memory, window, groups),memory.rnn
-    if x is None or isinstance(rnn, nn.RNNBase) or not getattr(rnn, 'batch_first', True) or x.shape[1]<2: return None
+    x = _first_input(model, memory, window, groups)
+    if not _may_lose_it(memory.rnn, x): return None
     x.requires_grad_(x.is_floating_point())
     wrt = [o for o in (x, *memory.parameters()) if o.requires_grad]
     def last(x, steps): return run_in_parts(memory, Window((x,), 1), steps, groups)[-1][:,-1]

@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastai.torch_core import get_model, to_device
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 from ..training.callback import TbpttResetCB
 from ..state.carry import Carry, out_of_reach
 from ..training.checks import check_carries, check_states
@@ -41,6 +41,7 @@ def decay_rate(
     if not np.isfinite(log[use]).all(): return float('inf')
     return float(np.exp(np.polyfit(lags[use], log[use], 1)[0])) if use.sum()>1 else float('nan')
 
+# %% ../../nbs/instruments/02_find.ipynb #5c9171be
 def relative_bias(
     lags:np.ndarray, # Lags, in steps, evenly spaced
     phi:np.ndarray, # Mean gradient norm at each of them
@@ -51,10 +52,11 @@ def relative_bias(
     "Estimate of the relative bias of a gradient of so many steps"
     if phi[-1]==0 and not beta<1: beta = 0. # a memory that reaches no further
     if not beta<1: return np.full(len(lags), np.inf)
-    step,i = lags[1]-lags[0],int(np.searchsorted(lags, tau))
-    rate = beta**step
-    left = phi[::-1].cumsum()[::-1]+phi[-1]*rate/(1-rate)
-    left[i:] = np.where(left[i:]>0, np.maximum(left[i:], phi[i]*rate**np.arange(len(lags)-i)/(1-rate)), 0.) # 0: a memory that reaches no further
+    i = int(np.searchsorted(lags, tau))
+    rate = beta**(lags[1]-lags[0])
+    left = phi[::-1].cumsum()[::-1]+phi[-1]*rate/(1-rate) # what was measured, and the tail after it
+    fitted = phi[i]*rate**np.arange(len(lags)-i)/(1-rate)
+    left[i:] = np.where(left[i:]>0, np.maximum(left[i:], fitted), 0.) # 0: a memory that reaches no further
     left[:i] = left[i]+phi[:i][::-1].cumsum()[::-1]
     whole = np.max(norms-np.append(left[1:], left[-1]*rate))
     return left/whole if whole>0 else np.full(len(lags), np.inf)
@@ -65,16 +67,21 @@ def _with_gradient(carry):
     res = {}
     for name,state in carry.states.items():
         dims = batch_dims(state, getattr(carry.modules[name], 'batch_dim', 1))
-        res.update({(name,i):(t, dim) for i,(t,dim) in enumerate(zip(state_leaves(state), dims)) if isinstance(t, Tensor) and t.requires_grad})
+        for i,(t,dim) in enumerate(zip(state_leaves(state), dims)):
+            if isinstance(t, Tensor) and t.requires_grad: res[name,i] = t,dim
     return res
 
-def _views(state): return tree_map(lambda o: o.view_as(o) if isinstance(o, Tensor) else o, state) # nothing but the next block uses them, so their gradient is that of the state
+def _views(state):
+    "Views of the state: nothing but the next block uses them, so their gradient is that of the state"
+    return tree_map_only(Tensor, lambda o: o.view_as(o), state)
 
+# %% ../../nbs/instruments/02_find.ipynb #d7a6b711
 @contextmanager
 def _unchanged(learn):
     "Whatever happens, model, loader and random generators are afterwards as before"
     model = learn.model
-    attributes,buffers = [(d, dict(d)) for m in model.modules() for d in (vars(m), m._buffers)],[(b, b.clone()) for b in model.buffers()]
+    attributes = [(d, dict(d)) for m in model.modules() for d in (vars(m), m._buffers)]
+    buffers = [(b, b.clone()) for b in model.buffers()]
     with unread(learn.dls.train), out_of_reach(model):
         try: yield
         finally:
@@ -85,25 +92,99 @@ def _unchanged(learn):
                 for b,value in buffers: b.copy_(value)
 
 # %% ../../nbs/instruments/02_find.ipynb #c6aa6051
-def _windows(dl, limit, n_inp, timed):
-    "Training windows, how many of their elements are inputs, and the groups of their rows if the loader tells; of a `StreamDL` the first steps of those sequences that are long enough"
-    view = SubWindows(dl, n_inp=n_inp)
-    for batch,groups in _stream_starts(dl, limit) if isinstance(dl, StreamDL) else ((o, None) for o in view): yield Window(batch, view._n_inp(batch), timed),view._n_inp(batch),groups
-
 def _stream_starts(dl, limit):
+    "The first steps of those sequences that are long enough, and the group of each row"
     steps = min(limit, int(np.median(dl.dataset.lengths)))
     dl.before_iter()
     for block in dl.layout(steps):
         rows = (block.start==0)&(block.n==steps)
         if not rows.any(): continue
         batch = dl._read(Block(block.seq[rows], block.start[rows], block.n[rows]))
-        yield transform_block(dl.after_batch, batch if dl.device is None else to_device(batch, dl.device), begins=True),dl.dataset.groups_of(block.seq[rows])
+        if dl.device is not None: batch = to_device(batch, dl.device)
+        yield transform_block(dl.after_batch, batch, begins=True),dl.dataset.groups_of(block.seq[rows])
 
-def _gradients(learn, window, n_inp, groups, start, n_blocks, step, n_lags, ends):
-    "Of the losses at the end of some blocks, for each lag: the mean norm of a row's gradient; and, for each tensor of the state, the mean gradient `(lag, unit)`"
-    model,loss_func,states,phi,total = learn.model,learn.loss_func,[],0,{}
-    device = next(model.parameters()).device
-    timed = not window.targets_timed or any(window.targets_timed)
+def _windows(dl, limit, n_inp, timed):
+    "Training windows, how many of their elements are inputs, and the groups of their rows if the loader tells"
+    view = SubWindows(dl, n_inp=n_inp)
+    batches = _stream_starts(dl, limit) if isinstance(dl, StreamDL) else ((o, None) for o in view)
+    for batch,groups in batches:
+        n_inp = view._n_inp(batch)
+        yield Window(batch, n_inp, timed),n_inp,groups
+
+# %% ../../nbs/instruments/02_find.ipynb #ad839740
+def _has_steps(window):
+    "Are there targets for each step?"
+    return not window.targets_timed or any(window.targets_timed)
+
+def _count_lags(window, steps, max_lag, step):
+    "How many lags a window is measured at, of which `steps` steps are used"
+    n_lags = (min(steps//2, 500) if max_lag is None else max_lag)//step
+    if n_lags>=2 and n_lags*step<steps: return n_lags
+    wanted = 'two lags' if max_lag is None else f'max_lag={max_lag}'
+    or_else = '' if max_lag is None else ', or a smaller max_lag'
+    if step!=1: or_else += ', or a smaller step'
+    raise ValueError(f"A window has {window.steps} steps: too short for {wanted} with step={step}. Use longer windows{or_else}.")
+
+def _blocks_with_loss(n_blocks, n_lags, step, n_losses, n_skip, timed):
+    "Blocks that end in a loss: all lags are before them, and the washout; none if the window is too short for that"
+    least = max(n_lags, -(-(n_skip+1)//step)-1)
+    if least>=n_blocks: return set()
+    if not timed: return {n_blocks-1}
+    return {int(o) for o in np.linspace(least, n_blocks-1, n_losses).round()}
+
+# %% ../../nbs/instruments/02_find.ipynb #5b8399a0
+def _last_loss(loss_func, pred, yb, step, timed):
+    "The loss of the last step of a block, or of the whole prediction where targets have no steps"
+    def last(o):
+        has_steps = timed and isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==step
+        return o[:,-1:] if has_steps else o
+    loss = loss_func(*tree_map(last, (pred, *yb)))
+    return loss.mean() if loss.ndim else loss
+
+def _in_rows(grad, dim, bs):
+    "A gradient as `(row, unit)`, in double precision; a complex number is two units"
+    rows = grad.flatten().expand(bs, -1)/bs if dim is None else grad.movedim(dim, 0).reshape(bs, -1)
+    if rows.is_complex(): rows = torch.view_as_real(rows).flatten(1)
+    return rows.double()
+
+# %% ../../nbs/instruments/02_find.ipynb #41c0e674
+def _joined(by_lag, n_lags, bs):
+    "`(lag, row, unit)` from the gradients `(row, unit)` of some lags; zero for what a state does not have, or not yet"
+    res = next(iter(by_lag.values())).new_zeros(n_lags, bs, max(o.shape[1] for o in by_lag.values()))
+    for lag,rows in by_lag.items(): res[lag,:,res.shape[2]-rows.shape[1]:] = rows
+    return res
+
+def _by_lag(loss, states, bs):
+    "Gradients of a loss for the states of some blocks, `(lag, row, unit)` for each of their tensors"
+    flat = [(lag,key,*o) for lag,leaves in enumerate(states) for key,o in leaves.items()]
+    grads = torch.autograd.grad(loss, [o[2] for o in flat], retain_graph=True, allow_unused=True)
+    by_leaf = {}
+    for (lag,key,t,dim),g in zip(flat, grads):
+        if g is None: g = torch.zeros_like(t)
+        by_leaf.setdefault(key, {})[lag] = _in_rows(g, dim, bs)
+    return {key:_joined(o, len(states), bs) for key,o in by_leaf.items()}
+
+def _added(a, b):
+    "Sums of tensors `(lag, unit)` by their keys; units that one does not have are in front"
+    def add(x, y):
+        n = max(x.shape[1], y.shape[1])
+        return sum(nn.functional.pad(o, (n-o.shape[1], 0)) for o in (x, y))
+    return {**b, **{key: add(o, b[key]) if key in b else o for key,o in a.items()}}
+
+# %% ../../nbs/instruments/02_find.ipynb #097591a3
+def _check_followed(states, model):
+    if not any(states): raise ValueError(
+        f"No state of {type(get_model(model)).__name__} has a gradient: its recurrent layers are frozen, or it carries its state "
+        "by itself, detached. Unfreeze it, or carry the state in a StatefulRNN.")
+
+def _gradients(learn, window, n_inp, groups, step, n_blocks, n_lags, ends):
+    """Gradients of the losses at the end of some blocks
+
+    The mean norm of a row's gradient, for each lag; and, for each tensor of the state, the mean gradient `(lag, unit)`."""
+    model,loss_func = learn.model,learn.loss_func
+    device,timed = next(model.parameters()).device,_has_steps(window)
+    start = 0 if timed else window.steps-n_blocks*step # so that the last block ends with the window
+    states,phi,total = [],0,{}
     with Carry(model, keep_graph=True) as carry:
         carry.reset(groups=groups)
         for j in range(n_blocks):
@@ -113,10 +194,8 @@ def _gradients(learn, window, n_inp, groups, start, n_blocks, step, n_lags, ends
             bs = next(len(o) for o in state_leaves(batch) if isinstance(o, Tensor))
             if j==0: check_states(carry, bs, step)
             if j in ends:
-                if not any(states): raise ValueError(f"No state of {type(get_model(model)).__name__} has a gradient: its recurrent layers are frozen, or it carries its state by itself, detached. Unfreeze it, or carry the state in a StatefulRNN.")
-                last = lambda o: o[:,-1:] if timed and isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==step else o
-                loss = loss_func(*tree_map(last, (pred, *batch[n_inp:])))
-                if loss.ndim: loss = loss.mean()
+                _check_followed(states, model)
+                loss = _last_loss(loss_func, pred, batch[n_inp:], step, timed)
                 scale = 1 if getattr(loss_func, 'reduction', 'mean')=='sum' else bs # the gradient of a row's own loss
                 grads = {key:o*scale for key,o in _by_lag(loss, states[:-n_lags-1:-1], bs).items()}
                 phi = phi+torch.cat([*grads.values()], 2).norm(dim=2).mean(1)/len(ends)
@@ -124,26 +203,30 @@ def _gradients(learn, window, n_inp, groups, start, n_blocks, step, n_lags, ends
             states.append(_with_gradient(carry))
     return phi.cpu().numpy(),total
 
-def _added(a, b):
-    "Sums of tensors `(lag, unit)` by their keys; units that one does not have are in front"
-    def add(x, y):
-        n = max(x.shape[1], y.shape[1])
-        return sum(nn.functional.pad(o, (n-o.shape[1], 0)) for o in (x, y))
-    return {**b, **{key: add(o, b[key]) if key in b else o for key,o in a.items()}}
-
-def _by_lag(loss, states, bs):
-    "Gradients of a loss for the states of some blocks, `(block, row, unit)` for each of their tensors; zero for what a state does not have, or not yet: one that grows does so in front"
-    flat = [(lag,key,*o) for lag,leaves in enumerate(states) for key,o in leaves.items()]
-    by_leaf = {}
-    for (lag,key,t,dim),g in zip(flat, torch.autograd.grad(loss, [o[2] for o in flat], retain_graph=True, allow_unused=True)):
-        if g is None: g = torch.zeros_like(t)
-        rows = g.flatten().expand(bs, -1)/bs if dim is None else g.movedim(dim, 0).reshape(bs, -1)
-        by_leaf.setdefault(key, {})[lag] = (torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows).double() # a complex number is two units
-    def joined(leaf):
-        res = next(iter(leaf.values())).new_zeros(len(states), bs, max(o.shape[1] for o in leaf.values()))
-        for lag,rows in leaf.items(): res[lag,:,res.shape[2]-rows.shape[1]:] = rows
-        return res
-    return {key:joined(o) for key,o in by_leaf.items()}
+# %% ../../nbs/instruments/02_find.ipynb #4cae6899
+def _measure(learn, n_batches, max_lag, step, n_losses):
+    "Gradient norms `(batches, lags)`; the sum over batches of the mean gradients; inputs and groups of the first window"
+    cb = next(iter(learn._grab_cbs(TbpttResetCB)), TbpttResetCB())
+    limit = cb.n_skip+(1000 if max_lag is None else 2*max_lag)
+    device = next(learn.model.parameters()).device
+    phis,total,example = [],{},None
+    for window,n_inp,groups in _windows(inner_loader(learn.dls.train), limit, vars(learn.dls).get('n_inp'), cb.timed):
+        steps = min(window.steps, limit)
+        if example is None:
+            n_lags = _count_lags(window, steps, max_lag, step)
+            example = plain_batch(window.batch[:n_inp], device),groups
+        n_blocks = steps//step
+        ends = _blocks_with_loss(n_blocks, n_lags, step, n_losses, cb.n_skip, _has_steps(window))
+        if not ends and phis: continue
+        if not ends: raise ValueError(
+            f"A window has {window.steps} steps, of which {cb.n_skip} are washout: no loss has {n_lags*step} steps before it. "
+            "Use longer windows, or a smaller max_lag.")
+        phi,gradient = _gradients(learn, window, n_inp, groups, step, n_blocks, n_lags, ends)
+        phis.append(phi)
+        total = _added(total, gradient)
+        if len(phis)==n_batches: break
+    if not phis: raise ValueError("The training loader has no batches.")
+    return np.stack(phis),total,example
 
 # %% ../../nbs/instruments/02_find.ipynb #7b0ccd9a
 @dataclass
@@ -165,88 +248,64 @@ class TbpttFind:
         "The same for sub-windows of so many steps that are cut one after the other: their first losses reach back less than their last"
         return self.delta.cumsum()/np.arange(1, len(self.delta)+1)
 
-    def plot(self,
-        ax=None, # Axes to draw in; default: a new figure
-    ): # The axes
-        "Gradient norm against lag, with the spread over batches"
-        ax = ax or plt.subplots(figsize=(6,3.2), layout='constrained')[1]
-        mean,tiny = self.phi.mean(0),np.finfo(float).tiny
-        ax.set_yscale('log')
-        ax.fill_between(self.lags, self.phi.min(0).clip(tiny), self.phi.max(0).clip(tiny), alpha=.25, lw=0, label='range over batches')
-        ax.plot(self.lags, mean.clip(tiny), label='mean')
-        low,high = mean[0]*1e-4,mean[0]*10
-        if np.isfinite(mean).all() and mean[0]>0:
-            bottom,top = max(min(mean.min()/3, low/10), mean[0]*1e-12),max(self.phi.max()*3, high*8)
-            ax.set_ylim(bottom, top)
-            ax.axhspan(bottom, low, color='0.5', alpha=.15, lw=0)
-            ax.axhspan(high, top, color='C3', alpha=.15, lw=0)
-            for y,text in ((bottom,'vanishing'), (high,'exploding')): ax.annotate(text, (1, y), xycoords=('axes fraction','data'), xytext=(-4,2), textcoords='offset points', ha='right', va='bottom', color='0.3')
-        if self.suggestion is not None: ax.axvline(self.suggestion, color='C1', ls='-' if self.reached else '--', label=f'suggested: {self.suggestion}' if self.reached else f'at least {self.suggestion}')
-        ax.set(xlabel='lag [steps]', ylabel='gradient norm', title=f'$\\beta$ = {self.beta:.4g}')
-        ax.legend(frameon=False, loc='best')
-        return ax
+# %% ../../nbs/instruments/02_find.ipynb #b950c9ff
+def _shade_extremes(ax, mean, largest):
+    low,high = mean[0]*1e-4,mean[0]*10
+    bottom = max(min(mean.min()/3, low/10), mean[0]*1e-12)
+    top = max(largest*3, high*8)
+    ax.set_ylim(bottom, top)
+    ax.axhspan(bottom, low, color='0.5', alpha=.15, lw=0)
+    ax.axhspan(high, top, color='C3', alpha=.15, lw=0)
+    for y,text in ((bottom,'vanishing'), (high,'exploding')):
+        ax.annotate(text, (1, y), xycoords=('axes fraction','data'), xytext=(-4,2), textcoords='offset points',
+            ha='right', va='bottom', color='0.3')
 
-# %% ../../nbs/instruments/02_find.ipynb #65def689
 @patch
-def tbptt_find(self:Learner,
-    bias:float=.1, # Largest relative bias of the gradient
-    n_batches:int=4, # Training batches to measure on
-    max_lag:int=None, # Largest lag, in steps; default: half of a window, at most 500
-    step:int=1, # Resolution: steps of a block, and from one lag to the next
-    n_losses:int=4, # Losses in each window, at steps spread evenly over what has `max_lag` steps before it and is no washout
-    tau:int=None, # Lag from which on the decay is fitted; default: a tenth of the largest
-    show:bool=True, # Plot?
-)->TbpttFind:
-    "Measure how far gradients reach back, and suggest a `sub_seq_len` (Aicher, Foti and Fox 2019); the learner stays as it is. No callback is run, and nothing in mixed precision"
-    n_batches,step,n_losses = check_steps('n_batches', n_batches),check_steps('step', step),check_steps('n_losses', n_losses)
-    if not isinstance(bias, Real): raise TypeError(f"bias is {bias!r}, a {type(bias).__name__}; expected a number above 0, such as 0.1.")
-    if not bias>0: raise ValueError(f"bias is {bias}; expected a relative bias above 0, such as 0.1.")
-    if max_lag is not None and check_steps('max_lag', max_lag)<2*step: raise ValueError(f"max_lag is {max_lag}, with step={step}: expected two lags or more to see a decay, that is at least {2*step}.")
-    if tau is not None: check_steps('tau', tau)
-    check_carries(self.model)
-    name,params = type(get_model(self.model)).__name__,list(self.model.parameters())
-    if not Carry(self.model).modules: raise ValueError(f"{name} carries its state by itself, where no gradient can be followed. Carry it in a StatefulRNN, or leave it to a plain layer of torch.nn.")
-    if not any(p.requires_grad for p in params): raise ValueError(f"{name} has {len(params)} parameters, none of which has a gradient. {'Unfreeze it.' if params else 'Its states have none either, so there is nothing to measure.'}")
-    cb,phis,total,first = next(iter(self._grab_cbs(TbpttResetCB)), TbpttResetCB()),[],{},None
-    limit = cb.n_skip+(1000 if max_lag is None else 2*max_lag)
-    with _unchanged(self), torch.enable_grad():
-        self.model.train()
-        for window,n_inp,groups in _windows(inner_loader(self.dls.train), limit, vars(self.dls).get('n_inp'), cb.timed):
-            steps = min(window.steps, limit)
-            if first is None:
-                n_lags = (min(steps//2, 500) if max_lag is None else max_lag)//step
-                if n_lags<2 or n_lags*step>=steps: raise ValueError(f"A window has {window.steps} steps: too short for {'two lags' if max_lag is None else f'max_lag={max_lag}'} with step={step}. Use longer windows{'' if max_lag is None else ', or a smaller max_lag'}{'' if step==1 else ', or a smaller step'}.")
-                first = plain_batch(window.batch[:n_inp], params[0].device),groups
-            n_blocks = steps//step
-            low = max(n_lags, -(-(cb.n_skip+1)//step)-1)
-            timed = not window.targets_timed or any(window.targets_timed)
-            if low>=n_blocks:
-                if phis: continue # a shorter window
-                raise ValueError(f"A window has {window.steps} steps, of which {cb.n_skip} are washout: no loss has {n_lags*step} steps before it. Use longer windows, or a smaller max_lag.")
-            ends = {int(o) for o in np.linspace(low, n_blocks-1, n_losses).round()} if timed else {n_blocks-1}
-            phi,gradient = _gradients(self, window, n_inp, groups, 0 if timed else window.steps-n_blocks*step, n_blocks, step, n_lags, ends)
-            phis.append(phi)
-            total = _added(total, gradient)
-            if len(phis)==n_batches: break
-        if not phis: raise ValueError("The training loader has no batches.")
-        lags,phi = np.arange(1, n_lags+1)*step,np.stack(phis)
-        tau = max(n_lags//10, 1)*step if tau is None else tau
-        if tau>lags[-2]: raise ValueError(f"tau is {tau}; expected a lag before {lags[-2]+1}, so that two lags are left to fit the decay.")
-        beta = decay_rate(lags, phi.mean(0), tau)
-        norms = torch.cat([*total.values()], 1).cumsum(0).norm(dim=1).cpu().numpy()/len(phis)
-        delta = relative_bias(lags, phi.mean(0), norms, beta, tau)
-        res = TbpttFind(lags, phi, delta, beta, tau, bias)
-        below,ends_there = np.flatnonzero(delta<bias),phi.any() and not phi[:,-1].any()
-        if not np.isfinite(phi).all(): warnings.warn("Gradients are not finite: they explode within the lags measured. No sub_seq_len is suggested; use a smaller max_lag, or a model that is stable.", stacklevel=2)
-        elif beta!=beta and not ends_there: warnings.warn(f"Fewer than two lags from {tau} on have any gradient: nothing reaches that far back. No sub_seq_len is suggested; use a smaller max_lag or tau.", stacklevel=2)
-        elif beta>=1 and not ends_there: warnings.warn(f"Gradients do not fall over {lags[-1]} steps (beta={beta:.4g}): either they explode, or the window is too short to see the decay. No sub_seq_len is suggested; use longer windows and a larger max_lag.", stacklevel=2)
-        else:
-            res.reached,res.suggestion = bool(len(below)),int(lags[below[0] if len(below) else -1])
-            if not res.reached: warnings.warn(f"No lag up to {lags[-1]} has a relative bias below {bias}: the suggestion is the largest one. Use longer windows and a larger max_lag, or a larger bias.", stacklevel=2)
-            res.memory,res.seconds = _cost(self.model, *first, res.suggestion)
-    if show: res.plot()
-    return res
+def plot(self:TbpttFind,
+    ax=None, # Axes to draw in; default: a new figure
+): # The axes
+    "Gradient norm against lag, with the spread over batches"
+    ax = ax or plt.subplots(figsize=(6,3.2), layout='constrained')[1]
+    mean,tiny = self.phi.mean(0),np.finfo(float).tiny
+    ax.set_yscale('log')
+    ax.fill_between(self.lags, self.phi.min(0).clip(tiny), self.phi.max(0).clip(tiny), alpha=.25, lw=0, label='range over batches')
+    ax.plot(self.lags, mean.clip(tiny), label='mean')
+    if np.isfinite(mean).all() and mean[0]>0: _shade_extremes(ax, mean, self.phi.max())
+    if self.suggestion is not None:
+        style,words = ('-','suggested:') if self.reached else ('--','at least')
+        ax.axvline(self.suggestion, color='C1', ls=style, label=f'{words} {self.suggestion}')
+    ax.set(xlabel='lag [steps]', ylabel='gradient norm', title=f'$\\beta$ = {self.beta:.4g}')
+    ax.legend(frameon=False, loc='best')
+    return ax
 
+# %% ../../nbs/instruments/02_find.ipynb #85d4c618
+def _estimate(phi, total, step, tau, bias):
+    "The result without a suggestion"
+    n_batches,n_lags = phi.shape
+    lags = np.arange(1, n_lags+1)*step
+    if tau is None: tau = max(n_lags//10, 1)*step
+    if tau>lags[-2]: raise ValueError(
+        f"tau is {tau}; expected a lag before {lags[-2]+1}, so that two lags are left to fit the decay.")
+    beta = decay_rate(lags, phi.mean(0), tau)
+    norms = torch.cat([*total.values()], 1).cumsum(0).norm(dim=1).cpu().numpy()/n_batches
+    delta = relative_bias(lags, phi.mean(0), norms, beta, tau)
+    return TbpttFind(lags, phi, delta, beta, tau, bias)
+
+def _no_suggestion(res):
+    "Why no length can be suggested; `None` if one can"
+    phi,beta = res.phi,res.beta
+    if not np.isfinite(phi).all(): return (
+        "Gradients are not finite: they explode within the lags measured. "
+        "No sub_seq_len is suggested; use a smaller max_lag, or a model that is stable.")
+    if phi.any() and not phi[:,-1].any(): return None # the memory ends before the last lag
+    if np.isnan(beta): return (
+        f"Fewer than two lags from {res.tau} on have any gradient: nothing reaches that far back. "
+        "No sub_seq_len is suggested; use a smaller max_lag or tau.")
+    if beta>=1: return (
+        f"Gradients do not fall over {res.lags[-1]} steps (beta={beta:.4g}): either they explode, or the window is too short to see "
+        "the decay. No sub_seq_len is suggested; use longer windows and a larger max_lag.")
+
+# %% ../../nbs/instruments/02_find.ipynb #3c838473
 def _cost(model, xb, groups, steps):
     "Bytes and seconds of a training step of so many steps"
     xb = Window(xb, len(xb)).cut(0, steps)
@@ -257,6 +316,61 @@ def _cost(model, xb, groups, steps):
     with Carry(model) as carry:
         carry.reset(groups=groups)
         out = [o for o in state_leaves(model(*xb)) if isinstance(o, Tensor) and o.requires_grad]
-    torch.autograd.grad(sum(o.sum() for o in out), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    params = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(sum(o.sum() for o in out), params, allow_unused=True)
     sync()
     return memory,time.perf_counter()-start
+
+# %% ../../nbs/instruments/02_find.ipynb #65def689
+def _check_settings(bias, max_lag, step, tau):
+    if not isinstance(bias, Real): raise TypeError(
+        f"bias is {bias!r}, a {type(bias).__name__}; expected a number above 0, such as 0.1.")
+    if not bias>0: raise ValueError(f"bias is {bias}; expected a relative bias above 0, such as 0.1.")
+    if max_lag is not None and check_steps('max_lag', max_lag)<2*step: raise ValueError(
+        f"max_lag is {max_lag}, with step={step}: expected two lags or more to see a decay, that is at least {2*step}.")
+    if tau is not None: check_steps('tau', tau)
+
+def _check_measurable(model):
+    "Is a state carried, and has anything a gradient?"
+    check_carries(model)
+    name,params = type(get_model(model)).__name__,list(model.parameters())
+    if not Carry(model).modules: raise ValueError(
+        f"{name} carries its state by itself, where no gradient can be followed. "
+        "Carry it in a StatefulRNN, or leave it to a plain layer of torch.nn.")
+    if any(p.requires_grad for p in params): return
+    advice = 'Unfreeze it.' if params else 'Its states have none either, so there is nothing to measure.'
+    raise ValueError(f"{name} has {len(params)} parameters, none of which has a gradient. {advice}")
+
+# %% ../../nbs/instruments/02_find.ipynb #d6e09ff9
+@patch
+def tbptt_find(self:Learner,
+    bias:float=.1, # Largest relative bias of the gradient
+    n_batches:int=4, # Training batches to measure on
+    max_lag:int=None, # Largest lag, in steps; default: half of a window, at most 500
+    step:int=1, # Resolution: steps of a block, and from one lag to the next
+    n_losses:int=4, # Losses in each window, at steps spread evenly over what has `max_lag` steps before it and is no washout
+    tau:int=None, # Lag from which on the decay is fitted; default: a tenth of the largest
+    show:bool=True, # Plot?
+)->TbpttFind:
+    """Measure how far gradients reach back, and suggest a `sub_seq_len` (Aicher, Foti and Fox 2019)
+
+    The learner stays as it is. No callback is run, and nothing in mixed precision."""
+    n_batches,step = check_steps('n_batches', n_batches),check_steps('step', step)
+    n_losses = check_steps('n_losses', n_losses)
+    _check_settings(bias, max_lag, step, tau)
+    _check_measurable(self.model)
+    with _unchanged(self), torch.enable_grad():
+        self.model.train()
+        phi,total,example = _measure(self, n_batches, max_lag, step, n_losses)
+        res = _estimate(phi, total, step, tau, bias)
+        if why := _no_suggestion(res): warnings.warn(why, stacklevel=2)
+        else:
+            below = np.flatnonzero(res.delta<bias)
+            res.reached = bool(len(below))
+            res.suggestion = int(res.lags[below[0] if res.reached else -1])
+            if not res.reached: warnings.warn(
+                f"No lag up to {res.lags[-1]} has a relative bias below {bias}: the suggestion is the largest one. "
+                "Use longer windows and a larger max_lag, or a larger bias.", stacklevel=2)
+            res.memory,res.seconds = _cost(self.model, *example, res.suggestion)
+    if show: res.plot()
+    return res
