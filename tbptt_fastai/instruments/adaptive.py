@@ -31,7 +31,7 @@ class Adaptive(Truncation):
         every:int=1, # Epochs from one measurement to the next
         n_batches:int=4, # Training batches that are measured on
         step:int=None, # Resolution of the measurement, in steps; default: a hundredth of `k_max`
-        scheme:Callable[[int],Truncation]=lambda k: Overlap(k, 2*k), # The scheme of a length; default: k or more steps of gradient for each loss
+        scheme:Callable[[int],Truncation]=lambda k: Overlap(k, 2*k), # A length's scheme; default: k or more steps of gradient for a loss
     ):
         self.delta = delta
         self.k_max,self.k_min = check_steps('k_max', k_max, 2),check_steps('k_min', k_min)
