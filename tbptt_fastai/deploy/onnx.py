@@ -21,7 +21,8 @@ class _Step(nn.Module):
     "A model as a function of a chunk and the tensors of its state"
     def __init__(self, model, states):
         super().__init__()
-        self.model,self.states,self.forms = copy.deepcopy(model).eval(),{},{name:tree_flatten(o) for name,o in states.items()}
+        self.model,self.states = copy.deepcopy(model).eval(),{}
+        self.forms = {name:tree_flatten(o) for name,o in states.items()}
         for name in states: self._carry(name, self.model.get_submodule(name))
 
     def _carry(self, name, m):
@@ -35,78 +36,154 @@ class _Step(nn.Module):
 
     def forward(self, x, *tensors):
         tensors = iter(tensors)
-        self.states = {name:tree_unflatten([next(tensors) if isinstance(o, Tensor) else o for o in leaves], form) for name,(leaves,form) in self.forms.items()}
+        for name,(leaves,form) in self.forms.items():
+            self.states[name] = tree_unflatten([next(tensors) if isinstance(o, Tensor) else o for o in leaves], form)
         y = self.model(x)
         return y,*(o for state in self.states.values() for o in state_leaves(state) if isinstance(o, Tensor))
 
-def _first_states(predictor, modules, x):
-    "The states that `x` is begun with, of the layers that it is carried through"
-    firsts,hooks = {},[m.rnn.register_forward_pre_hook(lambda _,args,name=name: firsts.update({name:detach_state(args[1])})) for name,m in modules.items() if isinstance(m, StatefulRNN)]
-    try: y = predictor(x)
+# %% ../../nbs/deploy/01_onnx.ipynb #0363fb0f
+def _given_first(predictor, modules, x):
+    "The output for `x`, and the states that the layers of each `StatefulRNN` are given first"
+    given,hooks = {},[]
+    def keep(name): return lambda _,args: given.update({name:detach_state(args[1])})
+    for name,m in modules.items():
+        if isinstance(m, StatefulRNN): hooks.append(m.rnn.register_forward_pre_hook(keep(name)))
+    try: return predictor(x),given
     finally:
         for o in hooks: o.remove()
-    if not isinstance(y, Tensor): raise TypeError(f"{type(predictor.model).__name__} gives a {type(y).__name__}; expected one tensor.")
+
+def _zeros(name, module, like):
+    if isinstance(module, StatefulRNN) and not isinstance(module.rnn, nn.RNNBase): raise TypeError(
+        f"The first state of {name or 'the model'} is not known: give {type(module.rnn).__name__} an `initial_state(bs, device, dtype)`.")
+    return tree_map(torch.zeros_like, like)
+
+def _check_constant(name, first, last):
+    def describe(state): return [(o.dtype, tuple(o.shape)) if isinstance(o, Tensor) else o for o in state_leaves(state)]
+    if describe(first)!=describe(last): raise ValueError(
+        f"The state of {name or 'the model'} was {describe(first)} and became {describe(last)}; expected tensors of constant shape "
+        "and type, and numbers that do not change.")
+
+# %% ../../nbs/deploy/01_onnx.ipynb #d801e973
+def _first_states(predictor, modules, x):
+    "The states that `x` is begun with, of the layers that it is carried through; and the output for `x`"
+    y,given = _given_first(predictor, modules, x)
+    if not isinstance(y, Tensor): raise TypeError(
+        f"{type(predictor.model).__name__} gives a {type(y).__name__}; expected one tensor.")
+    firsts = {}
     for name,last in predictor._states.items():
-        m = modules[name]
-        if firsts.get(name) is None:
-            if isinstance(m, StatefulRNN) and not isinstance(m.rnn, nn.RNNBase): raise TypeError(f"The first state of {name or 'the model'} is not known: give {type(m.rnn).__name__} an `initial_state(bs, device, dtype)`.")
-            firsts[name] = tree_map(torch.zeros_like, last)
-        describe = lambda state: [(o.dtype, tuple(o.shape)) if isinstance(o, Tensor) else o for o in state_leaves(state)]
-        if describe(firsts[name])!=describe(last): raise ValueError(f"The state of {name or 'the model'} was {describe(firsts[name])} and became {describe(last)}; expected tensors of constant shape and type, and numbers that do not change.")
-    return {name:firsts[name] for name in predictor._states},y
+        first = given.get(name)
+        firsts[name] = _zeros(name, modules[name], last) if first is None else first
+        _check_constant(name, firsts[name], last)
+    return firsts,y
+
+# %% ../../nbs/deploy/01_onnx.ipynb #6a51311d
+def _state_inputs(states, modules):
+    "The tensors of the state by the names of their inputs, each with its batch dimension"
+    inputs = {}
+    for name,state in states.items():
+        dims = batch_dims(state, getattr(modules[name], 'batch_dim', 1))
+        for i,(o,dim) in enumerate(zip(state_leaves(state), dims)):
+            if isinstance(o, Tensor): inputs[f"{name}.state{i}".lstrip('.')] = o,dim
+    return inputs
+
+def _check_real(inputs):
+    for name,(o,_) in inputs.items():
+        if o.is_complex(): raise ValueError(
+            f"The state {name} is {o.dtype}; ONNX has no operators for complex numbers. Write the recurrence with real and imaginary "
+            "parts, or run the model with `StreamPredictor`.")
+
+def _dynamic_axes(x, y, inputs, dynamic):
+    "Which dimension of what is of any size, as `torch.onnx.export` takes it"
+    sizes = {0:'streams', 1:'steps'}
+    has_steps = y.ndim>1 and y.shape[1]==x.shape[1]
+    axes = {'x':sizes, 'y':sizes if has_steps else {0:'streams'}}
+    for name,(_,dim) in inputs.items():
+        axes[name] = axes[f'{name}.next'] = {} if dim is None else {dim:'streams'}
+    return {name:{i:o for i,o in dims.items() if o in dynamic} for name,dims in axes.items()}
+
+# %% ../../nbs/deploy/01_onnx.ipynb #7dd47512
+def _export(step, x, inputs, axes, file):
+    with warnings.catch_warnings(), torch.no_grad():
+        # the exporter of old makes one operator of a layer, for any number of steps; the newer one fixes that of nn.RNN
+        for message in ('You are using the legacy TorchScript', 'The feature will be removed'):
+            warnings.filterwarnings('ignore', message, DeprecationWarning)
+        # unless the states are inputs, which they are
+        warnings.filterwarnings('ignore', 'Exporting a model to ONNX with a batch_size other than 1', UserWarning)
+        # checks of shapes in the layers
+        warnings.filterwarnings('ignore', 'Converting a tensor to a Python boolean', torch.jit.TracerWarning, 'torch.nn.modules.rnn')
+        torch.onnx.export(step, (x, *(o for o,_ in inputs.values())), str(file), input_names=['x', *inputs],
+            output_names=['y', *(f'{o}.next' for o in inputs)], dynamic_axes=axes, dynamo=False)
+
+# %% ../../nbs/deploy/01_onnx.ipynb #0adace41
+def _random_like(x, shape, drawn):
+    "Random input: about the mean of the example, and wider than it; of integers, values that it has"
+    if x.is_floating_point(): return torch.randn(shape, generator=drawn, dtype=x.dtype)*(1+x.std(correction=0))+x.mean()
+    return x.flatten()[torch.randint(x.numel(), shape, generator=drawn)]
+
+def _run_session(session, u, state, like):
+    "Output for a chunk, and the next state"
+    names = {o.name for o in session.get_inputs()} # a state that the model does not use is none of them
+    try: y,*new = session.run(None, {'x':u.numpy(), **{k:v for k,v in state.items() if k in names}})
+    except Exception as e: raise ValueError(
+        f"onnxruntime cannot run the exported model on a chunk of shape {tuple(u.shape)}; the example has {tuple(like.shape)}. "
+        f"Leave sizes that are fixed out of `dynamic`; use model.float() where it has no double. It says: {e}") from e
+    return torch.from_numpy(y),dict(zip(state, new))
+
+def _check_close(y, expected, tol, chunk, shape, like):
+    error = (y-expected).abs().max().item() if y.shape==expected.shape else float('inf')
+    if not error<=tol*max(1, expected.abs().max().item()): raise ValueError(
+        f"The exported model differs by {error:.2g} from the model in chunk {chunk} of shape {shape}; tol is {tol}, the example has "
+        f"{tuple(like.shape)}. A loop over steps or a condition in Python is fixed by the example: leave 'steps' or 'streams' out of "
+        "`dynamic`, or write it in torch.")
+
+# %% ../../nbs/deploy/01_onnx.ipynb #a8125cbd
+def _check_onnx(session, predictor, x, inputs, dynamic, groups, tol):
+    "Chunk by chunk on random input, also with other sizes; a `ValueError` where the file is not the model"
+    drawn = torch.Generator().manual_seed(0)
+    for other_sizes in ((), dynamic) if dynamic else ((),):
+        rows = [*range(len(x))]
+        if 'streams' in other_sizes: rows.append(0)
+        state = {name:(o if dim is None else o.index_select(dim, torch.tensor(rows))).numpy() for name,(o,dim) in inputs.items()}
+        predictor.reset(groups=groups and [groups[i] for i in rows])
+        for chunk in range(3):
+            more = chunk+1 if 'steps' in other_sizes else 0
+            shape = (len(rows), x.shape[1]+more, *x.shape[2:])
+            u = _random_like(x, shape, drawn)
+            expected = predictor(u)
+            y,state = _run_session(session, u, state, x)
+            _check_close(y, expected, tol, chunk, shape, x)
 
 # %% ../../nbs/deploy/01_onnx.ipynb #e9c04c1d
+def _onnxruntime():
+    try: import onnx, onnxruntime
+    except ImportError as e: raise ImportError("to_onnx needs onnx and onnxruntime: pip install tbptt_fastai[onnx]") from e
+    return onnxruntime
+
 def to_onnx(
     model, # Model, learner or `StreamPredictor`; it is copied
     path, # The file to write
     x_example, # Input `(streams, time, ...)`
-    dynamic=('streams','steps'), # The sizes that may be others than those of `x_example`; a model that loops over steps in Python has `'streams'` alone
+    dynamic=('streams','steps'), # Sizes that may differ from the example; a model that loops over steps in Python has `'streams'` alone
     groups:list=None, # The group of each stream, for the first state of a `StatefulRNN`
     tol:float=1e-4, # Largest difference from the model, relative to the largest value where that is above 1
 )->dict: # Names of the state's inputs, and the first state as arrays; each has an output by the same name and '.next'
     "Write a model to an ONNX file with its state as inputs and outputs, and check it with onnxruntime"
-    try: import onnx, onnxruntime
-    except ImportError as e: raise ImportError("to_onnx needs onnx and onnxruntime: pip install tbptt_fastai[onnx]") from e
+    onnxruntime = _onnxruntime()
     if isinstance(dynamic, str): dynamic = (dynamic,)
-    if unknown := set(dynamic)-{'streams','steps'}: raise ValueError(f"dynamic has {unknown.pop()!r}; expected 'streams', 'steps', both or none.")
+    if unknown := set(dynamic)-{'streams','steps'}: raise ValueError(
+        f"dynamic has {unknown.pop()!r}; expected 'streams', 'steps', both or none.")
     source = model if isinstance(model, StreamPredictor) else StreamPredictor(model)
     predictor = StreamPredictor(copy.deepcopy(source.model).cpu(), source.ndim)
     x,modules = predictor._input(x_example)[0],Carry(predictor.model).modules
     predictor.reset(groups=groups)
     states,y = _first_states(predictor, modules, x)
-    inputs = {f"{name}.state{i}".lstrip('.'):(o, dim) for name,state in states.items()
-        for i,(o,dim) in enumerate(zip(state_leaves(state), batch_dims(state, getattr(modules[name], 'batch_dim', 1)))) if isinstance(o, Tensor)}
-    for name,(o,_) in inputs.items():
-        if o.is_complex(): raise ValueError(f"The state {name} is {o.dtype}; ONNX has no operators for complex numbers. Write the recurrence with real and imaginary parts, or run the model with `StreamPredictor`.")
-    sizes = {0:'streams', 1:'steps'}
-    axes = {'x':sizes, 'y':sizes if y.ndim>1 and y.shape[1]==x.shape[1] else {0:'streams'}}
-    for name,(_,dim) in inputs.items(): axes[name] = axes[f'{name}.next'] = {} if dim is None else {dim:'streams'}
-    axes = {name:{i:o for i,o in dims.items() if o in dynamic} for name,dims in axes.items()}
+    inputs = _state_inputs(states, modules)
+    _check_real(inputs)
+    axes = _dynamic_axes(x, y, inputs, dynamic)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder)/'model.onnx'
-        with warnings.catch_warnings(), torch.no_grad():
-            for message in ('You are using the legacy TorchScript', 'The feature will be removed'): # it makes one operator of a layer, for any number of steps; the newer exporter fixes that of nn.RNN
-                warnings.filterwarnings('ignore', message, DeprecationWarning)
-            warnings.filterwarnings('ignore', 'Exporting a model to ONNX with a batch_size other than 1', UserWarning) # unless the states are inputs, which they are
-            warnings.filterwarnings('ignore', 'Converting a tensor to a Python boolean', torch.jit.TracerWarning, 'torch.nn.modules.rnn') # its checks of shapes
-            torch.onnx.export(_Step(predictor.model, states).eval(), (x, *(o for o,_ in inputs.values())), str(file), input_names=['x', *inputs], output_names=['y', *(f'{o}.next' for o in inputs)], dynamic_axes=axes, dynamo=False)
-        _check_onnx(onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider']), predictor, x, inputs, dynamic, groups, tol)
+        _export(_Step(predictor.model, states).eval(), x, inputs, axes, file)
+        session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
+        _check_onnx(session, predictor, x, inputs, dynamic, groups, tol)
         shutil.copy(file, path)
     return {name:o.numpy() for name,(o,_) in inputs.items()}
-
-def _check_onnx(session, predictor, x, inputs, dynamic, groups, tol):
-    "Chunk by chunk on random input, also with other sizes; a `ValueError` where the file is not the model"
-    drawn = torch.Generator().manual_seed(0)
-    for more in range(2 if dynamic else 1):
-        rows = [*range(len(x)), *([0] if more and 'streams' in dynamic else [])]
-        state = {name:(o if dim is None else o.index_select(dim, torch.tensor(rows))).numpy() for name,(o,dim) in inputs.items()}
-        predictor.reset(groups=groups and [groups[i] for i in rows])
-        for chunk in range(3):
-            shape = (len(rows), x.shape[1]+(chunk+1 if more and 'steps' in dynamic else 0), *x.shape[2:])
-            u = torch.randn(shape, generator=drawn, dtype=x.dtype)*(1+x.std(correction=0))+x.mean() if x.is_floating_point() else x.flatten()[torch.randint(x.numel(), shape, generator=drawn)]
-            expected = predictor(u)
-            try: y,*new = session.run(None, {'x':u.numpy(), **{k:v for k,v in state.items() if k in {o.name for o in session.get_inputs()}}})
-            except Exception as e: raise ValueError(f"onnxruntime cannot run the exported model on a chunk of shape {shape}; the example has {tuple(x.shape)}. Leave sizes that are fixed out of `dynamic`; use model.float() where it has no double. It says: {e}") from e
-            state = dict(zip(state, new))
-            error = (torch.from_numpy(y)-expected).abs().max().item() if y.shape==tuple(expected.shape) else float('inf')
-            if not error<=tol*max(1, expected.abs().max().item()): raise ValueError(f"The exported model differs by {error:.2g} from the model in chunk {chunk} of shape {shape}; tol is {tol}, the example has {tuple(x.shape)}. A loop over steps or a condition in Python is fixed by the example: leave 'steps' or 'streams' out of `dynamic`, or write it in torch.")

@@ -10,8 +10,9 @@ import copy
 from contextlib import contextmanager
 import torch
 from fastai.torch_core import get_model
+from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from ..state.carry import Carry, out_of_reach
 from ..training.checks import check_states
 from ..state.stateful import StatefulRNN, learned_state
@@ -20,7 +21,7 @@ from ..state.tree import state_batch_size
 # %% ../../nbs/deploy/00_predictor.ipynb #96eb04fa
 @contextmanager
 def _alone(model):
-    "The model in evaluation mode, out of reach of a a `Carry` that it is run in; both are put back, module by module"
+    "The model in evaluation mode, out of reach of a `Carry` that it is run in; both are put back, module by module"
     modes = {m:m.training for m in model.modules()}
     try:
         model.eval()
@@ -30,93 +31,157 @@ def _alone(model):
         for m,mode in modes.items(): m.training = mode
 
 # %% ../../nbs/deploy/00_predictor.ipynb #6f6ebca8
+def _own_reset(model):
+    "Names of the modules that carry a state by themselves, by a `reset()` of their own"
+    modules = dict(model.named_modules())
+    wrapped = {inner for m in modules.values() if isinstance(m, StatefulRNN) for inner in m.modules()}
+    def of_its_own(m): return hasattr(m, 'reset') and m not in wrapped and wrapped.isdisjoint(m.modules())
+    return [name or type(model).__name__ for name,m in modules.items() if of_its_own(m)]
+
+def _check_model(model):
+    own = _own_reset(model)
+    if own: raise TypeError(
+        f"{own[0]} has a reset(): it carries a state by itself, which cannot be told from the rest of it, and so neither kept apart "
+        "from training nor saved. Carry it in a StatefulRNN, or leave it to a plain layer of torch.nn.")
+    carry = Carry(model)
+    carry.check()
+    if not carry.modules: raise TypeError(
+        f"{type(model).__name__} has no recurrent layer that carries a state; expected a StatefulRNN, nn.RNN, nn.GRU or nn.LSTM. "
+        "What looks back by other means would see nothing but its chunk.")
+
+# %% ../../nbs/deploy/00_predictor.ipynb #e2868d8b
 class StreamPredictor:
     "Run a model on sequences that come in chunks: each call goes on from where the last one ended"
     def __init__(self,
         learn, # Learner or model; it is held, not copied: a later change of its weights is seen
-        ndim:int=None, # Dimensions of the model's input `(streams, time, ...)`; default: 3, and 2 for the tokens of a model with an `nn.Embedding`
+        ndim:int=None, # Dimensions of the input `(streams, time, ...)`; default: 3, and 2 for the tokens of a model with an `nn.Embedding`
     ):
-        self.model,self.ndim = get_model(learn if isinstance(learn, nn.Module) else learn.model),ndim
-        name,modules = type(self.model).__name__,dict(self.model.named_modules())
-        wrapped = {inner for m in modules.values() if isinstance(m, StatefulRNN) for inner in m.modules()}
-        own = [o or name for o,m in modules.items() if hasattr(m, 'reset') and m not in wrapped and wrapped.isdisjoint(m.modules())]
-        if own: raise TypeError(f"{own[0]} has a reset(): it carries a state by itself, which cannot be told from the rest of it, and so neither kept apart from training nor saved. Carry it in a StatefulRNN, or leave it to a plain layer of torch.nn.")
-        carry = Carry(self.model)
-        carry.check()
-        if not carry.modules: raise TypeError(f"{name} has no recurrent layer that carries a state; expected a StatefulRNN, nn.RNN, nn.GRU or nn.LSTM. What looks back by other means would see nothing but its chunk.")
+        self.model = get_model(learn if isinstance(learn, nn.Module) else learn.model)
+        self.ndim = ndim
+        _check_model(self.model)
         self.reset()
 
-    def _input(self, x):
-        "As `(streams, time, ...)`, of the model's type and on its device; is it one stream without that dimension?"
-        x,like = torch.as_tensor(x).as_subclass(Tensor),next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        if like is not None: x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
-        if self.ndim is None and not (x.is_floating_point() or x.is_complex() or any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in self.model.modules())): raise TypeError(
-            f"The chunk is {x.dtype}, {type(self.model).__name__} has no nn.Embedding: integers are taken for tokens. Convert a signal to floats, scaled as in training; a model that takes integers: StreamPredictor(..., ndim=...).")
-        ndim = self.ndim or (3 if x.is_floating_point() else 2)
-        if x.ndim not in (ndim-1, ndim) or 0 in x.shape: raise ValueError(f"The chunk has shape {tuple(x.shape)}; expected (streams, time, ...) with {ndim} dimensions, or {ndim-1} for one stream, and none of them empty. Other models: StreamPredictor(..., ndim=...).")
-        return (x[None],True) if x.ndim<ndim else (x,False)
+# %% ../../nbs/deploy/00_predictor.ipynb #40305bd4
+def _check_tokens(model, x):
+    "Integers are for a model that reads tokens"
+    if x.is_floating_point() or x.is_complex(): return
+    if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in model.modules()): return
+    raise TypeError(
+        f"The chunk is {x.dtype}, {type(model).__name__} has no nn.Embedding: integers are taken for tokens. Convert a signal to "
+        "floats, scaled as in training; a model that takes integers: StreamPredictor(..., ndim=...).")
 
-    def __call__(self,
-        x_chunk, # Tensor or array `(streams, time, ...)`, or `(time, ...)` of one stream; any number of steps
-    ): # The model's output for the chunk, on its device, or arrays for an array; no activation or decoding of a learner is applied
-        "Predict the next chunk of every stream"
-        x,one = self._input(x_chunk)
-        expected = self.n_streams or (len(x) if self._groups is None else len(self._groups))
-        if len(x)!=expected: raise ValueError(f"The chunk has {len(x)} streams; expected {expected}, as many as {'before' if self.n_streams else 'groups'}. Call `reset()` before another number of streams.")
-        carry = Carry(self.model, evaluation=True)
-        states = tree_map(lambda o: o.to(x.device) if isinstance(o, Tensor) else o, self._states)
-        with _alone(self.model), carry:
-            carry.reset(groups=self._groups)
-            carry.restore({name:(o, None, self._groups) for name,o in states.items()})
-            if self._begins is not None: carry.reset(self._begins, self._groups)
-            y = self.model(x)
-            check_states(carry, len(x), x.shape[1])
-            states = carry.states
-        self._states = tree_map(lambda o: o.clone() if isinstance(o, Tensor) else o, states) # it may be a view of a chunk
-        self.n_streams,self._begins = len(x),None
-        def out(o):
-            if one and o.ndim and len(o)==1: o = o[0]
-            return o if isinstance(x_chunk, Tensor) else o.cpu().numpy()
-        return tree_map(lambda o: out(o) if isinstance(o, Tensor) else o, y)
+@patch
+def _input(self:StreamPredictor, x):
+    "As `(streams, time, ...)`, of the model's type and on its device; is it one stream without that dimension?"
+    x = torch.as_tensor(x).as_subclass(Tensor)
+    like = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+    if like is not None: x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+    if self.ndim is None: _check_tokens(self.model, x)
+    ndim = self.ndim or (3 if x.is_floating_point() else 2)
+    if x.ndim not in (ndim-1, ndim) or 0 in x.shape: raise ValueError(
+        f"The chunk has shape {tuple(x.shape)}; expected (streams, time, ...) with {ndim} dimensions, or {ndim-1} for one stream, "
+        "and none of them empty. Other models: StreamPredictor(..., ndim=...).")
+    return (x[None],True) if x.ndim<ndim else (x,False)
 
-    def reset(self,
-        rows=None, # bool `(streams,)`: the streams that begin anew; default: all, and their number may change
-        groups:list=None, # The group of each stream, for the first state of a `StatefulRNN`; default: with `rows` as before, else not known
-    ):
-        "Forget the state: the next chunk starts a sequence, in all streams or in some"
-        if rows is None: self._states,self._begins,self._groups,self.n_streams = {},None,groups,None
-        else:
-            rows = torch.as_tensor(rows).cpu()
-            if rows.dtype!=torch.bool or rows.shape!=(self.n_streams,): raise ValueError(f"rows is {rows.dtype} with shape {tuple(rows.shape)}; expected bool with one value for each of {self.n_streams or 0} streams.")
-            if groups is not None and len(groups)!=self.n_streams: raise ValueError(f"There are {len(groups)} groups; expected one for each of {self.n_streams} streams.")
-            for m in Carry(self.model).stateful.values(): m.check_rows()
-            if groups is not None:
-                old = self._groups or [None]*len(groups)
-                self._groups = [new if begins else o for begins,new,o in zip(rows.tolist(), groups, old)]
-            self._begins = rows if self._begins is None else self._begins|rows
+# %% ../../nbs/deploy/00_predictor.ipynb #0c10cdb0
+@patch
+def _check_streams(self:StreamPredictor, n):
+    expected,like = self.n_streams,'before'
+    if not expected: expected,like = n if self._groups is None else len(self._groups),'groups'
+    if n!=expected: raise ValueError(
+        f"The chunk has {n} streams; expected {expected}, as many as {like}. Call `reset()` before another number of streams.")
 
-    def state_dict(self)->dict: # Copies on the CPU, for `torch.save`
-        "Where the streams are"
-        keep = lambda o: o.to('cpu', copy=True) if isinstance(o, Tensor) else o
-        return dict(states=tree_map(keep, {name:self._states.get(name) for name in Carry(self.model).modules}), n_streams=self.n_streams, begins=tree_map(keep, self._begins), groups=copy.copy(self._groups))
+@patch
+def __call__(self:StreamPredictor,
+    x_chunk, # Tensor or array `(streams, time, ...)`, or `(time, ...)` of one stream; any number of steps
+): # The model's output for the chunk, on its device, or arrays for an array; no activation or decoding of a learner is applied
+    "Predict the next chunk of every stream"
+    x,one = self._input(x_chunk)
+    self._check_streams(len(x))
+    carry = Carry(self.model, evaluation=True)
+    states = tree_map_only(Tensor, lambda o: o.to(x.device), self._states)
+    with _alone(self.model), carry:
+        carry.reset(groups=self._groups)
+        carry.restore({name:(o, None, self._groups) for name,o in states.items()})
+        if self._begins is not None: carry.reset(self._begins, self._groups)
+        y = self.model(x)
+        check_states(carry, len(x), x.shape[1])
+        states = carry.states
+    self._states = tree_map_only(Tensor, Tensor.clone, states) # it may be a view of a chunk
+    self.n_streams,self._begins = len(x),None
+    def out(o):
+        if one and o.ndim and len(o)==1: o = o[0]
+        return o if isinstance(x_chunk, Tensor) else o.cpu().numpy()
+    return tree_map_only(Tensor, out, y)
 
-    def load_state_dict(self,
-        state:dict, # From `state_dict`, of a predictor with the same layers
-    ):
-        "Go on from there"
-        keys = ['states', 'n_streams', 'begins', 'groups']
-        if not isinstance(state, dict) or set(state)!=set(keys): raise TypeError(f"The state is a {f'dict of {list(state)[:5]}' if isinstance(state, dict) else type(state).__name__}; expected what `state_dict()` of a StreamPredictor gives: {keys}.")
-        (states,n,begins,groups),modules = copy.deepcopy([state[o] for o in keys]),Carry(self.model).modules
-        if list(states)!=list(modules): raise ValueError(f"The saved state is of the layers {list(states)}; those of this model are {list(modules)}.")
-        shapes = lambda o: tree_map(lambda t: tuple(t.shape) if isinstance(t, Tensor) else t, o)
-        states = {name:o for name,o in states.items() if o is not None}
-        for name,o in states.items():
-            rnn = modules[name].rnn if isinstance(modules[name], StatefulRNN) else modules[name]
-            if isinstance(rnn, nn.RNNBase): found,expected = shapes(o),shapes(learned_state(rnn)([None]*(n or 0)))
-            else: found,expected = (f'of {size} streams' for size in (state_batch_size(o, modules[name].batch_dim) or n, n))
-            if found!=expected: raise ValueError(f"The saved state of {name or 'the model'} is {found}; expected {expected}.")
-        if None not in (n, groups) and len(groups)!=n: raise ValueError(f"There are {len(groups)} groups; expected one for each of {n} streams.")
-        loaded = copy.copy(self)
-        loaded._states,loaded.n_streams,loaded._begins,loaded._groups = states,n,None,groups
-        if begins is not None: loaded.reset(begins)
-        vars(self).update(vars(loaded))
+# %% ../../nbs/deploy/00_predictor.ipynb #23bf1d68
+def _check_groups(groups, n):
+    if n is not None and groups is not None and len(groups)!=n: raise ValueError(
+        f"There are {len(groups)} groups; expected one for each of {n} streams.")
+
+@patch
+def _check_rows(self:StreamPredictor, rows):
+    if rows.dtype!=torch.bool or rows.shape!=(self.n_streams,): raise ValueError(
+        f"rows is {rows.dtype} with shape {tuple(rows.shape)}; expected bool with one value for each of {self.n_streams or 0} streams.")
+
+@patch
+def reset(self:StreamPredictor,
+    rows=None, # bool `(streams,)`: the streams that begin anew; default: all, and their number may change
+    groups:list=None, # The group of each stream, for the first state of a `StatefulRNN`; default: with `rows` as before, else not known
+):
+    "Forget the state: the next chunk starts a sequence, in all streams or in some"
+    if rows is None:
+        self._states,self._begins,self._groups,self.n_streams = {},None,groups,None
+        return
+    rows = torch.as_tensor(rows).cpu()
+    self._check_rows(rows)
+    _check_groups(groups, self.n_streams)
+    for m in Carry(self.model).stateful.values(): m.check_rows()
+    if groups is not None:
+        old = self._groups or [None]*len(groups)
+        self._groups = [new if begins else o for begins,new,o in zip(rows.tolist(), groups, old)]
+    self._begins = rows if self._begins is None else self._begins|rows
+
+# %% ../../nbs/deploy/00_predictor.ipynb #a7aad32c
+@patch
+def state_dict(self:StreamPredictor)->dict: # Copies on the CPU, for `torch.save`
+    "Where the streams are"
+    states = {name:self._states.get(name) for name in Carry(self.model).modules}
+    states,begins = tree_map_only(Tensor, lambda o: o.to('cpu', copy=True), (states, self._begins))
+    return dict(states=states, n_streams=self.n_streams, begins=begins, groups=copy.copy(self._groups))
+
+# %% ../../nbs/deploy/00_predictor.ipynb #c64fde7d
+def _check_saved(state):
+    keys = ['states', 'n_streams', 'begins', 'groups']
+    if isinstance(state, dict) and set(state)==set(keys): return
+    found = f'dict of {list(state)[:5]}' if isinstance(state, dict) else type(state).__name__
+    raise TypeError(f"The state is a {found}; expected what `state_dict()` of a StreamPredictor gives: {keys}.")
+
+def _shapes(state): return tree_map_only(Tensor, lambda t: tuple(t.shape), state)
+
+def _check_saved_layer(name, module, state, n):
+    "The saved state of a layer is one of `n` streams; that of a layer of torch.nn has the shapes that the layer needs"
+    rnn = module.rnn if isinstance(module, StatefulRNN) else module
+    if isinstance(rnn, nn.RNNBase): found,expected = _shapes(state),_shapes(learned_state(rnn)([None]*(n or 0)))
+    else: found,expected = f'of {state_batch_size(state, module.batch_dim) or n} streams',f'of {n} streams'
+    if found!=expected: raise ValueError(f"The saved state of {name or 'the model'} is {found}; expected {expected}.")
+
+# %% ../../nbs/deploy/00_predictor.ipynb #f78029ca
+@patch
+def load_state_dict(self:StreamPredictor,
+    state:dict, # From `state_dict`, of a predictor with the same layers
+):
+    "Go on from there"
+    _check_saved(state)
+    state = copy.deepcopy(state)
+    states,n = state['states'],state['n_streams']
+    modules = Carry(self.model).modules
+    if list(states)!=list(modules): raise ValueError(
+        f"The saved state is of the layers {list(states)}; those of this model are {list(modules)}.")
+    states = {name:o for name,o in states.items() if o is not None}
+    for name,o in states.items(): _check_saved_layer(name, modules[name], o, n)
+    _check_groups(state['groups'], n)
+    loaded = copy.copy(self) # so that nothing has changed if the rows are refused
+    loaded._states,loaded.n_streams,loaded._begins,loaded._groups = states,n,None,state['groups']
+    if state['begins'] is not None: loaded.reset(state['begins'])
+    vars(self).update(vars(loaded))

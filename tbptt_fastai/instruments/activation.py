@@ -11,6 +11,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..state.stateful import StatefulRNN
 
 # %% ../../nbs/instruments/00_activation.ipynb #9ffd5127
+def _forget(model, groups=None):
+    for m in model.modules():
+        if isinstance(m, StatefulRNN): m.reset(groups=groups)
+        elif hasattr(m, 'reset'): m.reset()
+
 def activation_memory(
     model:nn.Module, # A model in any mode; its carried state is forgotten
     *xb, # Inputs of one training step: a sub-window, or a whole window
@@ -24,15 +29,11 @@ def activation_memory(
             saved[t.data_ptr()] = max(t.nbytes, saved.get(t.data_ptr(), 0))
             keep.append(t)
         return t
-    def reset(groups=None):
-        for m in model.modules():
-            if isinstance(m, StatefulRNN): m.reset(groups=groups)
-            elif hasattr(m, 'reset'): m.reset()
     training = model.training
-    reset(groups)
+    _forget(model, groups)
     try:
         with saved_tensors_hooks(pack, lambda t: t): model.train()(*xb)
     finally:
         model.train(training)
-        reset()
+        _forget(model)
     return sum(saved.values())

@@ -12,6 +12,7 @@ import numpy as np
 import matplotlib.pyplot as plt
 import torch
 from fastai.torch_core import maybe_gather
+from fastcore.basics import patch
 import tbptt_fastai.instruments.find # it adds tbptt_find to Learner
 from ..loaders.windows import SubWindows, inner_loader, view_of
 from ..truncation.schemes import Overlap
@@ -20,7 +21,9 @@ from ..truncation.plan import Truncation, check_steps
 
 # %% ../../nbs/instruments/04_adaptive.ipynb #0da2fa2c
 class Adaptive(Truncation):
-    "Measure before each epoch how far gradients reach, and use the smallest length with an estimated relative bias below `delta`; after Aicher, Foti and Fox 2019 (arXiv 1905.07473)"
+    """Measure before each epoch how far gradients reach, and use the smallest length with an estimated relative bias below `delta`
+
+    After Aicher, Foti and Fox 2019 (arXiv 1905.07473)."""
     def __init__(self,
         delta:float=.1, # Largest estimated relative bias of the gradient
         k_max:int=400, # Longest length, in steps; used where no shorter one is good enough
@@ -28,9 +31,11 @@ class Adaptive(Truncation):
         every:int=1, # Epochs from one measurement to the next
         n_batches:int=4, # Training batches that are measured on
         step:int=None, # Resolution of the measurement, in steps; default: a hundredth of `k_max`
-        scheme:Callable[[int],Truncation]=lambda k: Overlap(k, 2*k), # What is done with the length: gradients of k steps or more, for each loss
+        scheme:Callable[[int],Truncation]=lambda k: Overlap(k, 2*k), # A length's scheme; default: k or more steps of gradient for a loss
     ):
-        self.delta,self.k_max,self.k_min,self.every,self.n_batches = delta,check_steps('k_max', k_max, 2),check_steps('k_min', k_min),check_steps('every', every),check_steps('n_batches', n_batches)
+        self.delta = delta
+        self.k_max,self.k_min = check_steps('k_max', k_max, 2),check_steps('k_min', k_min)
+        self.every,self.n_batches = check_steps('every', every),check_steps('n_batches', n_batches)
         if not delta>0: raise ValueError(f"delta is {delta}; expected a relative bias above 0, such as 0.1.")
         if k_min>k_max: raise ValueError(f"k_min is {k_min}, k_max is {k_max}; expected a range of lengths.")
         self._step = max(k_max//100, 1) if step is None else check_steps('step', step)
@@ -50,40 +55,47 @@ class Adaptive(Truncation):
     def plan(self, win_sz, rng): return self._scheme.plan(win_sz, rng)
     def weight(self, counted, most): return self._scheme.weight(counted, most)
 
-    def before_epoch(self, learn):
-        if self.trace and learn.epoch<=self.trace[-1]['epoch']: self.trace = [] # another fit
-        if not self.trace or learn.epoch%self.every==0: self._measure(learn)
-        self._scheme.before_epoch(learn)
-        self.trace.append({**self._found, 'epoch': learn.epoch, 'k': self._k})
-        if hasattr(learn, 'recorder'): learn.recorder.truncation = self.trace
-
-    def _measure(self, learn):
-        most = _most_lags(learn)//self._step*self._step
-        if most<2*self._step: raise ValueError(f"A window is too short to see gradients fall in it with step={self._step}: {most} lags. Use longer windows, or a smaller step.")
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', UserWarning) # the trace says so
-            found = learn.tbptt_find(bias=self.delta, n_batches=self.n_batches, max_lag=min(self.k_max, most), step=self._step, show=False)
-        k = int(np.clip(found.suggestion, self.k_min, self.k_max)) if found.reached else self.k_max
-        view = view_of(learn.dls.train)
-        if view.world_size>1: k,*_ = maybe_gather(torch.tensor([k], device=inner_loader(view).device)).tolist() # the first process measures for all
-        self._use(k)
-        self._found = dict(beta=found.beta, reached=found.reached)
-
-    def plot(self,
-        ax=None, # Axes to draw in; default: a new figure
-    ): # The axes
-        "The length of each epoch of the last fit"
-        ax = ax or plt.subplots(figsize=(5,2.8), layout='constrained')[1]
-        epochs,ks = [o['epoch'] for o in self.trace],[o['k'] for o in self.trace]
-        ax.step(epochs, ks, where='mid', color='C0')
-        for reached,face,label in ((True, 'C0', f'bias below {self.delta:g}'), (False, 'w', 'longest, as none was')):
-            some = [i for i,o in enumerate(self.trace) if o['reached']==reached]
-            if some: ax.plot([epochs[i] for i in some], [ks[i] for i in some], 'o', mfc=face, mec='C0', label=label)
-        ax.set(xlabel='epoch', ylabel='length [steps]', ylim=(0, None))
-        ax.legend(frameon=False)
-        return ax
-
+# %% ../../nbs/instruments/04_adaptive.ipynb #84b74aa1
 def _most_lags(learn):
     "Half of the steps that there are"
     dl = inner_loader(learn.dls.train)
-    return (int(np.median(dl.dataset.lengths)) if isinstance(dl, StreamDL) else SubWindows(dl).first_window.steps)//2
+    steps = int(np.median(dl.dataset.lengths)) if isinstance(dl, StreamDL) else SubWindows(dl).first_window.steps
+    return steps//2
+
+@patch
+def _measure(self:Adaptive, learn):
+    most = _most_lags(learn)//self._step*self._step
+    if most<2*self._step: raise ValueError(
+        f"A window is too short to see gradients fall in it with step={self._step}: {most} lags. Use longer windows, or a smaller step.")
+    max_lag = min(self.k_max, most)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning) # the trace says so
+        found = learn.tbptt_find(bias=self.delta, n_batches=self.n_batches, max_lag=max_lag, step=self._step, show=False)
+    k = int(np.clip(found.suggestion, self.k_min, self.k_max)) if found.reached else self.k_max
+    view = view_of(learn.dls.train)
+    if view.world_size>1: k,*_ = maybe_gather(torch.tensor([k], device=inner_loader(view).device)).tolist()
+    self._use(k)
+    self._found = dict(beta=found.beta, reached=found.reached)
+
+@patch
+def before_epoch(self:Adaptive, learn):
+    if self.trace and learn.epoch<=self.trace[-1]['epoch']: self.trace = [] # another fit
+    if not self.trace or learn.epoch%self.every==0: self._measure(learn)
+    self._scheme.before_epoch(learn)
+    self.trace.append({**self._found, 'epoch': learn.epoch, 'k': self._k})
+    if hasattr(learn, 'recorder'): learn.recorder.truncation = self.trace
+
+# %% ../../nbs/instruments/04_adaptive.ipynb #9a23e9d9
+@patch
+def plot(self:Adaptive,
+    ax=None, # Axes to draw in; default: a new figure
+): # The axes
+    "The length of each epoch of the last fit"
+    ax = ax or plt.subplots(figsize=(5,2.8), layout='constrained')[1]
+    ax.step([o['epoch'] for o in self.trace], [o['k'] for o in self.trace], where='mid', color='C0')
+    for reached,face,label in ((True, 'C0', f'bias below {self.delta:g}'), (False, 'w', 'longest, as none was')):
+        some = [o for o in self.trace if o['reached']==reached]
+        if some: ax.plot([o['epoch'] for o in some], [o['k'] for o in some], 'o', mfc=face, mec='C0', label=label)
+    ax.set(xlabel='epoch', ylabel='length [steps]', ylim=(0, None))
+    ax.legend(frameon=False)
+    return ax

@@ -34,8 +34,25 @@ def reads_steps(
     dl, # Any loader
 )->bool:
     "Can single steps be read, without whole windows?"
-    return isinstance(dl, DataLoader) and isinstance(dl.dataset, Sequences) and dl.n>0 and not dl.after_item.fs and (not dl.after_batch.fs or isinstance(dl, StreamDL))
+    if not isinstance(dl, DataLoader) or not isinstance(dl.dataset, Sequences): return False
+    by_block = isinstance(dl, StreamDL) # whose batch transforms are run on blocks
+    return dl.n>0 and not dl.after_item.fs and (by_block or not dl.after_batch.fs)
 
+def _longest(dl):
+    "The longest sequence of a loader; if all are of one length, as many as fit in a batch, but at most 16"
+    lengths = dl.dataset.lengths
+    most = 16 if lengths.min()==lengths.max() else 1
+    return np.argsort(-lengths, kind='stable')[:most][:dl.bs]
+
+def _first_steps(dl, steps, device):
+    "The first steps of some sequences, and the group of each if the loader tells"
+    rows = _longest(dl)
+    batch = dl.dataset.read(rows, np.zeros_like(rows), np.minimum(dl.dataset.lengths[rows], steps))
+    if not isinstance(dl, StreamDL): return batch,None
+    batch = transform_block(dl.after_batch, to_device(batch, dl.device or device), begins=True)
+    return batch,dl.dataset.groups_of(rows)
+
+# %% ../../nbs/instruments/01_diagnose.ipynb #b8783745
 def a_window(
     learn:Learner, # Any learner
     steps:int, # Most steps of the window
@@ -44,15 +61,14 @@ def a_window(
     dl,groups = inner_loader(learn.dls.train),None
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
     with unread(dl):
-        if reads_steps(dl):
-            rows = np.argsort(-dl.dataset.lengths, kind='stable')[:16 if dl.dataset.lengths.min()==dl.dataset.lengths.max() else 1][:dl.bs]
-            batch = dl.dataset.read(rows, np.zeros_like(rows), np.minimum(dl.dataset.lengths[rows], steps))
-            if isinstance(dl, StreamDL): batch,groups = transform_block(dl.after_batch, to_device(batch, dl.device or device), begins=True),dl.dataset.groups_of(rows)
+        if reads_steps(dl): batch,groups = _first_steps(dl, steps, device)
         else: batch = dl.one_batch() if isinstance(dl, DataLoader) else first(dl)
-    n_inp,timed = getattr(learn.dls, 'n_inp', max(len(batch)-1, 1)),next((cb.timed for cb in learn._grab_cbs(TbpttResetCB)), None)
+    n_inp = getattr(learn.dls, 'n_inp', max(len(batch)-1, 1))
+    timed = next((cb.timed for cb in learn._grab_cbs(TbpttResetCB)), None)
     window = Window(batch, n_inp, timed)
     part = plain_batch(window.cut(0, min(steps, window.steps)), device)
-    return Window(part[:n_inp], n_inp, timed and timed[:len(tree_leaves(part[:n_inp]))]),part[n_inp:],groups
+    xb,yb = part[:n_inp],part[n_inp:]
+    return Window(xb, n_inp, timed and timed[:len(tree_leaves(xb))]),yb,groups
 
 # %% ../../nbs/instruments/01_diagnose.ipynb #7f4988aa
 @patch
@@ -61,11 +77,15 @@ def check_sub_windows(self:Learner,
     steps:int=48, # Steps of the window that is tried, at most
     tol:float=None, # Largest difference, relative to the largest prediction; default: 1e-4, and 16 roundings in half precision
 ):
-    "Raise a `ValueError` that names the layer, if sub-windows do not give what the whole window gives; models that give no step-by-step predictions are not looked at"
+    """Raise a `ValueError` that names the layer, if sub-windows do not give what the whole window gives
+
+    Models that give no step-by-step predictions are not looked at."""
     window,_,groups = a_window(self, check_steps('steps', steps, 2))
-    sub = max(min(window.steps//3 if sub_seq_len is None else check_steps('sub_seq_len', sub_seq_len), window.steps-1), 1)
+    sub = window.steps//3 if sub_seq_len is None else check_steps('sub_seq_len', sub_seq_len)
+    sub = max(min(sub, window.steps-1), 1)
     error = compare_parts(get_model(self.model), window, sub, groups, tol)
-    if error is not None and not np.isfinite(error): raise ValueError(f"Predictions for a window of {window.steps} steps are not finite, so nothing can be compared. Look at the data and the weights.")
+    if error is not None and not np.isfinite(error): raise ValueError(
+        f"Predictions for a window of {window.steps} steps are not finite, so nothing can be compared. Look at the data and the weights.")
 
 # %% ../../nbs/instruments/01_diagnose.ipynb #38d84a72
 class MemoryGrads(pd.DataFrame):
@@ -75,10 +95,13 @@ class MemoryGrads(pd.DataFrame):
     def __repr__(self): return f"{self.attrs.get('verdict', '')}\n\n{super().__repr__()}"
     def _repr_html_(self): return f"<p>{escape(self.attrs.get('verdict', ''))}</p>{super()._repr_html_()}"
 
+# %% ../../nbs/instruments/01_diagnose.ipynb #78839ab6
 def _in_double(o):
     "A copy of a model, or of a loss function, in double precision"
     try: o = copy.deepcopy(o)
-    except RuntimeError as e: raise TypeError(f"{type(o).__name__} cannot be copied: it holds a tensor that is part of a graph, such as a state that was not detached. Detach it, or reset the model first.") from e
+    except RuntimeError as e: raise TypeError(
+        f"{type(o).__name__} cannot be copied: it holds a tensor that is part of a graph, such as a state that was not detached. "
+        "Detach it, or reset the model first.") from e
     for m in (o, getattr(o, 'func', None)):
         if isinstance(m, nn.Module): m.double()
     return o
@@ -93,57 +116,7 @@ def _double_by_default():
 
 def _to_double(o): return tree_map(lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, o)
 
-@patch
-def check_memory_grads(self:Learner,
-    steps:int=None, # Steps of the window that is tried; default: those of a sub-window, and no more than 100; 20 for a sub-window of one step
-    tol:float=1e-6, # A share below this is none
-)->pd.DataFrame: # A row for each parameter: norm of its gradient, norm of the part that came through the state, share of that part, verdict
-    "Which parameters learn through the memory? The verdict on the model, and its cause, are above the table, and in its `.attrs['verdict']`"
-    scheme = resolve_truncation(next(iter(self._grab_cbs(TbpttResetCB)), TbpttResetCB()).setting, self.dls.train)
-    setting = scheme and scheme.sub_seq_len
-    given = 20 if setting==1 and steps is None else min(setting or 100, 100) if steps is None else check_steps('steps', steps, 2)
-    window,yb,groups = a_window(self, given)
-    n,frozen = window.steps,{k for k,p in self.model.named_parameters() if not p.requires_grad}
-    if n<2: raise ValueError(f"A window has {n} step: what is remembered shows in later steps. Use windows of two steps or more.")
-    model,loss_func = _in_double(get_model(self.model)).requires_grad_(),_in_double(self.loss_func)
-    if len(frozen)==len(list(model.parameters())): raise ValueError("All parameters are frozen: there is nothing that could learn.")
-    window,yb = Window(_to_double(window.batch), len(window.batch), window.timed),_to_double(yb)
-    names,params = zip(*model.named_parameters())
-    with on_trial(model), _double_by_default():
-        def run(steps, window=window): return torch.cat(run_in_parts(model, window, steps, groups), 1)
-        whole = run(n)
-        if whole.shape[1]!=n: raise TypeError(f"{type(model).__name__} gives predictions of shape {tuple(whole.shape)} for {n} steps, none step by step; the memory of such a model cannot be followed.")
-        if not torch.isfinite(whole).all(): raise ValueError(f"Predictions for a window of {n} steps are not finite. Look at the data and the weights.")
-        seeded,other,again = _with_seed(run, n),run(n),_with_seed(run, n)
-        if difference([again], seeded, n)<=tol<difference([other], seeded, n): raise ValueError(f"{type(model).__name__} gives other predictions each time, in evaluation too: what comes through the memory cannot be told from random numbers. Switch them off in evaluation.")
-        alone = torch.cat([run(1, Window(window.cut(k, k+1), len(window.batch), window.timed)) for k in range(n)], 1)
-        facts = dict(remembers=difference([alone], whole, n)>tol, leaks=_leaks(model, window, groups, tol))
-        facts['cut'] = {name:cause for name,m in model.named_modules() if isinstance(m, StatefulRNN) and (cause := _cut_within(model, m, window, groups, tol))}
-        single = run(1)
-        facts['carried'] = (difference([single], whole, n) or 0)<=1e-4
-        grads,direct = (_grads(params, loss_func, preds, yb) for preds in (whole, single))
-    rows = {}
-    for name,g,d in zip(names, grads, direct):
-        total,through = _norm(g),0. if g is None else _norm(g-d if d is not None else g)
-        share = through/(through+_norm(d)) if through else 0.
-        rows[name] = (total, through, share, 'not in the graph' if g is None else 'not finite' if not np.isfinite(total) else 'no gradient' if total==0 else 'through the memory' if share>tol else 'directly only')
-    table = MemoryGrads.from_dict(rows, orient='index', columns=['norm','through memory','share','verdict'])
-    if not facts['carried']: table[['through memory','share']] = float('nan')
-    table.attrs['verdict'] = _verdict(table, frozen, setting, n, **facts)
-    table.loc[list(frozen)] = 0.,0.,0.,'frozen'
-    return table
-
-def _with_seed(f, *args):
-    with no_random(): return f(*args)
-
-def _grads(params, loss_func, preds, yb):
-    loss = loss_func(preds, *yb).mean()
-    if not loss.requires_grad: return [None]*len(params)
-    grads = torch.autograd.grad(loss, params, allow_unused=True)
-    return [None if g is None else g.detach() for g in grads]
-
-def _norm(g): return 0. if g is None else g.norm().item()
-
+# %% ../../nbs/instruments/01_diagnose.ipynb #abdee61e
 def _leaks(model, window, groups, tol):
     "Does a state survive a reset? Then predictions depend on what was run before it"
     def after(steps):
@@ -155,35 +128,158 @@ def _leaks(model, window, groups, tol):
     with torch.no_grad(): a,b = after(1),after(window.steps)
     return bool((a-b).abs().max()>tol*a.abs().max())
 
-def _cut_within(model, memory, window, groups, tol):
-    "How a memory loses the gradient within a single call, though its last output depends on earlier steps; `None` if it does not"
+# %% ../../nbs/instruments/01_diagnose.ipynb #f487a10b
+def _first_input(model, memory, window, groups):
+    "The input of the first call of a memory, while the model runs on a whole window; `None` if it is not called"
     seen = []
     hook = memory.register_forward_pre_hook(lambda _,args: seen.append(args[0].detach()))
     try:
         with torch.no_grad(): run_in_parts(model, window, window.steps, groups)
     finally: hook.remove()
-    if not seen or isinstance(memory.rnn, nn.RNNBase) or not getattr(memory.rnn, 'batch_first', True) or seen[0].shape[1]<2: return None
-    x = seen[0].requires_grad_(seen[0].is_floating_point())
+    return first(seen)
+
+def _may_lose_it(rnn, x):
+    "Could a gradient be lost between the steps of this call? Layers of torch.nn lose none"
+    if x is None or isinstance(rnn, nn.RNNBase): return False
+    return getattr(rnn, 'batch_first', True) and x.shape[1]>1
+
+def _cut_within(model, memory, window, groups, tol):
+    "How a memory loses the gradient within a single call, though its last output depends on earlier steps; `None` if it does not"
+    x = _first_input(model, memory, window, groups)
+    if not _may_lose_it(memory.rnn, x): return None
+    x.requires_grad_(x.is_floating_point())
     wrt = [o for o in (x, *memory.parameters()) if o.requires_grad]
-    n,all_steps = x.shape[1],Window((x,), 1)
-    whole,part,alone = (run_in_parts(memory, *o, groups)[-1][:,-1] for o in ((all_steps, n), (all_steps, n-1), (Window((x[:,-1:],), 1), 1)))
+    def last(x, steps): return run_in_parts(memory, Window((x,), 1), steps, groups)[-1][:,-1]
+    n = x.shape[1]
+    whole,part,alone = last(x, n),last(x, n-1),last(x[:,-1:], 1)
     if not wrt or not (whole-alone).abs().max()>tol*whole.abs().max(): return None
     if not whole.requires_grad: return 'not in the graph'
     weights = torch.linspace(.5, 1.5, whole.numel(), device=whole.device).view_as(whole)
-    grads = [torch.autograd.grad((o*weights).abs().sum(), wrt, allow_unused=True, materialize_grads=True) for o in (whole, part)]
-    return 'detached too early' if all((g-d).norm()<=tol*g.norm() for g,d in zip(*grads)) else None
+    def grads(out): return torch.autograd.grad((out*weights).abs().sum(), wrt, allow_unused=True, materialize_grads=True)
+    lost = all((g-d).norm()<=tol*g.norm() for g,d in zip(grads(whole), grads(part)))
+    return 'detached too early' if lost else None
+
+# %% ../../nbs/instruments/01_diagnose.ipynb #cbececbf
+def _check_step_by_step(model, preds, n):
+    if preds.shape[1]!=n: raise TypeError(
+        f"{type(model).__name__} gives predictions of shape {tuple(preds.shape)} for {n} steps, none step by step; "
+        "the memory of such a model cannot be followed.")
+    if not torch.isfinite(preds).all(): raise ValueError(
+        f"Predictions for a window of {n} steps are not finite. Look at the data and the weights.")
+
+def _check_repeatable(model, run, n, tol):
+    def seeded():
+        with no_random(): return run(n)
+    one,other,again = seeded(),run(n),seeded()
+    if difference([again], one, n)<=tol<difference([other], one, n): raise ValueError(
+        f"{type(model).__name__} gives other predictions each time, in evaluation too: what comes through the memory cannot be "
+        "told from random numbers. Switch them off in evaluation.")
+
+# %% ../../nbs/instruments/01_diagnose.ipynb #75589108
+def _run_both_ways(model, window, groups, tol):
+    "Predictions for the whole window, and for single steps that carry the state; and what they say of the memory"
+    n = window.steps
+    def run(steps, window=window): return torch.cat(run_in_parts(model, window, steps, groups), 1)
+    def step(k): return Window(window.cut(k, k+1), len(window.batch), window.timed)
+    whole = run(n)
+    _check_step_by_step(model, whole, n)
+    _check_repeatable(model, run, n, tol)
+    alone = torch.cat([run(1, step(k)) for k in range(n)], 1)
+    remembers = difference([alone], whole, n)>tol
+    leaks = _leaks(model, window, groups, tol)
+    memories = {name:m for name,m in model.named_modules() if isinstance(m, StatefulRNN)}
+    cut = {name:_cut_within(model, m, window, groups, tol) for name,m in memories.items()}
+    single = run(1)
+    carried = (difference([single], whole, n) or 0)<=1e-4
+    return whole,single,dict(remembers=remembers, leaks=leaks, carried=carried, cut={k:o for k,o in cut.items() if o})
+
+# %% ../../nbs/instruments/01_diagnose.ipynb #decfb2de
+def _grads(params, loss_func, preds, yb):
+    loss = loss_func(preds, *yb).mean()
+    if not loss.requires_grad: return [None]*len(params)
+    grads = torch.autograd.grad(loss, params, allow_unused=True)
+    return [None if g is None else g.detach() for g in grads]
+
+def _norm(g): return 0. if g is None else g.norm().item()
+
+def _learns(grad, direct, tol):
+    "A row of the table: norm of a gradient, norm of what came through the state, its share, and a verdict"
+    if grad is None: return 0.,0.,0.,'not in the graph'
+    total,through = _norm(grad),_norm(grad if direct is None else grad-direct)
+    share = through/(through+_norm(direct)) if through else 0.
+    if not np.isfinite(total): return total,through,share,'not finite'
+    if total==0: return total,through,share,'no gradient'
+    return total,through,share,'through the memory' if share>tol else 'directly only'
+
+# %% ../../nbs/instruments/01_diagnose.ipynb #5f0bc34c
+def _fault_in_state(leaks, carried, remembers):
+    if leaks: return (
+        "forgotten boundaries: a state is left over where a window starts. "
+        "Give the model a `reset()` that forgets it, or carry it in a StatefulRNN.")
+    if not carried: return (
+        "not carried: single steps give other predictions than the whole window, so what comes through the memory cannot be told. "
+        "`check_sub_windows` names the layer.")
+    if not remembers: return "no memory: predictions do not depend on earlier steps."
+
+def _fault_in_loss(norms):
+    if not np.isfinite(norms).all(): return (
+        "not finite: the loss or its gradient is NaN or infinite. Look at the targets and the loss function.")
+    if not norms.any(): return (
+        "no gradient: the loss gives none to any parameter. Is it constant here, or detached from the predictions?")
+
+# %% ../../nbs/instruments/01_diagnose.ipynb #af03c595
+def _fault_in_graph(cut, learns):
+    remedy = "Detach the state between sub-windows (StatefulRNN does), not within `forward`."
+    name,cause = next(iter(cut.items()), (None, None))
+    if cause=='not in the graph': return (
+        f"not in the graph: {name} runs without gradients. Look for torch.no_grad() or detach() on what it returns.")
+    if cause: return (
+        f"detached too early in {name}: its outputs depend on earlier steps, but give them no gradient. {remedy}")
+    if not learns: return (
+        f"detached too early: predictions depend on earlier steps, but no gradient comes from later ones. {remedy}")
+
+def _fault_in_training(learns, frozen, sub_seq_len, n):
+    if learns<=frozen: return (
+        f"frozen: all {len(learns)} parameters that could learn through the memory are frozen, such as {min(learns)}. "
+        "Unfreeze them, or what is remembered stays as it is.")
+    if sub_seq_len==1: return (
+        "sub-window of one step: the state is detached after each step, so nothing learns what to remember. "
+        f"Use a larger sub_seq_len; the table says what {n} steps would give.")
 
 def _verdict(table, frozen, sub_seq_len, n, remembers, leaks, carried, cut):
-    if leaks: return "forgotten boundaries: a state is left over where a window starts. Give the model a `reset()` that forgets it, or carry it in a StatefulRNN."
-    if not carried: return "not carried: single steps give other predictions than the whole window, so what comes through the memory cannot be told. `check_sub_windows` names the layer."
-    if not remembers: return "no memory: predictions do not depend on earlier steps."
-    if not np.isfinite(table.norm).all(): return "not finite: the loss or its gradient is NaN or infinite. Look at the targets and the loss function."
-    if not table.norm.any(): return "no gradient: the loss gives none to any parameter. Is it constant here, or detached from the predictions?"
     learns = set(table.index[table.verdict=='through the memory'])
-    for name,cause in cut.items():
-        if cause=='not in the graph': return f"not in the graph: {name} runs without gradients. Look for torch.no_grad() or detach() on what it returns."
-        return f"detached too early in {name}: its outputs depend on earlier steps, but give them no gradient. Detach the state between sub-windows (StatefulRNN does), not within `forward`."
-    if not learns: return "detached too early: predictions depend on earlier steps, but no gradient comes from later ones. Detach the state between sub-windows (StatefulRNN does), not within `forward`."
-    if learns<=frozen: return f"frozen: all {len(learns)} parameters that could learn through the memory are frozen, such as {min(learns)}. Unfreeze them, or what is remembered stays as it is."
-    if sub_seq_len==1: return f"sub-window of one step: the state is detached after each step, so nothing learns what to remember. Use a larger sub_seq_len; the table says what {n} steps would give."
-    return "healthy: the memory learns through the state."
+    return (_fault_in_state(leaks, carried, remembers) or _fault_in_loss(table.norm) or _fault_in_graph(cut, learns)
+        or _fault_in_training(learns, frozen, sub_seq_len, n) or "healthy: the memory learns through the state.")
+
+# %% ../../nbs/instruments/01_diagnose.ipynb #06990fe7
+def _steps_to_try(steps, sub_seq_len):
+    if steps is not None: return check_steps('steps', steps, 2)
+    return 20 if sub_seq_len==1 else min(sub_seq_len or 100, 100)
+
+@patch
+def check_memory_grads(self:Learner,
+    steps:int=None, # Steps of the window that is tried; default: those of a sub-window, at most 100; 20 for a sub-window of one step
+    tol:float=1e-6, # A share below this is none
+)->pd.DataFrame: # A row for each parameter: norm of its gradient, norm of the part that came through the state, share of that part, verdict
+    """Which parameters learn through the memory?
+
+    The verdict on the model, and its cause, are above the table, and in its `.attrs['verdict']`."""
+    scheme = resolve_truncation(next(iter(self._grab_cbs(TbpttResetCB)), TbpttResetCB()).setting, self.dls.train)
+    sub_seq_len = scheme and scheme.sub_seq_len
+    window,yb,groups = a_window(self, _steps_to_try(steps, sub_seq_len))
+    n,frozen = window.steps,{k for k,p in self.model.named_parameters() if not p.requires_grad}
+    if n<2: raise ValueError(
+        f"A window has {n} step: what is remembered shows in later steps. Use windows of two steps or more.")
+    model,loss_func = _in_double(get_model(self.model)).requires_grad_(),_in_double(self.loss_func)
+    if len(frozen)==len(list(model.parameters())): raise ValueError("All parameters are frozen: there is nothing that could learn.")
+    names,params = zip(*model.named_parameters())
+    window,yb = Window(_to_double(window.batch), len(window.batch), window.timed),_to_double(yb)
+    with on_trial(model), _double_by_default():
+        whole,single,facts = _run_both_ways(model, window, groups, tol)
+        grads,direct = (_grads(params, loss_func, preds, yb) for preds in (whole, single))
+    rows = {name:_learns(g, d, tol) for name,g,d in zip(names, grads, direct)}
+    table = MemoryGrads.from_dict(rows, orient='index', columns=['norm','through memory','share','verdict'])
+    if not facts['carried']: table[['through memory','share']] = float('nan')
+    table.attrs['verdict'] = _verdict(table, frozen, sub_seq_len, n, **facts)
+    table.loc[list(frozen)] = 0.,0.,0.,'frozen'
+    return table

@@ -13,74 +13,106 @@ import matplotlib.pyplot as plt
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip
+from fastcore.basics import patch
 from torch.nn.utils import get_total_norm
 from ..truncation.plan import check_steps
 
 # %% ../../nbs/instruments/03_health.ipynb #29148169
 class GradientHealth(Callback):
     "Record the gradient norm of each optimizer step, before clipping, and warn once if it vanishes and once if it explodes"
-    order,run_valid = MixedPrecision.order+.5,False # after MixedPrecision (10), which unscales; before GradientClip (11). GradientAccumulation (6) lets only real steps come here
+    # after MixedPrecision (10), which unscales; before GradientClip (11). GradientAccumulation (6) lets only real steps come here
+    order,run_valid = MixedPrecision.order+.5,False
     def __init__(self,
         low:float=1e-7, # Norms below vanish
         high:float=1e3, # Norms above explode, and those that are not finite
         every:int=100, # Steps between two looks at the norms; until then they stay on the device
     ):
         if not 0<=low<high: raise ValueError(f"low is {low}, high is {high}; expected 0 <= low < high.")
-        self.low,self.high,self.every,self._begins = low,high,check_steps('every', every),False
+        self.low,self.high = low,high
+        self.every = check_steps('every', every)
+        self._begins = False
         self._clear()
 
-    def _clear(self): self._norms,self._limits,self._waiting,self._warned = [],[],[],set()
+    def _clear(self):
+        self._norms,self._limits = [],[] # of each step
+        self._waiting = [] # norms that are still on the device
+        self._warned = set()
 
-    def before_fit(self): self._began,self._begins = self._begins,True
-    def before_validate(self): self._begins = self._begins and self._began # `before_fit` was that of an evaluation
-    def before_train(self):
-        if self._begins: self._clear()
-        self._begins = False
+# %% ../../nbs/instruments/03_health.ipynb #dca3ceb7
+@patch
+def before_fit(self:GradientHealth): self._began,self._begins = self._begins,True
 
-    def before_step(self):
-        clip = next(iter(self.learn._grab_cbs(GradientClip)), None)
-        self._waiting.append(get_total_norm([p.grad for p in self.learn.model.parameters() if p.grad is not None], clip.norm_type if clip else 2.).detach())
-        self._limits.append(clip.max_norm if clip else np.inf)
-        if len(self._waiting)>=self.every: self._look()
+@patch
+def before_validate(self:GradientHealth): self._begins = self._begins and self._began # `before_fit` was that of an evaluation
 
-    def after_train(self): self._look()
-    def after_fit(self): self._look() # if it was interrupted
+@patch
+def before_train(self:GradientHealth):
+    if self._begins: self._clear()
+    self._begins = False
 
-    def _look(self):
-        "Fetch the waiting norms, all at once"
-        if not self._waiting: return
-        new,start = torch.stack(self._waiting).cpu().double().numpy(),len(self._norms)
-        self._norms.extend(new)
-        self._waiting.clear()
-        for name,found,what in (('vanishing', new<self.low, f'below low={self.low:g}'), ('exploding', ~(new<=self.high), f'above high={self.high:g}, or not finite')):
-            if name in self._warned or not found.any(): continue
-            self._warned.add(name)
-            i = int(found.argmax())
-            warnings.warn(f"Gradients are {name}: the norm at step {start+i} is {new[i]:.3g}, {what}. " + ("Look at tbptt_find, the loss, and the first layers' activations." if name=='vanishing'
-                else "Use grad_clip, a smaller learning rate, or a shorter sub_seq_len."), stacklevel=2)
+# %% ../../nbs/instruments/03_health.ipynb #ef7395f8
+@patch
+def before_step(self:GradientHealth):
+    clip = next(iter(self.learn._grab_cbs(GradientClip)), None)
+    grads = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
+    self._waiting.append(get_total_norm(grads, clip.norm_type if clip else 2.).detach())
+    self._limits.append(clip.max_norm if clip else np.inf)
+    if len(self._waiting)>=self.every: self._look()
 
-    @property
-    def norms(self):
-        "Gradient norm of each step of the last fit, before clipping"
-        self._look()
-        return np.array(self._norms)
+@patch
+def after_train(self:GradientHealth): self._look()
 
-    @property
-    def clipped(self):
-        "Share of the steps whose gradient a `GradientClip` has clipped, among those whose norm is a number; NaN without any"
-        norms,limits = self.norms,np.array(self._limits)
-        known = ~np.isnan(norms)
-        return float(np.mean(norms[known]>limits[known])) if known.any() else float('nan')
+@patch
+def after_fit(self:GradientHealth): self._look() # if it was interrupted
 
-    def plot(self,
-        ax=None, # Axes to draw in; default: a new figure
-    ): # The axes
-        "Gradient norm of each step, and what it was clipped at"
-        ax = ax or plt.subplots(figsize=(6,3), layout='constrained')[1]
-        norms = self.norms
-        ax.plot(norms, lw=.8, label='before clipping' if np.isfinite(self._limits).any() else 'norm')
-        if np.isfinite(self._limits).any(): ax.plot(self._limits, color='C1', lw=1, label=f'largest norm ({self.clipped:.0%} of steps were clipped)')
-        if (norms>0).any(): ax.set_yscale('log')
-        ax.set(xlabel='step', ylabel='gradient norm')
-        ax.legend(frameon=False, loc='best')
-        return ax
+# %% ../../nbs/instruments/03_health.ipynb #0098758c
+_advice = dict(
+    vanishing="Look at tbptt_find, the loss, and the first layers' activations.",
+    exploding="Use grad_clip, a smaller learning rate, or a shorter sub_seq_len.")
+
+@patch
+def _look(self:GradientHealth):
+    "Fetch the waiting norms, all at once"
+    if not self._waiting: return
+    start = len(self._norms)
+    new = torch.stack(self._waiting).cpu().double().numpy()
+    self._norms.extend(new)
+    self._waiting.clear()
+    self._warn_once('vanishing', start, new, new<self.low, f'below low={self.low:g}')
+    self._warn_once('exploding', start, new, ~(new<=self.high), f'above high={self.high:g}, or not finite')
+
+@patch
+def _warn_once(self:GradientHealth, what, start, norms, found, limit):
+    if what in self._warned or not found.any(): return
+    self._warned.add(what)
+    i = int(found.argmax())
+    warnings.warn(f"Gradients are {what}: the norm at step {start+i} is {norms[i]:.3g}, {limit}. {_advice[what]}", stacklevel=3)
+
+# %% ../../nbs/instruments/03_health.ipynb #36c57bda
+@patch(as_prop=True)
+def norms(self:GradientHealth):
+    "Gradient norm of each step of the last fit, before clipping"
+    self._look()
+    return np.array(self._norms)
+
+@patch(as_prop=True)
+def clipped(self:GradientHealth):
+    "Share of the steps whose gradient a `GradientClip` has clipped, among those whose norm is a number; NaN without any"
+    norms,limits = self.norms,np.array(self._limits)
+    known = ~np.isnan(norms)
+    return float(np.mean(norms[known]>limits[known])) if known.any() else float('nan')
+
+# %% ../../nbs/instruments/03_health.ipynb #1052d8f9
+@patch
+def plot(self:GradientHealth,
+    ax=None, # Axes to draw in; default: a new figure
+): # The axes
+    "Gradient norm of each step, and what it was clipped at"
+    ax = ax or plt.subplots(figsize=(6,3), layout='constrained')[1]
+    norms,clips = self.norms,np.isfinite(self._limits).any()
+    ax.plot(norms, lw=.8, label='before clipping' if clips else 'norm')
+    if clips: ax.plot(self._limits, color='C1', lw=1, label=f'largest norm ({self.clipped:.0%} of steps were clipped)')
+    if (norms>0).any(): ax.set_yscale('log')
+    ax.set(xlabel='step', ylabel='gradient norm')
+    ax.legend(frameon=False, loc='best')
+    return ax
