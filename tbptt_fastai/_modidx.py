@@ -676,6 +676,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'tbptt_fastai/speed/optimizer.py'),
                                               'tbptt_fastai.speed.optimizer.FusedAdam.__init__': ( 'speed/optimizer.html#fusedadam.__init__',
                                                                                                    'tbptt_fastai/speed/optimizer.py'),
+                                              'tbptt_fastai.speed.optimizer.FusedAdam._calls': ( 'speed/optimizer.html#fusedadam._calls',
+                                                                                                 'tbptt_fastai/speed/optimizer.py'),
                                               'tbptt_fastai.speed.optimizer.FusedAdam._plain_step': ( 'speed/optimizer.html#fusedadam._plain_step',
                                                                                                       'tbptt_fastai/speed/optimizer.py'),
                                               'tbptt_fastai.speed.optimizer.FusedAdam._row': ( 'speed/optimizer.html#fusedadam._row',
