@@ -15,9 +15,12 @@ def check(lr, out, sub_seq_len, win_sz, **counts):
     "A `ValueError` that names the option and what it takes"
     for name,n in dict(counts, win_sz=win_sz, sub_seq_len=sub_seq_len).items():
         if n<1: raise ValueError(f"--{name.replace('_', '-')} is {n}; expected a whole number of at least 1.")
-    if sub_seq_len>win_sz: raise ValueError(f"--sub-seq-len is {sub_seq_len}, but a window has {win_sz} steps (--win-sz). Use at most {win_sz}, which is full backpropagation.")
+    if sub_seq_len>win_sz: raise ValueError(
+        f"--sub-seq-len is {sub_seq_len}, but a window has {win_sz} steps (--win-sz). "
+        f"Use at most {win_sz}, which is full backpropagation.")
     if not (lr>0 and isfinite(lr)): raise ValueError(f"--lr is {lr}; expected a learning rate above 0, such as 0.003.")
-    if Path(out).suffix not in FIGURES: raise ValueError(f"--out is {out}; expected a name that ends in {', '.join(FIGURES)}.")
+    if Path(out).suffix not in FIGURES: raise ValueError(
+        f"--out is {out}; expected a name that ends in {', '.join(FIGURES)}.")
     if not Path(out).resolve().parent.is_dir(): raise ValueError(f"--out is {out}, in a folder that does not exist.")
 
 
@@ -43,7 +46,8 @@ def tbptt_demo(
     try:
         check(lr=lr, out=out, n_epoch=n_epoch, hidden_size=hidden_size, threads=threads, **windows)
         from tbptt_fastai.datasets.demo import compare
-        compare(str(data), path, n_epoch, lr, seed, threads, out, dict(rnn_type=str(rnn_type), hidden_size=hidden_size), windows)
+        rnn = dict(rnn_type=str(rnn_type), hidden_size=hidden_size)
+        compare(str(data), path, n_epoch, lr, seed, threads, out, rnn, windows)
     except (ValueError, OSError, ImportError) as e: raise SystemExit(f'tbptt-demo: {e}') from None
     except KeyboardInterrupt as e:
         print(f'\ntbptt-demo: interrupted {e}'.rstrip(), file=sys.stderr)
