@@ -155,7 +155,7 @@ class StatefulRNN(nn.Module):
     `initial_state(bs, device, dtype)`, or takes `None` as first state."""
     def __init__(self,
         rnn:nn.Module, # The recurrent module
-        batch_dim=None, # Batch dimension of its state, see `batch_dims`; default: 1 for the layers of `torch.nn`, else 0
+        batch_dim=None, # Batch dimension of its state, see `batch_dims`; default: 1 for layers of `torch.nn`, else 0
         initial=None, # First state, from the groups of a batch's rows: an `InitialState`; default: the module's own
     ):
         super().__init__()
