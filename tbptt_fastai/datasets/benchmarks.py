@@ -50,6 +50,18 @@ def _odd_multisine(n, fs, bandwidth, amplitude, oversample, rng):
     return np.fft.irfft(X, N)[:n*oversample+1]
 
 # %% ../../nbs/datasets/00_benchmarks.ipynb #295a5d6f
+def _check_simulation(n_steps, fs, bandwidth, positive, not_negative):
+    "A `ValueError` that names the number and what is expected of it"
+    if not isinstance(n_steps, Integral) or n_steps < 2:
+        raise ValueError(f'n_steps={n_steps!r}: expected an integer of at least 2')
+    for name,x in positive.items():
+        if not 0 < x < math.inf: raise ValueError(f'{name}={x!r}: expected a positive finite number')
+    for name,x in not_negative.items():
+        if not 0 <= x < math.inf: raise ValueError(f'{name}={x!r}: expected a finite number that is not negative')
+    least,most = fs/(2*n_steps),fs/2
+    if not least <= bandwidth < most: raise ValueError(
+        f'bandwidth={bandwidth!r}: expected at least fs/(2*n_steps)={least:.4g} Hz and below fs/2={most:.4g} Hz')
+
 def simulate_duffing(
     n_steps:int, # number of time steps, at least 2
     fs:float=SILVERBOX_FS, # sampling rate in Hz
@@ -64,27 +76,22 @@ def simulate_duffing(
 )->tuple[np.ndarray, np.ndarray]: # (u, y), each (n_steps,) float64 in V
     """Simulated Silverbox: a Duffing oscillator, from rest, under a random-phase odd multisine
 
-    The equation, m*y'' + d*y' + a*y + b*y^3 = u, is the one by which Wigren and Schoukens (2013) describe the Silverbox.
-    `f0`, `zeta`, `beta` and `gain` are our own fit to its recording (`bench/fit_duffing.py`): with the recorded input they
-    give the first 5000 outputs of the multisine test with an error of 0.30 mV rms, of 54.5 mV.
-    Like the recorded input, `u` is band-limited between the samples; its amplitude is the same at all frequencies, where the
-    recorded one falls by a third towards 200 Hz. The steps are half a period of the multisine, as the second half repeats
-    the first with its sign changed.
+    The equation, m*y'' + d*y' + a*y + b*y^3 = u, is the one by which Wigren and Schoukens (2013) describe the
+    Silverbox. `f0`, `zeta`, `beta` and `gain` are our own fit to its recording (`bench/fit_duffing.py`): with the
+    recorded input they give the first 5000 outputs of the multisine test with an error of 0.30 mV rms, of 54.5 mV.
+    Like the recorded input, `u` is band-limited between the samples; its amplitude is the same at all frequencies,
+    where the recorded one falls by a third towards 200 Hz. The steps are half a period of the multisine, as the
+    second half repeats the first with its sign changed.
     """
-    if not isinstance(n_steps, Integral) or n_steps < 2: raise ValueError(f'n_steps={n_steps!r}: expected an integer of at least 2')
-    for name,x in dict(fs=fs, f0=f0).items():
-        if not 0 < x < math.inf: raise ValueError(f'{name}={x!r}: expected a positive finite number')
-    for name,x in dict(amplitude=amplitude, noise=noise, zeta=zeta).items():
-        if not 0 <= x < math.inf: raise ValueError(f'{name}={x!r}: expected a finite number that is not negative')
-    if not fs/(2*n_steps) <= bandwidth < fs/2:
-        raise ValueError(f'bandwidth={bandwidth!r}: expected at least fs/(2*n_steps)={fs/(2*n_steps):.4g} Hz and below fs/2={fs/2:.4g} Hz')
+    _check_simulation(n_steps, fs, bandwidth, dict(fs=fs, f0=f0), dict(amplitude=amplitude, noise=noise, zeta=zeta))
     substeps = math.ceil(40*math.pi*f0/fs) # integration steps of at most 0.05 rad of the natural frequency
     rng = np.random.default_rng(seed)
     u = _odd_multisine(n_steps, fs, bandwidth, amplitude, 2*substeps, rng)
     y = duffing_response(u, 1/(fs*substeps), f0, zeta, beta, gain)[:-1:substeps]
     peak = float(np.abs(y).max())
     if not 3*abs(beta)*peak*peak < 8: # the local stiffness grows ninefold (error up to about 1e-3), or it diverges
-        raise ValueError(f'amplitude={amplitude!r}: the output reaches {peak:.3g} V, where the simulation is not accurate; expected a smaller amplitude')
+        raise ValueError(f'amplitude={amplitude!r}: the output reaches {peak:.3g} V, '
+            'where the simulation is not accurate; expected a smaller amplitude')
     return u[:-1:2*substeps].copy(), y + noise*rng.standard_normal(n_steps)
 
 # %% ../../nbs/datasets/00_benchmarks.ipynb #fa281725
@@ -102,8 +109,8 @@ def create_dls_duffing(
 ):
     "Loaders over a simulated Silverbox: predict the voltage out from the voltage in"
     train,valid = (simulate_duffing(n, seed=[seed,i], noise=noise) for i,n in enumerate((n_steps, n_valid)))
-    return SequenceDataLoaders.from_arrays(*train, valid=valid, win_sz=win_sz, stp_sz=stp_sz, sub_seq_len=sub_seq_len, bs=bs,
-                                           **{**_signals, **kwargs})
+    sizes = dict(win_sz=win_sz, stp_sz=stp_sz, sub_seq_len=sub_seq_len, bs=bs)
+    return SequenceDataLoaders.from_arrays(*train, valid=valid, **sizes, **{**_signals, **kwargs})
 
 # %% ../../nbs/datasets/00_benchmarks.ipynb #87cd7a04
 _SILVERBOX_STEPS = dict(train_val=65_062, multisine=21_688, arrow=40_475, arrow_no_extrapolation=32_000)
@@ -114,40 +121,48 @@ def _silverbox_root(path, nb):
     if path is not None: root = Path(path)
     elif os.environ.get('TBPTT_DATA'): root = Path(os.environ['TBPTT_DATA'])/'nlb_cache'
     else: root = Path(nb.utilities.get_tmp_benchmark_directory())
-    if root.exists() and not root.is_dir(): raise NotADirectoryError(f'{root}: expected a folder, found a file; pass path=')
+    if root.exists() and not root.is_dir():
+        raise NotADirectoryError(f'{root}: expected a folder, found a file; pass path=')
     return root
 
 def _download_silverbox(root, nb):
-    "Download to a temporary folder and copy to `root` when complete: the package leaves half-written files where it fails"
+    """Download to a temporary folder and copy to `root` when complete
+
+    The package leaves half-written files where it fails."""
     with tempfile.TemporaryDirectory() as tmp:
         try:
             with contextlib.redirect_stdout(io.StringIO()): nb.Silverbox(dir_placement=tmp)
         except Exception as e: # many types: no network, an error page instead of the archive, a broken archive
-            raise ConnectionError(f'Silverbox: not found in {root} and the download failed ({type(e).__name__}: {e}). Try again with '
-                f'a network; or download {_SILVERBOX_URL} by hand as SilverboxFiles.zip to {root/"Silverbox"} and unpack it there, keeping '
-                'the archive; or pass path=, the folder that has such a folder Silverbox; or use create_dls_duffing, which needs no '
-                'network') from e
+            raise ConnectionError(
+                f'Silverbox: not found in {root} and the download failed ({type(e).__name__}: {e}). '
+                f'Try again with a network; or download {_SILVERBOX_URL} by hand as SilverboxFiles.zip '
+                f'to {root/"Silverbox"} and unpack it there, keeping the archive; '
+                'or pass path=, the folder that has such a folder Silverbox; '
+                'or use create_dls_duffing, which needs no network') from e
         src,dst = Path(tmp)/'Silverbox', root/'Silverbox'
         shutil.copytree(src, dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns('*.zip'))
         shutil.copy(src/'SilverboxFiles.zip', dst) # last, as it marks the folder as complete
 
 def load_silverbox(
-    path:str|os.PathLike|None=None, # folder of the nonlinear_benchmarks cache; None: `$TBPTT_DATA/nlb_cache`, else the package's default
+    path:str|os.PathLike|None=None, # folder of the cache; None: `$TBPTT_DATA/nlb_cache`, else the package's default
     dtype:type=np.float32, # floating-point type of the arrays
 )->tuple: # (train, valid, tests): (u, y) of 50,000 and of 15,062 steps, and a dict of (u, y); 1-D arrays in V
     """Recorded Silverbox, downloaded where needed; tests are 'multisine', 'arrow' and 'arrow_no_extrapolation'
 
     The package's training part is split: its first 50,000 steps for training, its last 15,062 for validation.
     """
-    if not np.issubdtype(dtype, np.floating): raise ValueError(f'dtype={dtype!r}: expected a floating-point type, such as np.float32')
+    if not np.issubdtype(dtype, np.floating):
+        raise ValueError(f'dtype={dtype!r}: expected a floating-point type, such as np.float32')
     try: import nonlinear_benchmarks as nb
-    except ImportError as e: raise ImportError("load_silverbox needs the package nonlinear_benchmarks: pip install 'tbptt_fastai[benchmarks]'") from e
+    except ImportError as e: raise ImportError(
+        "load_silverbox needs the package nonlinear_benchmarks: pip install 'tbptt_fastai[benchmarks]'") from e
     root = _silverbox_root(path, nb)
     archive = root/'Silverbox'/'SilverboxFiles.zip' # the package looks only for this
     mat = root/'Silverbox'/'SilverboxFiles'/'SNLS80mV.mat'
     again = f'delete the folder {root/"Silverbox"} and load again to download it anew'
     if not archive.is_file(): _download_silverbox(root, nb)
-    if not mat.is_file(): raise FileNotFoundError(f'{mat}: file not found, though {archive} is there; unpack that, or {again}')
+    if not mat.is_file():
+        raise FileNotFoundError(f'{mat}: file not found, though {archive} is there; unpack that, or {again}')
     try: train_val,tests = nb.Silverbox(dir_placement=root)
     except Exception as e: raise OSError(f'{mat}: cannot be read ({type(e).__name__}: {e}); {again}') from e
     data = {k: (np.asarray(d.u, dtype), np.asarray(d.y, dtype)) for k,d in zip(_SILVERBOX_STEPS, (train_val, *tests))}
@@ -170,5 +185,5 @@ def create_dls_silverbox(
 ):
     "Loaders over the Silverbox recording: 50,000 steps for training, the following 15,062 for validation"
     train,valid,_ = load_silverbox(path)
-    return SequenceDataLoaders.from_arrays(*train, valid=valid, win_sz=win_sz, stp_sz=stp_sz, sub_seq_len=sub_seq_len, bs=bs,
-                                           **{**_signals, **kwargs})
+    sizes = dict(win_sz=win_sz, stp_sz=stp_sz, sub_seq_len=sub_seq_len, bs=bs)
+    return SequenceDataLoaders.from_arrays(*train, valid=valid, **sizes, **{**_signals, **kwargs})

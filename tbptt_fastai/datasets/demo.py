@@ -53,9 +53,11 @@ def train(name, dls, sub_seq_len, n_epoch, lr, seed, threads, **rnn) -> Run:
 
 def table(runs:list[Run]) -> str:
     "A row for each training"
-    rows = {r.name: {'MAE [mV]': 1e3*r.losses[-1], 'RMSE [mV]': 1e3*r.rmse, 'seconds': r.seconds, 'updates': r.n_updates, 'activations per update [MiB]': r.memory/2**20}
-            for r in runs}
-    return pd.DataFrame(rows).T.to_string(formatters={'updates': '{:.0f}'.format}, float_format='{:.3g}'.format)
+    columns = {'MAE [mV]': [1e3*r.losses[-1] for r in runs], 'RMSE [mV]': [1e3*r.rmse for r in runs],
+        'seconds': [r.seconds for r in runs], 'updates': [r.n_updates for r in runs],
+        'activations per update [MiB]': [r.memory/2**20 for r in runs]}
+    rows = pd.DataFrame(columns, index=[r.name for r in runs])
+    return rows.to_string(formatters={'updates': '{:.0f}'.format}, float_format='{:.3g}'.format)
 
 
 def figure(runs:list[Run], y:np.ndarray, dt:float) -> Figure:
@@ -80,9 +82,9 @@ def compare(data, path, n_epoch, lr, seed, threads, out, rnn, windows):
     "Train both ways, print the table, draw the figure"
     plt.switch_backend('agg')
     dls = create_dls_duffing(seed=seed, **windows) if data=='duffing' else create_dls_silverbox(path=path, **windows)
-    runs = []
+    steps,runs = windows['sub_seq_len'],[]
     try:
-        for name,sub_seq_len in (('full backpropagation', None), (f"TBPTT, sub-windows of {windows['sub_seq_len']}", windows['sub_seq_len'])):
+        for name,sub_seq_len in (('full backpropagation', None), (f'TBPTT, sub-windows of {steps}', steps)):
             print(f'\n{name}: {len(dls.train_ds)} windows of {dls.train_ds.win_sz} steps, {n_epoch} epochs')
             runs.append(train(name, dls, sub_seq_len, n_epoch, lr, seed, threads, **rnn))
     finally:

@@ -19,10 +19,12 @@ class Standardize(nn.Module):
     ):
         super().__init__()
         mean,std = torch.as_tensor(mean),torch.as_tensor(std)
+        is_constant = std<=4*torch.finfo(std.dtype).eps*mean.abs()
         self.register_buffer('mean', mean)
-        self.register_buffer('std', torch.where(std<=4*torch.finfo(std.dtype).eps*mean.abs(), torch.ones_like(std), std))
+        self.register_buffer('std', torch.where(is_constant, torch.ones_like(std), std))
 
     def forward(self, x): return (x-self.mean)/self.std
+
     def inverse(self, x):
         "Back to the units of the data"
         return x*self.std+self.mean
@@ -43,9 +45,13 @@ class SequenceRNN(nn.Module):
         scale_y:Standardize=None, # Scaling that is undone on the output; default: none
     ):
         super().__init__()
-        if rnn_type not in rnn_types: raise ValueError(f"rnn_type is {rnn_type!r}; expected one of {list(rnn_types)}. For another module pass `model=` to `TbpttLearner`.")
-        self.scale_x,self.scale_y = scale_x or nn.Identity(),scale_y
-        self.rnn = StatefulRNN(rnn_types[rnn_type](n_in, hidden_size, num_layers, batch_first=True, dropout=dropout))
+        if rnn_type not in rnn_types: raise ValueError(
+            f"rnn_type is {rnn_type!r}; expected one of {list(rnn_types)}. "
+            "For another module pass `model=` to `TbpttLearner`.")
+        self.scale_x = scale_x or nn.Identity()
+        self.scale_y = scale_y
+        rnn = rnn_types[rnn_type](n_in, hidden_size, num_layers, batch_first=True, dropout=dropout)
+        self.rnn = StatefulRNN(rnn)
         self.head = nn.Linear(hidden_size, n_out)
 
     def forward(self,

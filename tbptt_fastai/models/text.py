@@ -25,10 +25,14 @@ class TextRNN(nn.Module):
         dropout:float=.1, # Dropout between recurrent layers and after the last
     ):
         super().__init__()
-        if rnn_type not in rnn_types: raise ValueError(f"rnn_type is {rnn_type!r}; expected one of {list(rnn_types)}.")
+        if rnn_type not in rnn_types: raise ValueError(
+            f"rnn_type is {rnn_type!r}; expected one of {list(rnn_types)}.")
+        between = dropout if num_layers>1 else 0.
         self.embedding = nn.Embedding(n_vocab, emb_sz)
-        self.rnn = StatefulRNN(rnn_types[rnn_type](emb_sz, hidden_size, num_layers, batch_first=True, dropout=dropout if num_layers>1 else 0.))
-        self.dropout,self.head = nn.Dropout(dropout),nn.Linear(hidden_size, n_vocab)
+        rnn = rnn_types[rnn_type](emb_sz, hidden_size, num_layers, batch_first=True, dropout=between)
+        self.rnn = StatefulRNN(rnn)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden_size, n_vocab)
 
     def forward(self,
         x, # Numbers of tokens `(batch, time)`
@@ -40,6 +44,32 @@ class TextRNN(nn.Module):
         self.rnn.reset()
 
 # %% ../../nbs/models/01_text.ipynb #ecdd310c
+def _check_vocab(vocab):
+    if vocab is None: raise TypeError(
+        "The learner has no vocabulary: its loaders are not those of SequenceDataLoaders.from_text.")
+
+def _check_prompt(prompt, number):
+    "A `ValueError` unless there is a number for each of its tokens, and one at least"
+    unknown = [o for o in prompt if o not in number]
+    if not unknown and len(prompt): return
+    problem = 'is empty: expected at least one token'
+    if unknown: problem = f'has {unknown[0]!r}, which is not in the vocabulary'
+    raise ValueError(f"The prompt {prompt!r} {problem}.")
+
+def _check_temperature(temperature):
+    if not temperature>=0: raise ValueError(f"temperature is {temperature}; expected 0 or more.")
+
+# %% ../../nbs/models/01_text.ipynb #a4b66141
+def _draw(
+    out, # What the model returns for one sequence
+    temperature,
+)->torch.Tensor:
+    "A token, by its scores after the last step"
+    scores = out[0] if isinstance(out, tuple) else out # the models of fastai.text return more
+    scores = scores[0,-1].float()
+    if temperature==0: return scores.argmax()
+    return torch.multinomial((scores/temperature).softmax(0), 1)[0]
+
 @torch.no_grad()
 def sample_text(
     learn, # Learner on the loaders of `SequenceDataLoaders.from_text`
@@ -49,22 +79,20 @@ def sample_text(
 ): # As the prompt: a string or a list
     "`prompt`, gone on with by a model of text; torch's random generator draws"
     vocab,model = getattr(learn.dls, 'vocab', None),learn.model
-    if vocab is None: raise TypeError("The learner has no vocabulary: its loaders are not those of SequenceDataLoaders.from_text.")
+    _check_vocab(vocab)
     number = {o:i for i,o in enumerate(vocab)}
-    unknown = [o for o in prompt if o not in number]
-    if unknown or not len(prompt): raise ValueError(f"The prompt {prompt!r} {f'has {unknown[0]!r}, which is not in the vocabulary' if unknown else 'is empty: expected at least one token'}.")
-    if not temperature>=0: raise ValueError(f"temperature is {temperature}; expected 0 or more.")
-    device,training,drawn = next(model.parameters()).device,model.training,[]
-    x = torch.tensor([[number[o] for o in prompt]], device=device)
+    _check_prompt(prompt, number)
+    _check_temperature(temperature)
+    training = model.training
+    x = torch.tensor([[number[o] for o in prompt]], device=next(model.parameters()).device)
     carry = Carry(model, evaluation=True)
+    drawn = []
     model.eval()
     carry.reset_own()
     try:
         with carry:
             for _ in range(check_steps('n', n, least=0)):
-                scores = model(x)
-                scores = (scores[0] if isinstance(scores, tuple) else scores)[0,-1].float() # the models of fastai.text return more
-                token = scores.argmax() if temperature==0 else torch.multinomial((scores/temperature).softmax(0), 1)[0]
+                token = _draw(model(x), temperature)
                 drawn.append(vocab[int(token)])
                 x = token.view(1, 1)
     finally:

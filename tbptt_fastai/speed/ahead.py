@@ -16,7 +16,9 @@ def one_ahead(
     send, # Function of a batch; called once for each, one ahead
     receive, # Function of what `send` returned; called when the batch is handed out
 ):
-    "What `receive` makes of each batch, in their order. An error of `batches` or `send` comes after the batches before it"
+    """What `receive` makes of each batch, in their order
+
+    An error of `batches` or `send` comes after the batches before it."""
     batches,end = iter(batches),object()
     def sent():
         batch = next(batches, end)
@@ -31,18 +33,22 @@ def one_ahead(
 
 # %% ../../nbs/speed/04_ahead.ipynb #5d6591db
 def pinned_ahead(
-    batches, # Batches of tensors in tuples, lists or dicts, of any nesting; those that are not on the CPU are left alone
+    batches, # Batches of tensors in tuples, lists or dicts, of any nesting; those not on the CPU are left alone
     device, # A CUDA device
 ):
     "The same batches on that device, each copied there from pinned memory while the one before is used"
     device = torch.device(device)
     side = torch.cuda.Stream(device)
+    def copied(o):
+        if not isinstance(o, Tensor) or not o.is_cpu: return o
+        return o.pin_memory().to(device, non_blocking=True)
     def send(batch):
-        with torch.cuda.stream(side): return tree_map(lambda o: o.pin_memory().to(device, non_blocking=True) if isinstance(o, Tensor) and o.is_cpu else o, batch)
+        with torch.cuda.stream(side): return tree_map(copied, batch)
     def receive(batch):
         current = torch.cuda.current_stream(device)
         current.wait_stream(side)
         for o in tree_leaves(batch):
-            if isinstance(o, Tensor) and o.device.type==device.type: o.record_stream(current) # its memory comes from the side stream, which must not have it back before
+            # its memory comes from the side stream, which must not have it back before
+            if isinstance(o, Tensor) and o.device.type==device.type: o.record_stream(current)
         return batch
     return one_ahead(batches, send, receive)

@@ -7,11 +7,13 @@ __all__ = ['fastai_code', 'LeanLearner']
 
 # %% ../../nbs/speed/02_dispatch.ipynb #e8b30b89
 import fastai.callback.schedule, fastai.learner
-from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
-                                  CancelTrainException, CancelValidException, _inner_loop)
+from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelEpochException
+from fastai.callback.core import CancelFitException, CancelStepException, CancelTrainException, CancelValidException
+from fastai.callback.core import _inner_loop
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from fastai.torch_core import defaults
+from fastcore.basics import patch
 from fastcore.imports import noop
 from fastcore.xtras import modify_exception
 from torch import Tensor
@@ -25,23 +27,28 @@ def fastai_code(
     cls:type=Learner, # A learner's class
 )->tuple:
     "The functions of fastai whose work `LeanLearner` does itself"
-    names = [(cls,'_call_one'), (Callback,'__call__'), *((Learner,o) for o in ('__call__','_set_device','_split')), (ParamScheduler,'_update_val'), (Recorder,'_train_mets'), (AvgSmoothLoss,'accumulate'),
-             (fastai.callback.schedule,'combine_scheds'), (fastai.learner,'_cast_tensor'), *shortcuts]
+    of_learner = [(Learner,o) for o in ('__call__','_set_device','_split')]
+    of_callbacks = [(ParamScheduler,'_update_val'), (Recorder,'_train_mets'), (AvgSmoothLoss,'accumulate')]
+    of_modules = [(fastai.callback.schedule,'combine_scheds'), (fastai.learner,'_cast_tensor')]
+    names = [(cls,'_call_one'), (Callback,'__call__'), *of_learner, *of_callbacks, *of_modules, *shortcuts]
     return tuple(getattr(*o, None) for o in names)
 
 # %% ../../nbs/speed/02_dispatch.ipynb #ec3fa873
 _inner_events = frozenset(_inner_loop)
-_cancels = CancelBatchException,CancelBackwardException,CancelEpochException,CancelFitException,CancelStepException,CancelTrainException,CancelValidException
+_cancels = (CancelBatchException, CancelBackwardException, CancelEpochException, CancelFitException,
+    CancelStepException, CancelTrainException, CancelValidException)
 
 def _short_way(cb, event_name):
     "How a callback is called: by a shortcut, by its own method (''), or, `None`, as fastai does it"
-    if type(cb).__call__ is not Callback.__call__ or hasattr(type(cb), 'training') or 'training' in vars(cb): return None
-    return shortcuts.get((type(cb), event_name), '')
+    cls = type(cb)
+    if cls.__call__ is not Callback.__call__: return None
+    if hasattr(cls, 'training') or 'training' in vars(cb): return None
+    return shortcuts.get((cls, event_name), '')
 
+# %% ../../nbs/speed/02_dispatch.ipynb #02184ddd
 class LeanLearner(Learner):
     "fastai's `Learner`, in which callbacks that do not have an event cost nothing"
     _lean = False
-
     def __call__(self, event_name):
         if self._lean and isinstance(event_name, str) and event_name in _inner_events: return self._offer(event_name)
         self._lean = is_known(_known_code, *fastai_code(type(self))) and '_call_one' not in vars(self)
@@ -49,30 +56,6 @@ class LeanLearner(Learner):
         for cb in self.cbs:
             if type(cb) is Recorder: read_losses(cb) # which its shortcut leaves on the device
         super().__call__(event_name)
-
-    def _offer(self, event_name):
-        cbs,having = self._having.get(event_name, (None,None))
-        if cbs!=self.cbs.items: having = self._look_up(event_name)
-        for cb,run in having:
-            if run is None or cb.learn is not self: cb(event_name)
-            elif cb.run and (cb.run_train if self.training else cb.run_valid):
-                try:
-                    if run and event_name not in vars(cb): run(cb)
-                    else: getattr(cb, event_name, noop)()
-                except _cancels: raise
-                except Exception as e: raise modify_exception(e, f'Exception occured in `{type(cb).__name__}` when calling event `{event_name}`:\n\t{e.args[0]}', replace=True)
-
-    def _look_up(self, event_name):
-        "The callbacks that have an event or may have it, in order, and how each is called; `None`: as fastai does it"
-        ways = [(cb, _short_way(cb, event_name)) for cb in self.cbs.sorted('order')]
-        having = [(cb,run) for cb,run in ways if run is None or hasattr(cb, event_name)]
-        self._having[event_name] = self.cbs.items.copy(),having
-        return having
-
-    def _keep(self, name, owner, find):
-        "What is looked for once for all batches of an epoch, as long as the owner is the same"
-        if self._kept.get(name, (None,))[0] is not owner: self._kept[name] = owner,find()
-        return self._kept[name][1]
 
     def _split(self, b):
         n = self._keep('n_inp', self.dls, lambda: getattr(self.dls, 'n_inp', None)) if self._lean else None
@@ -83,7 +66,41 @@ class LeanLearner(Learner):
         "On the device of the model; a batch that is there already is not walked through"
         if not self._lean: return super()._set_device(b)
         device = self._keep('parameter', self.model, lambda: next(self.model.parameters())).device
-        if type(b) is tuple and defaults.use_cuda is not False and all(isinstance(o, Tensor) and o.device==device for o in b): return b
+        is_lean = type(b) is tuple and defaults.use_cuda is not False
+        if is_lean and all(isinstance(o, Tensor) and o.device==device for o in b): return b
         return super()._set_device(b)
 
     def __getstate__(self): return {**super().__getstate__(), '_having': {}, '_kept': {}}
+
+# %% ../../nbs/speed/02_dispatch.ipynb #3a780f4a
+@patch
+def _keep(self:LeanLearner, name, owner, find):
+    "What is looked for once for all batches of an epoch, as long as the owner is the same"
+    if self._kept.get(name, (None,))[0] is not owner: self._kept[name] = owner,find()
+    return self._kept[name][1]
+
+@patch
+def _look_up(self:LeanLearner, event_name):
+    "The callbacks that have an event or may have it, in order, and how each is called; `None`: as fastai does it"
+    ways = [(cb, _short_way(cb, event_name)) for cb in self.cbs.sorted('order')]
+    having = [(cb,run) for cb,run in ways if run is None or hasattr(cb, event_name)]
+    self._having[event_name] = self.cbs.items.copy(),having
+    return having
+
+# %% ../../nbs/speed/02_dispatch.ipynb #442ac068
+@patch
+def _offer(self:LeanLearner, event_name):
+    cbs,having = self._having.get(event_name, (None,None))
+    if cbs!=self.cbs.items: having = self._look_up(event_name)
+    for cb,run in having:
+        if run is None or cb.learn is not self: cb(event_name)
+        elif cb.run and (cb.run_train if self.training else cb.run_valid):
+            try:
+                if run and event_name not in vars(cb): run(cb)
+                else: getattr(cb, event_name, noop)()
+            except _cancels: raise
+            except Exception as e: raise modify_exception(e, _explained(cb, event_name, e), replace=True)
+
+def _explained(cb, event_name, e):
+    "The words of `Callback.__call__`"
+    return f'Exception occured in `{type(cb).__name__}` when calling event `{event_name}`:\n\t{e.args[0]}'

@@ -16,8 +16,11 @@ def source(
     f, # A function or a property
 )->str: # Empty if it has none
     "The text of a function as it is in its file"
-    code = getattr(getattr(f, 'fget', f), '__code__', None) # a property is known by its getter; `inspect.getsource` would look through every module that is loaded
-    lines = getlines(code.co_filename)[code.co_firstlineno-1:] if code else []
+    getter = getattr(f, 'fget', f) # of a property
+    code = getattr(getter, '__code__', None)
+    if code is None: return ''
+    # `inspect.getsource` would look through every module that is loaded
+    lines = getlines(code.co_filename)[code.co_firstlineno-1:]
     return ''.join(getblock(lines)) if lines else ''
 
 def digest(

@@ -12,13 +12,16 @@ from numpy import ndarray
 from torch import Tensor
 from torch.optim.adamw import adamw
 from fastai.optimizer import Optimizer, adam_step, average_grad, average_sqr_grad, debias, step_stat, weight_decay
+from fastcore.basics import patch
 from .known import is_known
 
 # %% ../../nbs/speed/03_optimizer.ipynb #4d588684
 _known_adam = '200d89af0122d222' # the digest of what the kernel stands for
 
 class FusedAdam(Optimizer):
-    "fastai's `Adam` with decoupled weight decay (Loshchilov & Hutter 2019), by PyTorch's fused kernel: the same hypers, state and results to rounding"
+    """fastai's `Adam` with decoupled weight decay (Loshchilov & Hutter 2019), by PyTorch's fused kernel
+
+    It has the same hypers and state, and the same results to rounding."""
     def __init__(self,
         params, # Parameters, or a list of them for each parameter group
         lr:float|slice, # Learning rate; a slice spreads over the groups
@@ -27,55 +30,11 @@ class FusedAdam(Optimizer):
         eps:float=1e-5, # Added to the root of the mean square, in the unit of gradients
         wd:float=0.01, # Weight decay; each step multiplies weights by `1-lr*wd`, unless their state has `do_wd=False`
     ):
-        cbs = [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step] # of `Adam`, in its order
+        average = partial(average_grad, dampening=True)
+        cbs = [weight_decay, average, average_sqr_grad, step_stat, adam_step] # of `Adam`, in its order
         super().__init__(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
-        self._in_kernel = [*cbs] if is_known(_known_adam, weight_decay, average_grad, average_sqr_grad, step_stat, debias, adam_step, Optimizer.step) else None
-
-    def zero_grad(self):
-        for pg in self.param_lists:
-            for p in pg:
-                if (grad := p.grad) is None: continue
-                if grad.requires_grad: grad.detach_()
-                grad.zero_()
-
-    def step(self, closure=None):
-        if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-        if [*self.cbs]!=self._in_kernel: return self._plain_step()
-        calls = []
-        for pg,h in zip(self.param_lists, self.hypers):
-            rows,decayed = [],[]
-            for p in pg:
-                if (grad := p.grad) is None: continue
-                state = self.state[p]
-                if not (row := self._row(p, grad, state)): return self._plain_step()
-                rows.append(row)
-                if state.get('do_wd', True): decayed.append(p.data)
-            if rows: calls.append((h, decayed, *map(list, zip(*rows))))
-        if any(len({*map(id, ps)})<len(ps) for _,_,ps,*_ in calls): return self._plain_step() # a parameter twice takes two steps, one after the other
-        with torch.no_grad():
-            for h,decayed,ps,grads,avgs,sqr_avgs,steps in calls:
-                lr,wd = float(h['lr']),float(h['wd'])
-                if decayed and wd!=0: torch._foreach_mul_(decayed, 1-lr*wd)
-                adamw(ps, grads, avgs, sqr_avgs, [], steps, fused=True, amsgrad=False, maximize=False, weight_decay=0.,
-                    lr=lr, beta1=float(h['mom']), beta2=float(h['sqr_mom']), eps=float(h['eps']))
-
-    def _row(self, p, grad, state):
-        "What the kernel needs of one parameter, or None if it cannot: on the CPU it reads and writes as many contiguous values as the parameter has, whatever it is given"
-        dtype,shape = p.dtype,p.shape
-        if not ((dtype is torch.float32 or dtype is torch.float64) and grad.dtype is dtype and grad.shape==shape
-            and (p.is_cpu or p.is_cuda) and p.is_contiguous() and grad.is_contiguous()): return
-        if (avg := state.get('grad_avg')) is None: avg = state['grad_avg'] = torch.zeros_like(grad)
-        if (sqr_avg := state.get('sqr_avg')) is None: sqr_avg = state['sqr_avg'] = torch.zeros_like(grad)
-        if not (avg.dtype is sqr_avg.dtype is dtype and avg.shape==sqr_avg.shape==shape and avg.is_contiguous() and sqr_avg.is_contiguous()): return
-        step = state.get('step', 0)
-        if not isinstance(step, Tensor) or step.dtype is not torch.float32 or step.is_cuda is not p.is_cuda:
-            step = state['step'] = torch.tensor(float(step), dtype=torch.float32, device=p.device)
-        return p,grad,avg,sqr_avg,step
-
-    def _plain_step(self):
-        for p,_,state,_ in self.all_params(with_grad=True):
-            if 'step' in state: state['step'] = int(state['step'])
-        super().step()
+        stood_for = weight_decay,average_grad,average_sqr_grad,step_stat,debias,adam_step,Optimizer.step
+        self._in_kernel = [*cbs] if is_known(_known_adam, *stood_for) else None
 
     def set_hyper(self, k, v):
         n = len(self.param_lists)
@@ -86,3 +45,63 @@ class FusedAdam(Optimizer):
     def state_dict(self):
         sd = super().state_dict()
         return {**sd, 'state': [{k: int(v) if k=='step' else v for k,v in o.items()} for o in sd['state']]}
+
+    def _plain_step(self):
+        for p,_,state,_ in self.all_params(with_grad=True):
+            if 'step' in state: state['step'] = int(state['step'])
+        super().step()
+
+# %% ../../nbs/speed/03_optimizer.ipynb #3153310a
+@patch
+def _row(self:FusedAdam, p, grad, state):
+    "What the kernel needs of one parameter, or None if it cannot take it"
+    dtype,shape = p.dtype,p.shape
+    if dtype is not torch.float32 and dtype is not torch.float64: return
+    if grad.dtype is not dtype or grad.shape!=shape: return
+    if not (p.is_cpu or p.is_cuda): return
+    if not (p.is_contiguous() and grad.is_contiguous()): return
+    if (avg := state.get('grad_avg')) is None: avg = state['grad_avg'] = torch.zeros_like(grad)
+    if (sqr_avg := state.get('sqr_avg')) is None: sqr_avg = state['sqr_avg'] = torch.zeros_like(grad)
+    if not (avg.dtype is sqr_avg.dtype is dtype and avg.shape==sqr_avg.shape==shape): return
+    if not (avg.is_contiguous() and sqr_avg.is_contiguous()): return
+    step = state.get('step', 0)
+    if not isinstance(step, Tensor) or step.dtype is not torch.float32 or step.is_cuda is not p.is_cuda:
+        step = state['step'] = torch.tensor(float(step), dtype=torch.float32, device=p.device)
+    return p,grad,avg,sqr_avg,step
+
+# %% ../../nbs/speed/03_optimizer.ipynb #89cd094e
+@patch
+def _calls(self:FusedAdam):
+    "For each group its hypers, the parameters that decay, and the columns of its rows; `None` if the kernel cannot"
+    calls = []
+    for pg,h in zip(self.param_lists, self.hypers):
+        rows,decayed = [],[]
+        for p in pg:
+            if (grad := p.grad) is None: continue
+            state = self.state[p]
+            if not (row := self._row(p, grad, state)): return
+            rows.append(row)
+            if state.get('do_wd', True): decayed.append(p.data)
+        if rows: calls.append((h, decayed, *map(list, zip(*rows))))
+    # a parameter twice takes two steps, one after the other
+    if all(len({*map(id, ps)})==len(ps) for _,_,ps,*_ in calls): return calls
+
+@patch
+def step(self:FusedAdam, closure=None):
+    if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
+    if [*self.cbs]!=self._in_kernel or (calls := self._calls()) is None: return self._plain_step()
+    with torch.no_grad():
+        for h,decayed,ps,grads,avgs,sqr_avgs,steps in calls:
+            lr,wd = float(h['lr']),float(h['wd'])
+            if decayed and wd!=0: torch._foreach_mul_(decayed, 1-lr*wd)
+            adamw(ps, grads, avgs, sqr_avgs, [], steps, fused=True, amsgrad=False, maximize=False, weight_decay=0.,
+                lr=lr, beta1=float(h['mom']), beta2=float(h['sqr_mom']), eps=float(h['eps']))
+
+# %% ../../nbs/speed/03_optimizer.ipynb #f2b4a46e
+@patch
+def zero_grad(self:FusedAdam):
+    for pg in self.param_lists:
+        for p in pg:
+            if (grad := p.grad) is None: continue
+            if grad.requires_grad: grad.detach_()
+            grad.zero_()

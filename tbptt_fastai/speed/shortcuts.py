@@ -35,7 +35,8 @@ def cast_batch(cb):
 def smooth(smooth_loss, learn):
     "What `smooth_loss.accumulate(learn)` does"
     loss = learn.loss
-    if type(smooth_loss) not in (AvgSmoothLoss, StepSmoothLoss) or loss.ndim or num_distrib(): return smooth_loss.accumulate(learn)
+    is_ours = type(smooth_loss) in (AvgSmoothLoss, StepSmoothLoss)
+    if not is_ours or loss.ndim or num_distrib(): return smooth_loss.accumulate(learn)
     smooth_loss.val = smooth_loss.val.to(loss.device)
     if type(smooth_loss) is StepSmoothLoss: return smooth_loss.accumulate(learn, Tensor.detach)
     smooth_loss.count += 1
@@ -51,21 +52,28 @@ def record(cb):
     cb.lrs.append(learn.opt.hypers[-1]['lr'])
     cb.losses.append(learn.smooth_loss)
 
+# %% ../../nbs/speed/01_shortcuts.ipynb #3fdd4891
 def read_losses(recorder):
     "Bring what is on a GPU of the curve to the CPU, in one go"
     losses = vars(recorder).get('losses')
     if not isinstance(losses, list): return
-    new = next((i for i,o in enumerate(reversed(losses)) if not isinstance(o, Tensor) or o.is_cpu), len(losses))
+    is_read = lambda o: not isinstance(o, Tensor) or o.is_cpu
+    new = next((i for i,o in enumerate(reversed(losses)) if is_read(o)), len(losses))
     if new: losses[-new:] = torch.stack(losses[-new:]).cpu().unbind()
 
 # %% ../../nbs/speed/01_shortcuts.ipynb #c1a9f0e2
 _clip_grad_norm_ = nn.utils.clip_grad_norm_ # which others may replace
 
+def _are_alike(grads):
+    "Are they of one type, on one device?"
+    dtype,device = grads[0].dtype,grads[0].device
+    return all(g.dtype is dtype and g.device==device for g in grads)
+
 def clip_gradients(cb):
     "For `GradientClip.before_step`"
     params,norm_type = list(cb.learn.model.parameters()),float(cb.norm_type)
     grads = [g for p in params if (g := p.grad) is not None]
-    if nn.utils.clip_grad_norm_ is not _clip_grad_norm_ or not grads or any(g.dtype is not grads[0].dtype or g.device!=grads[0].device for g in grads):
+    if nn.utils.clip_grad_norm_ is not _clip_grad_norm_ or not grads or not _are_alike(grads):
         return nn.utils.clip_grad_norm_(params, cb.max_norm, norm_type)
     with torch.no_grad():
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, norm_type)), norm_type)
@@ -85,11 +93,18 @@ def update_bar(cb):
     if hasattr(learn, 'smooth_loss'): cb.pbar.comment = _Shown(learn.smooth_loss)
 
 # %% ../../nbs/speed/01_shortcuts.ipynb #c41c51a8
+def _is_combined(sched):
+    "Was it made by `combine_scheds`?"
+    if getattr(sched, '__qualname__', '')!='combine_scheds.<locals>._inner': return False
+    return sched.__module__==combine_scheds.__module__
+
 def without_tensors(
     sched, # A schedule, that is a function of the share of the training that is done
 ): # A function with the same values
-    "A schedule by fastai's `combine_scheds`, such as those of `fit_flat_cos` and `fit_one_cycle`, without tensors; others as they are"
-    if getattr(sched, '__qualname__', '')!='combine_scheds.<locals>._inner' or sched.__module__!=combine_scheds.__module__: return sched
+    """A schedule by fastai's `combine_scheds` without tensors; others as they are
+
+    `fit_flat_cos` and `fit_one_cycle` have such schedules."""
+    if not _is_combined(sched): return sched
     parts = dict(zip(sched.__code__.co_freevars, (o.cell_contents for o in sched.__closure__)))
     pcts,scheds,last = parts['pcts'].numpy(),parts['scheds'],parts['pct_lim']
     bounds,widths = pcts.tolist(),np.diff(pcts)
@@ -100,6 +115,7 @@ def without_tensors(
         return scheds[i](((pos32-pcts[i])/widths[i]).item())
     return short
 
+# %% ../../nbs/speed/01_shortcuts.ipynb #e1f079cf
 def set_hypers(cb):
     "For `ParamScheduler.before_batch`"
     if '_update_val' in vars(cb): return ParamScheduler.before_batch(cb)
@@ -113,5 +129,7 @@ def record_hypers(cb):
     for name in cb.scheds: cb.hps[name].append(cb.learn.opt.hypers[-1][name])
 
 # %% ../../nbs/speed/01_shortcuts.ipynb #220957d4
-shortcuts = {(TrainEvalCallback,'after_batch'): count_step, (CastToTensor,'before_batch'): cast_batch, (Recorder,'after_batch'): record, (ProgressCallback,'after_batch'): update_bar,
-             (GradientClip,'before_step'): clip_gradients, (ParamScheduler,'before_batch'): set_hypers, (ParamScheduler,'after_batch'): record_hypers}
+shortcuts = {(TrainEvalCallback,'after_batch'): count_step, (CastToTensor,'before_batch'): cast_batch,
+    (Recorder,'after_batch'): record, (ProgressCallback,'after_batch'): update_bar,
+    (GradientClip,'before_step'): clip_gradients,
+    (ParamScheduler,'before_batch'): set_hypers, (ParamScheduler,'after_batch'): record_hypers}

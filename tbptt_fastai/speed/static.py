@@ -8,6 +8,7 @@ __all__ = ['CudaGraph', 'carried_states', 'begins_at_zero', 'accumulate', 'Stati
 # %% ../../nbs/speed/05_static.ipynb #cc8097f8
 import torch
 from fastai.learner import Learner
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from ..state.carry import Carry
@@ -16,12 +17,17 @@ from ..state.tree import state_leaves
 
 # %% ../../nbs/speed/05_static.ipynb #a1c84128
 class CudaGraph:
-    "Call a function of no arguments, from some calls on by replaying its kernels. What it returns stays in the same memory, and is overwritten by the next call"
-    device_type,n_eager = 'cuda',3 # calls on a side stream, for libraries that set themselves up in their first calls
+    """Call a function of no arguments, from some calls on by replaying its kernels
+
+    What it returns stays in the same memory, and is overwritten by the next call."""
+    device_type = 'cuda'
+    n_eager = 3 # calls on a side stream, for libraries that set themselves up in their first calls
     def __init__(self,
         f, # Function that reads and writes tensors which stay where they are
         device:torch.device, # Where it runs
-    ): self._f,self._device,self._calls,self._graph = f,device,0,None
+    ):
+        self._f,self._device = f,device
+        self._calls,self._graph = 0,None
 
     def __call__(self):
         self._calls += 1
@@ -30,21 +36,33 @@ class CudaGraph:
         self._graph.replay()
         return self._res
 
-    def _aside(self):
-        side,current = torch.cuda.Stream(self._device),torch.cuda.current_stream(self._device)
-        side.wait_stream(current)
-        with torch.cuda.stream(side): res = self._f()
-        current.wait_stream(side)
-        for o in tree_leaves(res):
-            if isinstance(o, Tensor): o.record_stream(current)
-        return res
+# %% ../../nbs/speed/05_static.ipynb #7996b25f
+@patch
+def _aside(self:CudaGraph):
+    "Call it on a side stream"
+    side,current = torch.cuda.Stream(self._device),torch.cuda.current_stream(self._device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side): res = self._f()
+    current.wait_stream(side)
+    for o in tree_leaves(res):
+        if isinstance(o, Tensor): o.record_stream(current)
+    return res
 
-    def _capture(self):
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=torch.cuda.Stream(self._device), capture_error_mode='thread_local'): res = self._f() # a loader may pin memory in a thread of its own
-        except RuntimeError as e: raise RuntimeError(f"A training step cannot be recorded as a CUDA graph: {e}\nModel and loss must neither wait for the GPU, as .item() and .cpu() do, nor make their shapes depend on data. If they have to, leave out CudaGraphCB.") from e
-        self._graph,self._res = graph,res
+# %% ../../nbs/speed/05_static.ipynb #feffb07f
+@patch
+def _capture(self:CudaGraph):
+    "Record its kernels"
+    graph = torch.cuda.CUDAGraph()
+    mode = 'thread_local' # a loader may pin memory in a thread of its own
+    try:
+        side = torch.cuda.Stream(self._device)
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, stream=side, capture_error_mode=mode):
+            res = self._f()
+    except RuntimeError as e: raise RuntimeError(
+        f"A training step cannot be recorded as a CUDA graph: {e}\n"
+        "Model and loss must neither wait for the GPU, as .item() and .cpu() do, nor make their shapes depend on data. "
+        "If they have to, leave out CudaGraphCB.") from e
+    self._graph,self._res = graph,res
 
 # %% ../../nbs/speed/05_static.ipynb #81021c74
 def carried_states(
@@ -60,6 +78,7 @@ def begins_at_zero(
     rnn = m.rnn if isinstance(m, StatefulRNN) else m
     return isinstance(rnn, nn.RNNBase) and not hasattr(rnn, 'initial_state') and getattr(m, 'initial', None) is None
 
+# %% ../../nbs/speed/05_static.ipynb #65220343
 def accumulate(
     params:list, # Parameters
     grads:list, # A gradient for each; `None` if it has none
@@ -74,8 +93,19 @@ def accumulate(
             news.append(grad)
     if olds: torch._foreach_add_(olds, news)
 
-def _form(state): return tree_flatten(state)[1],[(t.shape, t.dtype) for t in tree_leaves(state)]
+# %% ../../nbs/speed/05_static.ipynb #e30941b9
+def _refuse_other_leaves(carry):
+    "A `ValueError` if a state holds something that a graph would not change"
+    for name,state in carry.states.items():
+        other = next((o for o in state_leaves(state) if not isinstance(o, Tensor)), None)
+        if other: raise ValueError(
+            f"The state of {type(carry.modules[name]).__name__} holds {other!r}, a {type(other).__name__}, "
+            "which a CUDA graph would never change; expected tensors alone. "
+            "Leave out CudaGraphCB, or keep it as a tensor.")
 
+def _empty_like(o): return torch.empty_like(o, memory_format=torch.contiguous_format)
+
+# %% ../../nbs/speed/05_static.ipynb #4f163d7a
 class StaticStep:
     "Forward, loss and gradients of sub-windows of one shape, between tensors that stay where they are"
     def __init__(self,
@@ -85,12 +115,11 @@ class StaticStep:
         carry:Carry, # Of the training; its states have the form that they keep
         graph:type=CudaGraph, # How to call what is always the same
     ):
+        _refuse_other_leaves(carry)
         states = carry.states
-        for name,o in states.items():
-            if other := next((o for o in state_leaves(o) if not isinstance(o, Tensor)), None): raise ValueError(
-                f"The state of {type(carry.modules[name]).__name__} holds {other!r}, a {type(other).__name__}, which a CUDA graph would never change; expected tensors alone. Leave out CudaGraphCB, or keep it as a tensor.")
-        self._learn,self._form,self._batch = learn,form,[torch.empty_like(o) for o in leaves]
-        self._states = {name: tree_map(lambda o: torch.empty_like(o, memory_format=torch.contiguous_format), o) for name,o in states.items()}
+        self._learn,self._form = learn,form
+        self._batch = [torch.empty_like(o) for o in leaves]
+        self._states = {name: tree_map(_empty_like, o) for name,o in states.items()}
         owners = [o for o in (learn.model, learn.loss_func) if isinstance(o, nn.Module)]
         self.params = list({p: None for o in owners for p in o.parameters() if p.requires_grad})
         self._fixed = [*{o: None for owner in owners for o in (*owner.parameters(), *owner.buffers())}]
@@ -99,43 +128,51 @@ class StaticStep:
         self._graph = graph(self._run, leaves[0].device)
 
     def _addresses(self): return [o.data_ptr() for o in self._fixed]
+    def _leaves(self, states): return [t for name in self._states for t in state_leaves(states[name])]
+
+    def _put_states(self):
+        self._learn.tbptt_reset_cb.carry.restore({name:(o, None, None) for name,o in self._states.items()})
 
     @property
     def is_current(self):
         "Are parameters and buffers where they were?"
         return self._at==self._addresses()
 
-    def can_start(self,
-        states:dict, # As carried so far
-    )->bool:
-        "Can it go on from there?"
-        if not states: return self._zero
-        if states.keys()!=self._states.keys(): return False
-        return all(states[name] is own or _form(states[name])==_form(own) for name,own in self._states.items())
+# %% ../../nbs/speed/05_static.ipynb #bc102bba
+def _form(state): return tree_flatten(state)[1],[(t.shape, t.dtype) for t in tree_leaves(state)]
 
-    def _leaves(self, states): return [t for name in self._states for t in state_leaves(states[name])]
+@patch
+def can_start(self:StaticStep,
+    states:dict, # As carried so far
+)->bool:
+    "Can it go on from there?"
+    if not states: return self._zero
+    if states.keys()!=self._states.keys(): return False
+    return all(states[name] is own or _form(states[name])==_form(own) for name,own in self._states.items())
 
-    def _put_states(self):
-        self._learn.tbptt_reset_cb.carry.restore({name:(o, None, None) for name,o in self._states.items()})
+# %% ../../nbs/speed/05_static.ipynb #ef62162e
+@patch
+def _run(self:StaticStep):
+    "Predictions, loss and gradients of the batch; the states become those at its end"
+    learn = self._learn
+    xb,yb = tree_unflatten(self._batch, self._form)
+    self._put_states()
+    pred = learn.model(*xb)
+    loss = learn.loss_func(pred, *yb)
+    grads = torch.autograd.grad(loss, self.params, allow_unused=True)
+    torch._foreach_copy_(self._leaves(self._states), self._leaves(learn.tbptt_reset_cb.carry.states))
+    return tree_map(lambda o: o.detach() if isinstance(o, Tensor) else o, (pred, loss, grads))
 
-    def _run(self):
-        learn = self._learn
-        xb,yb = tree_unflatten(self._batch, self._form)
-        self._put_states()
-        pred = learn.model(*xb)
-        loss = learn.loss_func(pred, *yb)
-        grads = torch.autograd.grad(loss, self.params, allow_unused=True)
-        torch._foreach_copy_(self._leaves(self._states), self._leaves(learn.tbptt_reset_cb.carry.states))
-        return tree_map(lambda o: o.detach() if isinstance(o, Tensor) else o, (pred, loss, grads))
-
-    def __call__(self,
-        leaves:list, # Tensors of the sub-window
-        states:dict, # As carried so far
-    )->tuple: # Predictions, loss, and the gradients of `params`
-        "Run it; afterwards the modules carry its last state"
-        for to,o in zip(self._batch, leaves): to.copy_(o)
-        if not states: torch._foreach_zero_(self._leaves(self._states))
-        elif not all(states[name] is o for name,o in self._states.items()): torch._foreach_copy_(self._leaves(self._states), self._leaves(states))
-        res = self._graph()
-        self._put_states()
-        return res
+@patch
+def __call__(self:StaticStep,
+    leaves:list, # Tensors of the sub-window
+    states:dict, # As carried so far
+)->tuple: # Predictions, loss, and the gradients of `params`
+    "Run it; afterwards the modules carry its last state"
+    for to,o in zip(self._batch, leaves): to.copy_(o)
+    if not states: torch._foreach_zero_(self._leaves(self._states))
+    elif not all(states[name] is o for name,o in self._states.items()):
+        torch._foreach_copy_(self._leaves(self._states), self._leaves(states))
+    res = self._graph()
+    self._put_states()
+    return res

@@ -25,15 +25,18 @@ def recurrent_layers(
 
 # %% ../../nbs/state/02_carry.ipynb #d93ec3f7
 class Carry:
-    "Owner of the states of a model. Within it as a context, plain recurrent layers carry them as each `StatefulRNN` does"
+    """Owner of the states of a model
+
+    Within it as a context, plain recurrent layers carry them as each `StatefulRNN` does."""
     entered = [] # the contexts that have begun and not ended, the innermost last
     def __init__(self,
         model:nn.Module, # Any model, also in a `DistributedDataParallel`
-        evaluation:bool=False, # Carry in evaluation mode, and leave the training state as it is, instead of in training mode?
+        evaluation:bool=False, # Carry in evaluation mode, and leave the training state as it is?
         keep_graph:bool=False, # Keep the graph of the states, instead of detaching them?
     ):
         self.model,self.evaluation,self.keep_graph = model,evaluation,keep_graph
-        self._covered,self._stack,self._owned = 0,None,[] # by how many contexts within this one; what ends with it; its slots
+        self._covered = 0 # by how many contexts within this one
+        self._stack,self._owned = None,[] # what ends with the context, and its slots
         self.inner = get_model(model)
         self.layers = {name:m for m,name in recurrent_layers(self.inner).items()}
         self.stateful = {name:m for name,m in self.inner.named_modules() if isinstance(m, StatefulRNN)}
@@ -59,7 +62,9 @@ class Carry:
         "As `active`; a compiled model cannot ask itself, and goes by what was so when its pass began"
         return self._began_active if torch.compiler.is_compiling() else self.active
 
-    def __reduce__(self): return type(self),(nn.Module(),self.evaluation) # hooks that are copied or pickled with a model find no layer of theirs
+    def __reduce__(self):
+        # hooks that are copied or pickled with a model find no layer of theirs
+        return type(self),(nn.Module(),self.evaluation)
 
 # %% ../../nbs/state/02_carry.ipynb #b7933ee5
 @patch(as_prop=True)
@@ -97,12 +102,15 @@ def reset(self:Carry,
     for m in self.stateful.values(): m.reset(rows, groups)
     self._reset_layers(rows)
 
+# %% ../../nbs/state/02_carry.ipynb #de0c7335
 @patch
 def rest(self:Carry,
     rows, # bool `(bs,)`: rows without a sequence
     groups:list=None, # The group of each row
 ):
-    "Keep those rows at their first state: on padding a state may grow beyond all bounds, and the gradient of its row with it"
+    """Keep those rows at their first state
+
+    On padding a state may grow beyond all bounds, and the gradient of its row with it."""
     for m in self.stateful.values():
         if m.begins_rows: m.reset(rows, groups)
     self._reset_layers(rows)
@@ -111,13 +119,16 @@ def rest(self:Carry,
 def name_groups(self:Carry,
     groups:list, # The group of each row
 ):
-    "Tell each `StatefulRNN` whose rows it is called with next, in an evaluation without a context: it starts from the first state of each"
+    """Tell each `StatefulRNN` whose rows it is called with next, in an evaluation without a context
+
+    It starts from the first state of each."""
     for m in self.stateful.values(): m.slot.groups = groups
 
 @patch
 def _reset_layers(self:Carry, rows):
     for slot in self._slots.values():
-        slot.state = None if rows is None or slot.state is None else where_state(torch.as_tensor(rows), None, slot.state, 1)
+        if rows is None or slot.state is None: slot.state = None
+        else: slot.state = where_state(torch.as_tensor(rows), None, slot.state, 1)
 
 # %% ../../nbs/state/02_carry.ipynb #cadb529a
 @patch
@@ -132,7 +143,9 @@ def restore(self:Carry,
 ):
     "Go on from there"
     slots = self.slots
-    for name,values in snapshot.items(): slots[name].state,slots[name].rows,slots[name].groups = values
+    for name,values in snapshot.items():
+        slot = slots[name]
+        slot.state,slot.rows,slot.groups = values
 
 @patch(as_prop=True)
 def states(self:Carry)->dict:
@@ -166,13 +179,15 @@ def __enter__(self:Carry):
     self.check()
     self._stack = ExitStack()
     if self.evaluation: self._stack.enter_context(out_of_reach(self.inner))
-    self._owned,self._owners = list(self.slots.values()),[o.owner for o in self.slots.values()]
+    self._owned = list(self.slots.values())
+    self._owners = [o.owner for o in self._owned]
     for slot in self._owned: slot.owner = self
     self._begin_pass()
     hooks = [self.model.register_forward_pre_hook(self._begin_pass)]
     for name,m in self.layers.items():
         slot = self._slots[name]
-        hooks += [m.register_forward_pre_hook(partial(self._give, slot), with_kwargs=True), m.register_forward_hook(partial(self._take, slot))]
+        hooks.append(m.register_forward_pre_hook(partial(self._give, slot), with_kwargs=True))
+        hooks.append(m.register_forward_hook(partial(self._take, slot)))
     for o in hooks: self._stack.callback(o.remove)
     Carry.entered.append(self)
     return self
@@ -193,19 +208,27 @@ def _begin_pass(self:Carry, *args):
     for slot in self._owned: slot.called = None
 
 @patch
+def _refuse_second(self:Carry, slot):
+    name = next(name for name,o in self.slots.items() if o is slot)
+    raise ValueError(
+        f"{type(self.modules[name]).__name__} {name} is called twice in one forward pass: "
+        "which of its states belongs to the next sub-window is not defined. "
+        "Use one layer for each of its roles, or give it a state of your own in every call.")
+
+@patch
 def begin_call(self:Carry,
     slot:Slot, # Of the module that is called
     own:bool=False, # Does the model give it a state of its own?
 )->bool: # Is its state carried?
-    "A module is called; a `ValueError` if it was before, in the same forward pass, and it is not known which state is to be carried"
+    """A module is called
+
+    A `ValueError` if it was before, in the same forward pass, and it is not known which state is to be carried."""
     if not self._in_pass: return False
-    if slot.called=='carried' or slot.called=='own' and not own:
-        name = next(name for name,o in self.slots.items() if o is slot)
-        raise ValueError(f"{type(self.modules[name]).__name__} {name} is called twice in one forward pass: which of its states belongs to the next sub-window "
-                         "is not defined. Use one layer for each of its roles, or give it a state of your own in every call.")
+    if slot.called=='carried' or slot.called=='own' and not own: self._refuse_second(slot)
     slot.called = 'own' if own else 'carried'
     return not own
 
+# %% ../../nbs/state/02_carry.ipynb #cde858d4
 @patch
 def _give(self:Carry, slot, layer, args, kwargs):
     x = args[0] if args else kwargs['input']

@@ -8,6 +8,7 @@ __all__ = ['Piece', 'PieceCarry']
 # %% ../../nbs/state/03_pieces.ipynb #764f5e01
 from typing import Callable, NamedTuple
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +23,7 @@ class Piece(NamedTuple):
     begin:Callable=None # Called before it, to reset the rows of a stream in which a sequence begins
     keep:bool=False # Is the state that it starts from the one that the next sub-window starts from?
 
+# %% ../../nbs/state/03_pieces.ipynb #7f928b42
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, factor):
@@ -34,11 +36,13 @@ def _scaled(state, factor):
     "The same state, with a gradient that is multiplied by `factor`"
     if factor==1: return state
     state_leaves(state) # registers dataclasses
-    return tree_map(lambda o: _Scale.apply(o, factor) if isinstance(o, Tensor) and o.requires_grad else o, state)
+    def scale(o): return _Scale.apply(o, factor) if isinstance(o, Tensor) and o.requires_grad else o
+    return tree_map(scale, state)
 
 def _joined(outs, steps):
     "Predictions of pieces as those of the whole; what has no time axis is that of the last piece"
-    def join(*os): return torch.cat(os, 1) if all(isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==n for o,n in zip(os, steps)) else os[-1]
+    def has_steps(o, n): return isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==n
+    def join(*os): return torch.cat(os, 1) if all(map(has_steps, os, steps)) else os[-1]
     return tree_map(join, *outs)
 
 # %% ../../nbs/state/03_pieces.ipynb #1f4498b4
@@ -52,6 +56,14 @@ class PieceCarry(Carry):
         super().__init__(model, evaluation)
         self._done()
 
+    def _done(self):
+        self.pieces,self._outs = [],None
+        self._kept_states,self.keep_graph = None,False
+
+    def __exit__(self, *exc):
+        self._done()
+        super().__exit__(*exc)
+
     def in_pieces(self,
         pieces:list[Piece], # Together as long as the sub-window
         cut, # Function of a start, a stop and the model's inputs that gives the inputs of those steps
@@ -60,55 +72,63 @@ class PieceCarry(Carry):
         join:bool=True, # Join predictions, step by step, or take those of the last piece?
     ):
         "Run the next call of the model so"
-        self.pieces,self._cut,self._keep_last,self._recompute,self._joins = pieces,cut,keep_last,recompute,join
+        self.pieces,self._cut = pieces,cut
+        self._keep_last,self._recompute,self._joins = keep_last,recompute,join
         if self._hooked: return
         self._hooked = True
-        for o in (self.inner.register_forward_pre_hook(self._run_all_but_the_last), self.inner.register_forward_hook(self._join)): self._stack.callback(o.remove)
+        hooks = (self.inner.register_forward_pre_hook(self._run_all_but_the_last),
+            self.inner.register_forward_hook(self._join))
+        for o in hooks: self._stack.callback(o.remove)
 
-    def _done(self): self.pieces,self._outs,self._kept_states,self.keep_graph = [],None,None,False
+# %% ../../nbs/state/03_pieces.ipynb #37996275
+def _with_states(snapshot, f):
+    "The same snapshot, with what a function makes of each state"
+    return {name:(f(o), *rest) for name,(o,*rest) in snapshot.items()}
 
-    def __exit__(self, *exc):
-        self._done()
-        super().__exit__(*exc)
+@patch
+def _run_all_but_the_last(self:PieceCarry, model, args):
+    if not self.pieces or not self.active: return
+    pieces,self.pieces = self.pieces,[]
+    at,outs = 0,[]
+    self._steps = [o.steps for o in pieces]
+    for i,piece in enumerate(pieces):
+        if i: self.restore(_with_states(self.snapshot(), lambda o: _scaled(o, piece.factor)))
+        if piece.keep: self._kept_states = _with_states(self.snapshot(), detach_state)
+        if piece.begin: piece.begin()
+        xb = self._cut(at, at+piece.steps, args)
+        at += piece.steps
+        if i==len(pieces)-1: break
+        self.keep_graph = True
+        outs.append(self._again(model, xb) if self._recompute else self._call(model, xb))
+    self.keep_graph,self._outs = False,outs
+    self._begin_pass()
+    return xb
 
-    def _run_all_but_the_last(self, model, args):
-        if not self.pieces or not self.active: return
-        at,outs,pieces,self.pieces = 0,[],self.pieces,[]
-        self._steps = [o.steps for o in pieces]
-        for i,piece in enumerate(pieces):
-            if i: self.restore({name:(_scaled(o, piece.factor), *rest) for name,(o,*rest) in self.snapshot().items()})
-            if piece.keep: self._kept_states = {name:(detach_state(o), *rest) for name,(o,*rest) in self.snapshot().items()}
-            if piece.begin: piece.begin()
-            xb = self._cut(at, at+piece.steps, args)
-            at += piece.steps
-            if i==len(pieces)-1: break
-            self.keep_graph = True
-            outs.append(self._again(model, xb) if self._recompute else self._call(model, xb))
-        self.keep_graph,self._outs = False,outs
-        self._begin_pass()
-        return xb
+@patch
+def _join(self:PieceCarry, model, args, out):
+    if self._outs is None: return
+    outs,self._outs = [*self._outs, out],None
+    if not self._keep_last: self.restore(self._kept_states)
+    self._kept_states = None
+    return _joined(outs, self._steps) if self._joins else outs[-1]
 
-    def _call(self, model, xb):
-        self._begin_pass()
-        return model(*xb)
+# %% ../../nbs/state/03_pieces.ipynb #c8954272
+@patch
+def _call(self:PieceCarry, model, xb):
+    self._begin_pass()
+    return model(*xb)
 
-    def _again(self, model, xb):
-        "A piece whose activations are computed again in the backward pass, from the state it started from"
-        begun = self.snapshot()
-        for state,*_ in begun.values(): state_leaves(state)
-        leaves,form = tree_flatten({i:o[0] for i,o in enumerate(begun.values())})
-        def run(*leaves):
-            now,states = self.snapshot(),tree_unflatten(leaves, form)
-            self.restore({name:(states[i], *o[1:]) for i,(name,o) in enumerate(begun.items())})
-            try: return self._call(model, xb),self.snapshot()
-            finally: self.restore(now) # in the backward pass it is that of later steps
-        out,states = checkpoint(run, *leaves, use_reentrant=False)
-        self.restore(states)
-        return out
-
-    def _join(self, model, args, out):
-        if self._outs is None: return
-        outs,self._outs = [*self._outs, out],None
-        if not self._keep_last: self.restore(self._kept_states)
-        self._kept_states = None
-        return _joined(outs, self._steps) if self._joins else outs[-1]
+@patch
+def _again(self:PieceCarry, model, xb):
+    "A piece whose activations are computed again in the backward pass, from the state it started from"
+    begun = self.snapshot()
+    for state,*_ in begun.values(): state_leaves(state)
+    leaves,form = tree_flatten({i:o[0] for i,o in enumerate(begun.values())})
+    def run(*leaves):
+        now,states = self.snapshot(),tree_unflatten(leaves, form)
+        self.restore({name:(states[i], *o[1:]) for i,(name,o) in enumerate(begun.items())})
+        try: return self._call(model, xb),self.snapshot()
+        finally: self.restore(now) # in the backward pass it is that of later steps
+    out,states = checkpoint(run, *leaves, use_reentrant=False)
+    self.restore(states)
+    return out

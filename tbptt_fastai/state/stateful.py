@@ -7,6 +7,7 @@ __all__ = ['refuse_bidirectional', 'check_carried', 'InitialState', 'learned_sta
 
 # %% ../../nbs/state/01_stateful.ipynb #f9b51238
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -19,13 +20,23 @@ def refuse_bidirectional(
 ):
     "A `ValueError` if a layer reads the sequence from its end as well"
     for inner,m in module.named_modules(prefix=name):
-        if getattr(m, 'bidirectional', False):
-            raise ValueError(f"{type(m).__name__}{f' ({inner})' if inner else ''} is bidirectional: its backward half starts at the end of the window, "
-                             "which a sub-window has not seen. Use bidirectional=False.")
+        where = f' ({inner})' if inner else ''
+        if getattr(m, 'bidirectional', False): raise ValueError(
+            f"{type(m).__name__}{where} is bidirectional: its backward half starts at the end of the window, "
+            "which a sub-window has not seen. Use bidirectional=False.")
 
+
+# %% ../../nbs/state/01_stateful.ipynb #78610d83
 def _fits(state, bs, x, batch_dim):
-    "Is it a tensor, or a tuple of tensors, of the input's kind? The states of `torch.nn` are, and are looked at in every step"
-    return type(batch_dim) is int and all(type(o) is Tensor and -o.ndim<=batch_dim<o.ndim and o.shape[batch_dim]==bs and o.device==x.device and o.dtype==x.dtype for o in (state if type(state) is tuple else (state,)))
+    """Is it a tensor, or a tuple of tensors, of the input's kind?
+
+    The states of `torch.nn` are, and are looked at in every step."""
+    if type(batch_dim) is not int: return False
+    device,dtype = x.device,x.dtype
+    for o in (state if type(state) is tuple else (state,)):
+        if type(o) is not Tensor or o.device!=device or o.dtype!=dtype: return False
+        if not -o.ndim<=batch_dim<o.ndim or o.shape[batch_dim]!=bs: return False
+    return True
 
 def check_carried(
     rnn:nn.Module, # The module that is about to be called
@@ -34,52 +45,83 @@ def check_carried(
     batch_dim=1, # Which dimension of the state's tensors is the batch, see `batch_dims`
 ):
     "Refuse an input that a carried state does not belong to: another batch size, device or type, or a packed sequence"
-    if isinstance(x, PackedSequence): raise TypeError("A state can be carried over padded tensors, not over a PackedSequence: packing reorders the batch and so the state.")
+    if isinstance(x, PackedSequence): raise TypeError(
+        "A state can be carried over padded tensors, not over a PackedSequence: "
+        "packing reorders the batch and so the state.")
     bs = x.shape[0 if getattr(rnn, 'batch_first', True) else 1]
     if state is None or _fits(state, bs, x, batch_dim): return
     check_state(state, bs, x.device, batch_dim)
     if isinstance(rnn, nn.RNNBase) and not torch.is_autocast_enabled(x.device.type):
         dtypes = {t.dtype for t in state_leaves(state)}
-        if dtypes != {x.dtype}: raise ValueError(f"The carried hidden state is {dtypes.pop()}, the input {x.dtype}. Call `reset()` before changing the type of a model or its data.")
+        if dtypes != {x.dtype}: raise ValueError(
+            f"The carried hidden state is {dtypes.pop()}, the input {x.dtype}. "
+            "Call `reset()` before changing the type of a model or its data.")
 
 # %% ../../nbs/state/01_stateful.ipynb #5c7ac819
+def _as_parameter(leaf):
+    "A tensor as a parameter that is not learned; parameters, numbers and None as they are"
+    if not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter): return leaf
+    return nn.Parameter(leaf, requires_grad=False)
+
 class InitialState(nn.Module):
     "First states, one for all sequences or one for each group; those that are parameters are learned"
     def __init__(self,
-        state, # Tensors, parameters, numbers and None of any nesting; tensors with 1 or `len(groups)` rows in their batch dimension
+        state, # Tensors, parameters, numbers and None of any nesting; 1 or `len(groups)` rows in the batch dimension
         groups:list=None, # Names of the groups; default: one state for all
         batch_dim=0, # Which dimension of the tensors is the batch, see `batch_dims`; 1 for the layers of `torch.nn`
     ):
         super().__init__()
-        leaves,self._dims = state_leaves(state),batch_dims(state, batch_dim)
+        leaves = state_leaves(state)
+        self._dims = batch_dims(state, batch_dim)
         self.rows = None if groups is None else {o:i for i,o in enumerate(groups)}
         self._numbers = tree_unflatten(range(len(leaves)), tree_flatten(state)[1])
-        self.tensors = nn.ParameterList(nn.Parameter(o, requires_grad=False) if isinstance(o, Tensor) and not isinstance(o, nn.Parameter) else o for o in leaves)
-        for o,dim in zip(self.tensors, self._dims):
-            if dim is not None and o.shape[dim]!=len(self.rows or [0]): raise ValueError(f"A first state has shape {tuple(o.shape)}; expected {len(self.rows or [0])} rows in dimension {dim}, one {'for all' if groups is None else 'for each group'}.")
+        self.tensors = nn.ParameterList(map(_as_parameter, leaves))
+        self._check_rows()
 
-    def forward(self,
-        groups:list, # The group of each row of a batch; `None` where it is not known
-    ):
-        "The first state of each row"
-        unknown = [] if self.rows is None else [o for o in groups if o not in self.rows]
-        if unknown: raise ValueError(f"There is no first state for group {unknown[0]!r}; the groups are {list(self.rows)}. (None: the loader does not tell. A `StreamDL` over Sequences(..., groups=...) does.)")
-        rows = torch.tensor([0 if self.rows is None else self.rows[o] for o in groups], dtype=torch.int64)
-        leaves = [o if dim is None else o.index_select(dim, rows.to(o.device)) for o,dim in zip(self.tensors, self._dims)]
-        state_leaves(self._numbers) # registers dataclasses, where it was unpickled
-        return tree_map(lambda i: leaves[i], self._numbers)
+    def _check_rows(self):
+        "A `ValueError` unless each tensor with a batch has a row for each group"
+        n,each = len(self.rows or [0]),'for all' if self.rows is None else 'for each group'
+        for o,dim in zip(self.tensors, self._dims):
+            if dim is not None and o.shape[dim]!=n: raise ValueError(
+                f"A first state has shape {tuple(o.shape)}; expected {n} rows in dimension {dim}, one {each}.")
 
     def get_extra_state(self): return list(self.rows or [])
     def set_extra_state(self, groups):
-        if groups!=self.get_extra_state(): raise ValueError(f"The saved first states are those of the groups {groups}, not of {self.get_extra_state()}.")
+        own = self.get_extra_state()
+        if groups!=own: raise ValueError(
+            f"The saved first states are those of the groups {groups}, not of {own}.")
 
+# %% ../../nbs/state/01_stateful.ipynb #fc7e7cce
+@patch
+def _rows_of(self:InitialState, groups):
+    "The row of the first states for each row of a batch"
+    if self.rows is None: return [0 for _ in groups]
+    unknown = [o for o in groups if o not in self.rows]
+    if unknown: raise ValueError(
+        f"There is no first state for group {unknown[0]!r}; the groups are {list(self.rows)}. "
+        "(None: the loader does not tell. A `StreamDL` over Sequences(..., groups=...) does.)")
+    return [self.rows[o] for o in groups]
+
+@patch
+def forward(self:InitialState,
+    groups:list, # The group of each row of a batch; `None` where it is not known
+):
+    "The first state of each row"
+    rows = torch.tensor(self._rows_of(groups), dtype=torch.int64)
+    def chosen(o, dim): return o if dim is None else o.index_select(dim, rows.to(o.device))
+    leaves = [chosen(*o) for o in zip(self.tensors, self._dims)]
+    state_leaves(self._numbers) # registers dataclasses, where it was unpickled
+    return tree_map(lambda i: leaves[i], self._numbers)
+
+# %% ../../nbs/state/01_stateful.ipynb #215e8404
 def learned_state(
     rnn:nn.RNNBase, # `nn.RNN`, `nn.GRU` or `nn.LSTM`
     groups:list=None, # Names of the groups; default: one state for all
 )->InitialState:
     "A first state that is learned, and zero before"
     rows,layers,w = len(groups or [0]),rnn.num_layers,rnn.weight_hh_l0
-    h,c = (nn.Parameter(w.new_zeros(layers, rows, size)) for size in (rnn.proj_size or rnn.hidden_size, rnn.hidden_size))
+    sizes = rnn.proj_size or rnn.hidden_size, rnn.hidden_size
+    h,c = (nn.Parameter(w.new_zeros(layers, rows, size)) for size in sizes)
     return InitialState((h,c) if isinstance(rnn, nn.LSTM) else h, groups, batch_dim=1)
 
 # %% ../../nbs/state/01_stateful.ipynb #12999818
@@ -87,6 +129,7 @@ class Slot:
     "What one recurrent module remembers from one call to the next. Copied or pickled it is empty"
     owner,called = None,None # the `Carry` that it is in, and how it was called in this forward pass
     def __init__(self): self.reset()
+    def __reduce__(self): return Slot,()
 
     def reset(self,
         rows=None, # bool `(bs,)`: the rows that start over in the next call; default: all
@@ -94,7 +137,8 @@ class Slot:
     ):
         "Forget the state, or have some rows of it start over"
         if rows is None: self.state = None
-        self.rows,self.groups = rows if rows is None else torch.as_tensor(rows),groups
+        self.rows = rows if rows is None else torch.as_tensor(rows)
+        self.groups = groups
 
     def keep(self,
         state, # What the module has returned
@@ -103,22 +147,23 @@ class Slot:
         self.state = state if self.owner is not None and self.owner.keep_graph else detach_state(state)
         self.rows = self.groups = None
 
-    def __reduce__(self): return Slot,()
-
 # %% ../../nbs/state/01_stateful.ipynb #91a38870
 class StatefulRNN(nn.Module):
-    "Wrap a recurrent module so that, in training, each call starts from the state the last one ended in, detached"
+    """Wrap a recurrent module so that, in training, each call starts from the state the last one ended in, detached
+
+    The module is an `nn.RNN`, `nn.GRU` or `nn.LSTM`, or any with `forward(x, state) -> (out, state)` that has
+    `initial_state(bs, device, dtype)`, or takes `None` as first state."""
     def __init__(self,
-        rnn:nn.Module, # `nn.RNN`, `nn.GRU`, `nn.LSTM`, or any module with `forward(x, state) -> (out, state)` that has `initial_state(bs, device, dtype)`, or takes `None` as first state
-        batch_dim=None, # Which dimension of the state's tensors is the batch, one number or a nest of them (see `batch_dims`); default: 1 for the layers of `torch.nn`, else 0
-        initial=None, # First state: a function of the groups of a batch's rows, such as an `InitialState`; default: the module's own
+        rnn:nn.Module, # The recurrent module
+        batch_dim=None, # Batch dimension of its state, see `batch_dims`; default: 1 for layers of `torch.nn`, else 0
+        initial=None, # First state, from the groups of a batch's rows: an `InitialState`; default: the module's own
     ):
         super().__init__()
         refuse_bidirectional(rnn)
         self.rnn,self.initial = rnn,initial
-        self.batch_dim = (1 if isinstance(rnn, nn.RNNBase) else 0) if batch_dim is None else batch_dim
-        if isinstance(initial, InitialState) and isinstance(self.batch_dim, int) and (dims := batch_dims([*initial.tensors], self.batch_dim))!=initial._dims:
-            raise ValueError(f"The tensors of the first state have their batch in dimensions {initial._dims}, those of the state in {dims}. Give StatefulRNN and InitialState the same batch_dim.")
+        if batch_dim is None: batch_dim = 1 if isinstance(rnn, nn.RNNBase) else 0
+        self.batch_dim = batch_dim
+        _check_dims(initial, batch_dim)
         self.slot = Slot()
 
     def forward(self,
@@ -135,46 +180,76 @@ class StatefulRNN(nn.Module):
         elif slot.rows is None: slot.groups = None # rows that start over wait until it is carried
         return out
 
-    def _two(self, res):
-        if isinstance(res, tuple) and len(res)==2 and res[1] is not None: return res
-        given = 'no state' if isinstance(res, tuple) and len(res)==2 else f'a {type(res).__name__}'
-        raise TypeError(f"{type(self.rnn).__name__} returned {given}; expected (out, state).")
-
-    def _begin(self, x, state):
-        "The first state, in all rows or in those that begin anew"
-        bs = x.shape[0 if getattr(self.rnn, 'batch_first', True) else 1]
-        initial = None
-        if self.initial is not None: initial = self.initial(self.slot.groups or [None]*bs)
-        elif hasattr(self.rnn, 'initial_state'):
-            first = lambda n: self.rnn.initial_state(n, x.device, self._dtype(x))
-            initial = first(bs)
-            if state is not None and (n := state_batch_size(first(bs+1), self.batch_dim)) not in (None, 1, bs+1): raise ValueError( # the layers may be as many as the rows
-                f"The first state for a batch of {bs+1} has {n} in its batch dimension, {self.batch_dim}. Say where its batch is: StatefulRNN(..., batch_dim=...).")
-        return initial if state is None else where_state(self.slot.rows, initial, state, self.batch_dim)
-
-    def _dtype(self, x):
-        "Of a first state: that of the input, or of the parameters if the input is made of integers"
-        return x.dtype if x.is_floating_point() else next((p.dtype for p in self.rnn.parameters() if p.is_floating_point()), torch.get_default_dtype())
-
-    def reset(self,
-        rows=None, # bool `(bs,)`: the rows that begin a new window; default: all
-        groups:list=None, # The group of each row, for `initial`
-    ):
-        "Forget the state: the next call starts a new window, in all rows or in some"
-        if rows is not None: self.check_rows()
-        self.slot.reset(rows, groups if self.initial is not None else None)
-
-    def check_rows(self):
-        "A `ValueError` if the state cannot start over in single rows"
-        if not self.begins_rows:
-            raise ValueError(f"Some rows begin a new sequence, but the first state of a {type(self.rnn).__name__} is not known: give it an `initial_state(bs, device, dtype)`, or StatefulRNN an `initial`, such as InitialState(torch.zeros(1, ...)).")
-
-    @property
-    def begins_rows(self):
-        "Can it begin anew in single rows? Then it is known what with"
-        return self.initial is not None or isinstance(self.rnn, nn.RNNBase) or hasattr(self.rnn, 'initial_state')
-
     @property
     def state(self):
         "The carried state, detached; `None` at the start of a window"
         return self.slot.state
+
+# %% ../../nbs/state/01_stateful.ipynb #ed061fc0
+def _check_dims(initial, batch_dim):
+    "A `ValueError` if a first state and a state have their batch in different dimensions"
+    if not isinstance(initial, InitialState) or not isinstance(batch_dim, int): return
+    dims = batch_dims([*initial.tensors], batch_dim)
+    if dims!=initial._dims: raise ValueError(
+        f"The tensors of the first state have their batch in dimensions {initial._dims}, "
+        f"those of the state in {dims}. Give StatefulRNN and InitialState the same batch_dim.")
+
+@patch
+def _two(self:StatefulRNN, res):
+    "Output and state, if the module has returned both"
+    is_pair = isinstance(res, tuple) and len(res)==2
+    if is_pair and res[1] is not None: return res
+    given = 'no state' if is_pair else f'a {type(res).__name__}'
+    raise TypeError(f"{type(self.rnn).__name__} returned {given}; expected (out, state).")
+
+# %% ../../nbs/state/01_stateful.ipynb #3edffa96
+@patch
+def _dtype(self:StatefulRNN, x):
+    "Of a first state: that of the input, or of the parameters if the input is made of integers"
+    if x.is_floating_point(): return x.dtype
+    dtypes = (p.dtype for p in self.rnn.parameters() if p.is_floating_point())
+    return next(dtypes, torch.get_default_dtype())
+
+@patch
+def _own_first(self:StatefulRNN, bs, x, is_carried):
+    "The module's own first state; where rows of it are put into a carried one, it is known where its batch is"
+    first = lambda n: self.rnn.initial_state(n, x.device, self._dtype(x))
+    initial = first(bs)
+    if not is_carried: return initial
+    n = state_batch_size(first(bs+1), self.batch_dim)
+    if n not in (None, 1, bs+1): raise ValueError(
+        f"The first state for a batch of {bs+1} has {n} in its batch dimension, {self.batch_dim}. "
+        "Say where its batch is: StatefulRNN(..., batch_dim=...).")
+    return initial
+
+@patch
+def _begin(self:StatefulRNN, x, state):
+    "The first state, in all rows or in those that begin anew"
+    bs = x.shape[0 if getattr(self.rnn, 'batch_first', True) else 1]
+    initial = None
+    if self.initial is not None: initial = self.initial(self.slot.groups or [None]*bs)
+    elif hasattr(self.rnn, 'initial_state'): initial = self._own_first(bs, x, state is not None)
+    return initial if state is None else where_state(self.slot.rows, initial, state, self.batch_dim)
+
+# %% ../../nbs/state/01_stateful.ipynb #52ea9ba4
+@patch(as_prop=True)
+def begins_rows(self:StatefulRNN):
+    "Can it begin anew in single rows? Then it is known what with"
+    return self.initial is not None or isinstance(self.rnn, nn.RNNBase) or hasattr(self.rnn, 'initial_state')
+
+@patch
+def check_rows(self:StatefulRNN):
+    "A `ValueError` if the state cannot start over in single rows"
+    if not self.begins_rows: raise ValueError(
+        f"Some rows begin a new sequence, but the first state of a {type(self.rnn).__name__} is not known: "
+        "give it an `initial_state(bs, device, dtype)`, or StatefulRNN an `initial`, "
+        "such as InitialState(torch.zeros(1, ...)).")
+
+@patch
+def reset(self:StatefulRNN,
+    rows=None, # bool `(bs,)`: the rows that begin a new window; default: all
+    groups:list=None, # The group of each row, for `initial`
+):
+    "Forget the state: the next call starts a new window, in all rows or in some"
+    if rows is not None: self.check_rows()
+    self.slot.reset(rows, groups if self.initial is not None else None)

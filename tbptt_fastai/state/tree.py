@@ -6,8 +6,7 @@
 __all__ = ['state_leaves', 'detach_state', 'batch_dims', 'state_batch_size', 'check_state', 'where_state']
 
 # %% ../../nbs/state/00_tree.ipynb #8c84d734
-import dataclasses
-import torch
+import dataclasses, torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -37,14 +36,17 @@ def state_leaves(
     for cls in unknown: _register_dataclass(cls)
     return state_leaves(state) # a dataclass may hold others
 
+# %% ../../nbs/state/00_tree.ipynb #9c55340c
 def _detach_leaf(leaf):
     if isinstance(leaf, Tensor): return leaf.detach()
     if leaf is None or isinstance(leaf, (bool, int, float, str)): return leaf
-    raise TypeError(f"A hidden state holds a {type(leaf).__name__}, which cannot be detached. Use tensors, numbers, None, and tuples, "
-                    "lists, dicts, named tuples or dataclasses of them, or register the type with torch.utils._pytree.register_pytree_node.")
+    raise TypeError(
+        f"A hidden state holds a {type(leaf).__name__}, which cannot be detached. "
+        "Use tensors, numbers, None, and tuples, lists, dicts, named tuples or dataclasses of them, "
+        "or register the type with torch.utils._pytree.register_pytree_node.")
 
 def detach_state(
-    state, # Hidden state: tensors, numbers and None in tuples, lists, dicts, named tuples or dataclasses of any nesting
+    state, # Hidden state: tensors, numbers and None in tuples, lists, dicts, named tuples or dataclasses
 ):
     "The same values, cut from the graph: gradients of later losses stop here"
     if _is_flat(state): return tuple(o.detach() for o in state)
@@ -55,39 +57,62 @@ def detach_state(
 # %% ../../nbs/state/00_tree.ipynb #a47c462e
 def _in_order(nest, like):
     "Dicts in the order of another nest, in which leaves are counted; what else holds entries becomes a list"
-    if isinstance(nest, dict) and isinstance(like, dict) and nest.keys()==like.keys(): return {k: _in_order(nest[k], o) for k,o in like.items()}
-    if isinstance(nest, (tuple,list)) and isinstance(like, (tuple,list)) and len(nest)==len(like): return [_in_order(*o) for o in zip(nest, like)]
-    if dataclasses.is_dataclass(nest) and type(nest) is type(like): return [_in_order(getattr(nest, o.name), getattr(like, o.name)) for o in dataclasses.fields(nest)]
+    if isinstance(nest, dict) and isinstance(like, dict):
+        if nest.keys()==like.keys(): return {k: _in_order(nest[k], o) for k,o in like.items()}
+    elif isinstance(nest, (tuple,list)) and isinstance(like, (tuple,list)):
+        if len(nest)==len(like): return [_in_order(*o) for o in zip(nest, like)]
+    elif dataclasses.is_dataclass(nest) and type(nest) is type(like):
+        names = [o.name for o in dataclasses.fields(nest)]
+        return [_in_order(getattr(nest, o), getattr(like, o)) for o in names]
     return nest
+
+def _shown(nest): return tree_map(lambda o: f'tensor {tuple(o.shape)}' if isinstance(o, Tensor) else o, nest)
 
 def _leaves_like(nest, state, name):
     "The leaves of a nest in the order of those of a state; a `ValueError` unless it has the same form"
     leaves,form = tree_flatten(_in_order(nest, state))
     if form==tree_flatten(_in_order(state, state))[1]: return leaves
-    shown = [tree_map(lambda o: f'tensor {tuple(o.shape)}' if isinstance(o, Tensor) else o, o) for o in (nest, state)]
-    raise ValueError(f"{name} is {shown[0]}, which has not the form of the state: {shown[1]}; expected the same form.")
+    raise ValueError(
+        f"{name} is {_shown(nest)}, which has not the form of the state: {_shown(state)}; expected the same form.")
 
+# %% ../../nbs/state/00_tree.ipynb #bf01a908
 def batch_dims(
     state, # Hidden state of any nesting
-    batch_dim=0, # Which dimension of its tensors is the batch: one number, or a nest of the state's form with a number for each tensor and `None` for what has no batch
+    batch_dim=0, # Which dimension of its tensors is the batch: one number, or a nest of the state's form
 )->list: # For each of the leaves: a number, or `None`
-    "Where the batch is in each leaf of a state"
+    """Where the batch is in each leaf of a state
+
+    A nest has a number for each tensor and `None` for what has no batch."""
     leaves = state_leaves(state)
     if type(batch_dim) is int: declared = [batch_dim]*len(leaves)
-    elif all(o is None or type(o) is int for o in state_leaves(batch_dim)): declared = _leaves_like(batch_dim, state, 'batch_dim')
+    elif all(o is None or type(o) is int for o in state_leaves(batch_dim)):
+        declared = _leaves_like(batch_dim, state, 'batch_dim')
     else: raise TypeError(f"batch_dim is {batch_dim!r}; expected a number, or a nest of numbers and None.")
-    return [dim%o.ndim if isinstance(o, Tensor) and dim is not None and -o.ndim<=dim<o.ndim else None for o,dim in zip(leaves, declared)]
+    dims = []
+    for o,dim in zip(leaves, declared):
+        has_batch = isinstance(o, Tensor) and dim is not None and -o.ndim<=dim<o.ndim
+        dims.append(dim%o.ndim if has_batch else None)
+    return dims
 
 def state_batch_size(
     state, # Hidden state of any nesting
     batch_dim=0, # Which dimension of its tensors is the batch, see `batch_dims`; 1 for the layers of `torch.nn`
 )->int|None: # None where no tensor of the state has such a dimension
     "The batch size of a state; a `ValueError` if its tensors disagree"
-    sizes = {t.shape[dim] for t,dim in zip(state_leaves(state), batch_dims(state, batch_dim)) if dim is not None}
-    if len(sizes)>1: raise ValueError(f"The tensors of a hidden state disagree about the batch size in dimension {batch_dim}: {sorted(sizes)}. Declare tensors without a batch by batch_dim.")
+    dims = batch_dims(state, batch_dim)
+    sizes = {t.shape[dim] for t,dim in zip(state_leaves(state), dims) if dim is not None}
+    if len(sizes)>1: raise ValueError(
+        f"The tensors of a hidden state disagree about the batch size in dimension {batch_dim}: {sorted(sizes)}. "
+        "Declare tensors without a batch by batch_dim.")
     return sizes.pop() if sizes else None
 
 # %% ../../nbs/state/00_tree.ipynb #fe60595b
+def _where_batch_may_be(state, bs):
+    "A hint for an error: the first dimension of a state that has the size of the batch"
+    tensors = [t for t in state_leaves(state) if isinstance(t, Tensor)]
+    i = next((i for t in tensors for i,n in enumerate(t.shape) if n==bs), None)
+    return '' if i is None else f" If its batch is in dimension {i}: StatefulRNN(..., batch_dim={i})."
+
 def check_state(
     state, # Hidden state that is about to be used
     bs:int, # Batch size of the input
@@ -96,15 +121,31 @@ def check_state(
 ):
     "Refuse, with a `ValueError`, a state that belongs to another batch size or device"
     for t in state_leaves(state):
-        if isinstance(t, Tensor) and t.device != device:
-            raise ValueError(f"The carried hidden state is on {t.device}, the input on {device}. Call `reset()` before moving a model.")
+        if isinstance(t, Tensor) and t.device != device: raise ValueError(
+            f"The carried hidden state is on {t.device}, the input on {device}. "
+            "Call `reset()` before moving a model.")
     state_bs = state_batch_size(state, batch_dim)
-    if state_bs not in (None, bs):
-        other = next((f" If its batch is in dimension {i}: StatefulRNN(..., batch_dim={i})." for t in state_leaves(state) if isinstance(t, Tensor) for i,n in enumerate(t.shape) if n==bs), '')
-        raise ValueError(f"The carried hidden state has batch size {state_bs}, the input {bs}: they cannot be parts of the same windows. "
-                         f"Call `reset()` where a window starts (`TbpttResetCB` does).{other}")
+    if state_bs not in (None, bs): raise ValueError(
+        f"The carried hidden state has batch size {state_bs}, the input {bs}: "
+        "they cannot be parts of the same windows. "
+        f"Call `reset()` where a window starts (`TbpttResetCB` does).{_where_batch_may_be(state, bs)}")
 
 # %% ../../nbs/state/00_tree.ipynb #a3aa3c02
+def _check_mask(rows, bs):
+    "A `ValueError` unless it is bool, with a value for each row"
+    if rows.dtype!=torch.bool or bs is not None and rows.shape!=(bs,): raise ValueError(
+        f"rows is {rows.dtype} with shape {tuple(rows.shape)}; "
+        f"expected bool with one value for each of {bs or 'the'} rows.")
+
+def _check_first(new, old):
+    "A `ValueError` unless a first state can be put into a tensor of the state"
+    is_tensor = isinstance(new, Tensor)
+    if is_tensor and new.ndim==old.ndim and all(n in (1, o) for n,o in zip(new.shape, old.shape)): return
+    has = f'shape {tuple(new.shape)}' if is_tensor else f'{type(new).__name__} {new}'
+    raise ValueError(
+        f"The first state has {has}, the state shape {tuple(old.shape)}; expected the same, or 1 for all rows.")
+
+# %% ../../nbs/state/00_tree.ipynb #0d99ce61
 def where_state(
     rows:Tensor, # bool `(bs,)`: which rows begin anew
     initial, # State they begin with, of the same form; `None`: zeros
@@ -112,13 +153,14 @@ def where_state(
     batch_dim=0, # Which dimension of its tensors is the batch, see `batch_dims`; what has none stays as it is
 ):
     "`initial` in some rows of the batch, `state` in the others"
-    leaves,bs = state_leaves(state),state_batch_size(state, batch_dim)
-    if rows.dtype!=torch.bool or bs is not None and rows.shape!=(bs,): raise ValueError(f"rows is {rows.dtype} with shape {tuple(rows.shape)}; expected bool with one value for each of {bs or 'the'} rows.")
+    leaves = state_leaves(state)
+    _check_mask(rows, state_batch_size(state, batch_dim))
     def choose(old, new, dim):
         if dim is None: return old
         if new is None: new = torch.zeros_like(old)
-        if not isinstance(new, Tensor) or new.ndim!=old.ndim or any(n not in (1, o) for n,o in zip(new.shape, old.shape)): raise ValueError(
-            f"The first state has {f'shape {tuple(new.shape)}' if isinstance(new, Tensor) else f'{type(new).__name__} {new}'}, the state shape {tuple(old.shape)}; expected the same, or 1 for all rows.")
-        return torch.where(rows.to(old.device).view([-1 if i==dim else 1 for i in range(old.ndim)]), new.to(old.dtype), old)
+        _check_first(new, old)
+        shape = [-1 if i==dim else 1 for i in range(old.ndim)]
+        return torch.where(rows.to(old.device).view(shape), new.to(old.dtype), old)
     news = [None]*len(leaves) if initial is None else _leaves_like(initial, state, 'The first state')
-    return tree_unflatten([choose(*o) for o in zip(leaves, news, batch_dims(state, batch_dim))], tree_flatten(state)[1])
+    chosen = [choose(*o) for o in zip(leaves, news, batch_dims(state, batch_dim))]
+    return tree_unflatten(chosen, tree_flatten(state)[1])
