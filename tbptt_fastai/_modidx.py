@@ -1071,6 +1071,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'tbptt_fastai/training/resets.py'),
                                               'tbptt_fastai.training.resets.StateResets._begin_rows': ( 'training/resets.html#stateresets._begin_rows',
                                                                                                         'tbptt_fastai/training/resets.py'),
+                                              'tbptt_fastai.training.resets.StateResets._begin_window': ( 'training/resets.html#stateresets._begin_window',
+                                                                                                          'tbptt_fastai/training/resets.py'),
                                               'tbptt_fastai.training.resets.StateResets._carrying': ( 'training/resets.html#stateresets._carrying',
                                                                                                       'tbptt_fastai/training/resets.py'),
                                               'tbptt_fastai.training.resets.StateResets._in_pieces': ( 'training/resets.html#stateresets._in_pieces',
