@@ -73,7 +73,8 @@ def transform_block(
         with keep_draw(tfm) if drawn else nullcontext(): batch = tfm(batch, split_idx=tfms.split_idx)
         if before not in (None, _random_state()):
             raise ValueError(
-                f"The batch transform {type(tfm).__name__} draws random numbers, other ones in each sub-window of a window. "
+                f"The batch transform {type(tfm).__name__} draws random numbers, "
+                "other ones in each sub-window of a window. "
                 "Make it a RandTransform that draws in `before_call`: that is done once per window.")
     return batch
 
@@ -106,7 +107,9 @@ class StreamView(SubWindows):
 
     @cached_property
     def runs(self):
-        "How a scheme that is not `Fixed` joins blocks to training steps: `SubWindow`s in blocks; `None` if each block is one"
+        """How a scheme that is not `Fixed` joins blocks to training steps
+
+        `SubWindow`s in blocks; `None` if each block is a training step."""
         if self.block is None or isinstance(self.truncation, Fixed): return None
         n = len(self.layout)
         if n==0: return []
@@ -239,7 +242,8 @@ def _check_reads_all(num_workers, drop_last, kwargs):
     "A `ValueError` if a stream is told to read some of its steps only, or in another way"
     for name in ('n', 'get_idxs', 'sample', 'create_batches', 'create_item'):
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name} is given, but a StreamDL reads all steps of all sequences, in an order of its own.")
+            raise ValueError(
+                f"{name} is given, but a StreamDL reads all steps of all sequences, in an order of its own.")
     if num_workers:
         raise ValueError(f"num_workers is {num_workers}: a StreamDL reads by a thread of its own. Leave it 0.")
     if drop_last:
@@ -381,7 +385,9 @@ def new(self:StreamDL,
     cls=None, # Another class; default: the same
     **kwargs
 ):
-    "A copy with some arguments changed; of a dataset whose sequences are all shorter than `sub_seq_len`, it is the longest"
+    """A copy with some arguments changed
+
+    `sub_seq_len` is at most that of the longest sequence of another dataset."""
     if issubclass(cls or type(self), StreamDL):
         if kwargs.pop('get_idxs', None) is not None: kwargs['shuffle'] = False # as `get_preds` asks for it
         if isinstance(dataset, Sequences) and self.sub_seq_len is not None:

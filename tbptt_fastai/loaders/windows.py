@@ -53,7 +53,7 @@ class Window:
     def __init__(self,
         batch, # Tensors in tuples, lists or dicts, of any nesting
         n_inp:int=1, # How many of its elements are inputs
-        timed:tuple[bool,...]=None, # Which elements, counted through the nesting, have a time axis; default: those that are as long as the first
+        timed:tuple[bool,...]=None, # Which elements, through the nesting, have a time axis; default: those as long as the first
     ):
         self.batch = batch
         self._elements,self._form = tree_flatten(batch)
@@ -102,13 +102,15 @@ def plain_batch(
 
 # %% ../../nbs/loaders/00_windows.ipynb #223fde7e
 class SubWindows(GetAttr):
-    "A view of any loader of windows that yields their sub-windows in order; `sub_window` says which one was yielded last"
+    """A view of any loader of windows that yields their sub-windows in order
+
+    `sub_window` says which one was yielded last."""
     _default = 'dl'
     def __init__(self,
         dl, # Loader whose batches are windows: a fastai or PyTorch `DataLoader`, or a list of batches
         truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
         n_skip:int=0, # Washout: first steps of each window whose loss does not count
-        timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those that are as long as the first
+        timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
         n_inp:int=None, # How many elements of a batch are inputs; default: as the loader says, or all but the last
     ):
         self._given_n_inp = n_inp
@@ -133,7 +135,9 @@ class SubWindows(GetAttr):
 
     @property
     def is_first(self):
-        "Was the last sub-window the first one that its window yielded? Then a state has to be reset, and `warm_up` to be run"
+        """Was the last sub-window the first one that its window yielded?
+
+        Then a state has to be reset, and `warm_up` to be run."""
         return self.sub_window is self.plan[0]
 
     def to_detach(self, b, cpu=True, gather=True):
@@ -193,13 +197,13 @@ def _new_rng(self:SubWindows):
 
 @patch
 def _agree(self:SubWindows, steps, n_sub):
-    "All processes have windows of as many sub-windows, or all raise: in every training step each of them waits for the others"
+    "All processes have windows of as many sub-windows, or all raise, as each waits for the others in every step"
     if self.world_size==1: return
     steps,n_subs = maybe_gather(torch.tensor([[steps,n_sub]], device=self.dl.device)).T.tolist()
     if len(set(n_subs))>1:
         raise ValueError(
-            f"The next windows of the {len(steps)} processes have {steps} steps (0: no window is left), that is {n_subs} "
-            "sub-windows (0: all washout), and each process would wait for the others. "
+            f"The next windows of the {len(steps)} processes have {steps} steps (0: no window is left), "
+            f"that is {n_subs} sub-windows (0: all washout), and each process would wait for the others. "
             "Give all of them windows of the same number of sub-windows: cut, pad or sort the data.")
 
 # %% ../../nbs/loaders/00_windows.ipynb #3baa3380
@@ -213,7 +217,8 @@ def first_window(self:SubWindows):
         self._begun = chain([item], self._begun)
     elif not (isinstance(self.dl, DataLoader) and self.dl.prebatched):
         item = tree_map(lambda o: o[None] if _is_array(o) else o, item)
-    with no_random(): return Window(item, self._n_inp(item), self.timed) # a TfmdDL may look at an item to know its n_inp
+    with no_random(): # a TfmdDL may look at an item to know its n_inp
+        return Window(item, self._n_inp(item), self.timed)
 
 # %% ../../nbs/loaders/00_windows.ipynb #eb7edd7f
 @patch(as_prop=True)
@@ -237,7 +242,7 @@ def n_sub(self:SubWindows):
 
 @patch(as_prop=True)
 def sub_seq_len(self:SubWindows):
-    "Steps of a sub-window of this view, whatever its loader says; `None`: whole windows, or a scheme without one length"
+    "Steps of a sub-window of this view, not of its loader; `None`: whole windows, or a scheme without one length"
     return self.truncation and self.truncation.sub_seq_len
 
 # %% ../../nbs/loaders/00_windows.ipynb #dc4fb573
@@ -296,7 +301,7 @@ def view_of(
     dl, # A loader of windows, or a view of one
     truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
     n_skip:int=0, # Washout: first steps of each window whose loss does not count
-    timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those that are as long as the first
+    timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
     n_inp:int=None, # How many elements of a batch are inputs; default: as the loader says, or all but the last
 )->SubWindows:
     "The view that suits a loader: a `TbpttDL` says which, all others get `SubWindows`"
@@ -313,7 +318,7 @@ class TbpttDL(TfmdDL):
         dataset, # Map-style dataset of windows; a batch of `SequenceWindows` is read by one gather
         bs:int=64, # Windows per batch
         sub_seq_len:int=None, # Steps of a sub-window; default: the whole window
-        ahead=None, # How batches come to a GPU, such as `pinned_ahead`: a function of the batches and the device; default: one after the other
+        ahead=None, # How batches come to a GPU: a function of them and the device, such as `pinned_ahead`
         **kwargs
     ):
         self.ahead = ahead

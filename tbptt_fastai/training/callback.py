@@ -31,12 +31,13 @@ class TbpttResetCB(StateResets):
 
     Evaluation runs whole windows; sequences of a `StreamDL` in sub-windows too."""
     _search = None # of a learning rate, for the time of its fit
-    order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
+    # after GatherPredsCallback (0), MixedPrecision (10), DistributedTrainer (11); before Recorder (50), ProgressCallback (60)
+    order = 12
     def __init__(self,
         sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: the whole window; 'dls': as the training loader says
         n_skip:int=0, # Washout: first steps of each window or sequence that count neither in loss nor in metrics
-        timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those that are as long as the first
-        truncation:Truncation=None, # Another scheme than sub-windows of one length, such as `Overlap`; what the loaders say is then for evaluation
+        timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
+        truncation:Truncation=None, # A scheme such as `Overlap`; what the loaders say is then for evaluation
     ):
         if truncation is not None and sub_seq_len!='dls':
             raise ValueError(
@@ -109,7 +110,8 @@ def _smooth_loss(self:TbpttResetCB, smooth):
     is_stream = isinstance(inner_loader(self.dls.train), StreamDL)
     by_steps = is_stream or not isinstance(scheme, (Fixed, type(None)))
     smooth = without_search(smooth)
-    if by_steps!=isinstance(smooth, StepSmoothLoss): smooth = (StepSmoothLoss if by_steps else AvgSmoothLoss)(smooth.beta)
+    kind = StepSmoothLoss if by_steps else AvgSmoothLoss
+    if by_steps!=isinstance(smooth, StepSmoothLoss): smooth = kind(smooth.beta)
     finder = first(self.learn._grab_cbs(LRFinder))
     if finder is None or scheme is None and not is_stream: return smooth
     self._search = RateSearch(self.learn, finder, smooth)

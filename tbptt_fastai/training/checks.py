@@ -60,8 +60,9 @@ def check_statistics(
     for name,m in model.named_modules():
         if not (isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training): continue
         warnings.warn(
-            f"{type(m).__name__} ({name}) takes the statistics of a segment, and moves its running ones several times for "
-            f"each window: with it, {truncation} is not what the whole window gives. Freeze it by eval(), or use LayerNorm.",
+            f"{type(m).__name__} ({name}) takes the statistics of a segment, and moves its running ones "
+            f"several times for each window: with it, {truncation} is not what the whole window gives. "
+            "Freeze it by eval(), or use LayerNorm.",
             stacklevel=2)
         return
 
@@ -71,7 +72,7 @@ def check_stream(
     model:nn.Module, # Model to be trained on it
     truncation:Truncation=None, # Scheme of the training
 ):
-    """A `ValueError` if a stream would be read whole for validation, or resets single rows of a model that cannot do that
+    """A `ValueError` if a stream would be read whole for validation, or single rows of a model cannot be reset
 
     A model with a `StatefulRNN` is taken to have its state there."""
     dl = inner_loader(dl)
@@ -80,8 +81,8 @@ def check_stream(
     reads_whole = steps is not None and dl.sub_seq_len is None
     if reads_whole and dl.dataset.in_files and dl.dataset.lengths.max()>steps:
         raise ValueError(
-            f"sub_seq_len is {steps} in the learner, but None in a loader of sequences in files, which would be read whole "
-            "for validation. Give it to the loaders.")
+            f"sub_seq_len is {steps} in the learner, but None in a loader of sequences in files, "
+            "which would be read whole for validation. Give it to the loaders.")
     if Carry(model).is_own and not (dl.aligned(steps) and dl.aligned(dl.sub_seq_len)):
         raise ValueError(
             "The rows of this StreamDL begin their sequences at different times, but the reset() of "
@@ -109,8 +110,8 @@ def check_states(
     states = carry.states
     if not (states or carry.stateful or carry.resets_itself):
         raise ValueError(
-            f"{type(carry.inner).__name__} gives its recurrent layers ({', '.join(carry.layers)}) a state of its own in every "
-            "call, so none is carried from one sub-window to the next. "
+            f"{type(carry.inner).__name__} gives its recurrent layers ({', '.join(carry.layers)}) "
+            "a state of its own in every call, so none is carried from one sub-window to the next. "
             "Call them without a state, or give the model a `reset()` if it carries one by itself.")
     for name,state in states.items():
         layer = getattr(carry.modules[name], 'rnn', carry.modules[name])

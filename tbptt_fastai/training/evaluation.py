@@ -18,7 +18,8 @@ from ..truncation.plan import Fixed, check_steps
 # %% ../../nbs/training/05_evaluation.ipynb #218f8285
 class SubWindowEvalCB(Callback):
     "Evaluate each window in sub-windows, with the state carried from one to the next"
-    order = 11 # after MixedPrecision (10), before TbpttResetCB (12), which takes the washout from predictions of whole windows
+    # after MixedPrecision (10), before TbpttResetCB (12), which takes the washout from predictions of whole windows
+    order = 11
     run_train = False
     def __init__(self,
         sub_seq_len:int, # Steps of a sub-window in validation and prediction

@@ -31,8 +31,8 @@ def _draw_once(cb):
     window = dl.window if isinstance(dl, SubWindows) else None
     if isinstance(dl, StreamView) and _begin_apart(dl.sub_window):
         raise ValueError(
-            f"{cb.name} draws for all rows of a batch, but the rows of this StreamDL begin their sequences at different "
-            "times, or in the middle of a sub-window. Cut them into windows of one length.")
+            f"{cb.name} draws for all rows of a batch, but the rows of this StreamDL begin their sequences "
+            "at different times, or in the middle of a sub-window. Cut them into windows of one length.")
     if window is None or window is not cb._window:
         cb._window,cb._rng_state = window,torch.get_rng_state()
         return cb._drawing()

@@ -133,9 +133,12 @@ def compare_parts(
     window:Window, # Its inputs
     sub_seq_len:int, # Steps of a part
     groups:list=None, # The group of each row
-    tol:float=None, # Largest difference, relative to the largest prediction; default: 1e-4, and 16 roundings in half precision
-)->float|None: # The difference; `None` if nothing can be compared: no predictions step by step, random ones, or a model for one number of steps
-    "Raise a `ValueError` that names the layer, if parts of a window give other predictions than the whole, or the whole cannot be run"
+    tol:float=None, # Largest relative difference; default: 1e-4, and 16 roundings in half precision
+)->float|None: # The difference; `None` if nothing can be compared
+    """Raise a `ValueError` that names the layer, if parts of a window give other predictions than the whole
+
+    Or if the whole cannot be run. Predictions that are not step by step, random ones, and those of a model
+    for one number of steps cannot be compared."""
     n = window.steps
     with on_trial(model):
         whole = _run_whole(model, window, groups)
@@ -149,14 +152,16 @@ def compare_parts(
         if difference(again, whole, n)>tol: return None
         layer = _first_different(model, window, sub_seq_len, groups, tol)
     raise ValueError(
-        f"A window of {n} steps in sub-windows of {sub_seq_len} gives other predictions than in one piece, by {error:.0%}; "
-        f"the first layer that differs is {layer}. It looks ahead, or along time without carrying what it has seen: "
-        "give it a state by StatefulRNN, or train whole windows (sub_seq_len=None). "
+        f"A window of {n} steps in sub-windows of {sub_seq_len} gives other predictions "
+        f"than in one piece, by {error:.0%}; the first layer that differs is {layer}. "
+        "It looks ahead, or along time without carrying what it has seen: give it a state by StatefulRNN, or train whole windows (sub_seq_len=None). "
         "If it is meant to see each sub-window by itself: learn.remove_cb(SubWindowCheckCB).")
 
 # %% ../../nbs/training/07_parts.ipynb #8622caf6
 class SubWindowCheckCB(Callback):
-    "Before the first step of a fit, refuse a model that gives other predictions in two halves of a sub-window than in one piece"
+    """Before the first step of a fit, refuse a model that sub-windows cannot train
+
+    It gives other predictions in two halves of a sub-window than in one piece."""
     order = TbpttResetCB.order-.5 # before the state is reset, and a washout run, for the training
     run_valid = False
     def before_fit(self): self._done = False

@@ -21,7 +21,9 @@ from ..truncation.plan import SubWindow
 
 # %% ../../nbs/training/02_resets.ipynb #7f7ed874
 class CarryingRun:
-    "What `Learner.all_batches` is for an epoch: the same, with an owner of the states, and within it if sub-windows are run"
+    """What `Learner.all_batches` is for an epoch
+
+    The same, with an owner of the states, and within it if sub-windows are run."""
     def __init__(self, cb): self.cb,self.learn = cb,cb.learn
 
     def __call__(self):
@@ -39,7 +41,9 @@ class CarryingRun:
 
 # %% ../../nbs/training/02_resets.ipynb #239d89af
 class StateResets(Callback):
-    "Reset the state where a window or sequence starts; the part of [`TbpttResetCB`](04_callback.ipynb) that looks after it"
+    """Reset the state where a window or sequence starts
+
+    The part of [`TbpttResetCB`](04_callback.ipynb) that looks after it."""
     carry = None # owner of the states in a run over the batches
     _window = None # the last window that was begun
 
@@ -80,11 +84,11 @@ def before_batch(self:StateResets):
     if self.carry is not None: self.carry.pieces = [] # of a batch that was cancelled
     if carries and not self._carrying:
         raise RuntimeError(
-            "No state would be carried: another callback evaluated in `before_epoch`, after this one, or asked for `inner` "
-            "predictions of a StreamDL. Give it an order below 12, or let it evaluate in another event.")
+            "No state would be carried: another callback evaluated in `before_epoch`, after this one, "
+            "or asked for `inner` predictions of a StreamDL. Give it an order below 12, or let it evaluate in another event.")
     if isinstance(dl, StreamView): self._begin_rows(dl)
     elif self.learn.training: self._begin_window(dl, carries)
-    else: self._owner.reset_own() # everything else starts evaluation from the initial state, and keeps that of the training
+    else: self._owner.reset_own() # all else starts evaluation anew, and keeps the state of the training
 
 @patch
 def _begin_window(self:StateResets, dl, carries):
@@ -116,8 +120,9 @@ def _in_pieces(self:StateResets, pieces, plan):
         return
     if carry.is_own:
         raise ValueError(
-            f"{type(carry.inner).__name__} carries a state by itself, which cannot be kept at a step in the middle, nor "
-            f"with its graph, as {dl.truncation} asks for. Carry it in a StatefulRNN, or use sub-windows of one length.")
+            f"{type(carry.inner).__name__} carries a state by itself, which cannot be kept at a step in the middle, "
+            f"nor with its graph, as {dl.truncation} asks for. "
+            "Carry it in a StatefulRNN, or use sub-windows of one length.")
     inputs,timed = dl.inputs,getattr(dl.window, 'targets_timed', None)
     def cut(start, stop, xb): return inputs(xb).cut(start, stop)
     carry.in_pieces(pieces, cut, ends_at_last, dl.truncation.recompute, not timed or any(timed))
