@@ -10,12 +10,10 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
-import random
-import warnings
-import numpy as np
-import torch
+import random, warnings
+import numpy as np, torch
 from fastai.torch_core import to_device
-from fastcore.basics import first, noop
+from fastcore.basics import first, noop, patch
 from fastcore.meta import delegates
 from torch import Tensor
 from .layout import Block, BlockRun, Layout, VaryingLayout
@@ -50,8 +48,10 @@ def keep_draw(tfm):
 def _random_state():
     "Something that is another one once random numbers were drawn"
     _,keys,*rest = np.random.get_state()
-    return random.getstate(),keys.tobytes(),rest,[o.numpy().tobytes() for o in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
+    of_torch = [o.numpy().tobytes() for o in (torch.get_rng_state(), *torch.cuda.get_rng_state_all())]
+    return random.getstate(),keys.tobytes(),rest,of_torch
 
+# %% ../../nbs/loaders/02_streams.ipynb #58a9ac9e
 def applies(
     tfm, # Batch transform
     split_idx:int, # 0 in training, 1 in validation
@@ -71,111 +71,191 @@ def transform_block(
         if begins and drawn: tfm.before_call(batch, split_idx=tfms.split_idx)
         before = _random_state() if begins else None
         with keep_draw(tfm) if drawn else nullcontext(): batch = tfm(batch, split_idx=tfms.split_idx)
-        if before not in (None, _random_state()): raise ValueError(
-            f"The batch transform {type(tfm).__name__} draws random numbers, other ones in each sub-window of a window. Make it a RandTransform that draws in `before_call`: that is done once per window.")
+        if before not in (None, _random_state()):
+            raise ValueError(
+                f"The batch transform {type(tfm).__name__} draws random numbers, "
+                "other ones in each sub-window of a window. "
+                "Make it a RandTransform that draws in `before_call`: that is done once per window.")
     return batch
 
 # %% ../../nbs/loaders/02_streams.ipynb #7ba3dcec
 class StreamView(SubWindows):
-    "A view of a `StreamDL`, for one run over it, that yields its blocks; `sub_window` says which steps of which sequences were yielded last"
-    evaluation,seen = False,None # evaluation: is every block yielded, also without a loss? seen: the last block that the model has seen
+    """A view of a `StreamDL`, for one run over it, that yields its blocks
+
+    `sub_window` says which steps of which sequences were yielded last."""
+    evaluation = False # Is every block yielded, also without a loss?
+    seen = None # The last block that the model has seen
+    n_sub = 1
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.world_size>1: raise NotImplementedError("A StreamDL cannot be shared by several processes. Give each of them sequences of its own, in one process each, or use windows of one length in a TbpttDL.")
+        if self.world_size>1:
+            raise NotImplementedError(
+                "A StreamDL cannot be shared by several processes. Give each of them sequences of its own, "
+                "in one process each, or use windows of one length in a TbpttDL.")
+
+    @property
+    def is_first(self): return self.seen is None
 
     @cached_property
     def layout(self):
         "Where the sequences are in this run; shuffled, if the loader shuffles"
         if not self.varies: return self.dl.layout(self.block, self.n_skip)
         seed = random.getrandbits(62)
-        return VaryingLayout(self.dl.layout(self.truncation.sub_seq_len, self.n_skip), lambda: self.truncation.lengths(random.Random(seed)))
-
-    @property
-    def varies(self): return self.truncation is not None and self.truncation.lengths is not None
-
-    @property
-    def block(self): return self.truncation and self.truncation.block
+        fixed = self.dl.layout(self.truncation.sub_seq_len, self.n_skip)
+        return VaryingLayout(fixed, lambda: self.truncation.lengths(random.Random(seed)))
 
     @cached_property
     def runs(self):
-        "How a scheme that is not `Fixed` joins blocks to training steps: `SubWindow`s in blocks; `None` if each block is one"
+        """How a scheme that is not `Fixed` joins blocks to training steps
+
+        `SubWindow`s in blocks; `None` if each block is a training step."""
         if self.block is None or isinstance(self.truncation, Fixed): return None
         n = len(self.layout)
-        def blocks(steps):
-            if steps%self.block: raise ValueError(f"{self.truncation} says that its blocks have {self.block} steps, but it has a bound at step {steps}. Its bounds have to be multiples of `block`.")
-            return steps//self.block
-        return [o._replace(start=blocks(o.start), stop=blocks(o.stop), loss_start=blocks(o.loss_start), carry=blocks(o.next_start), cuts=tuple((blocks(s), f) for s,f in o.cuts))
-            for o in self.truncation.sub_windows(n*self.block, rng=self._new_rng())] if n else []
+        if n==0: return []
+        return [self._in_blocks(o) for o in self.truncation.sub_windows(n*self.block, rng=self._new_rng())]
+
+    @cached_property
+    def n_windows(self):
+        "Steps of the run: those that have a loss, or all of them in evaluation"
+        if self.runs is not None: return self._n_runs_with_loss() if self.n_skip else len(self.runs)
+        if self.n_skip and not self.evaluation: return self.layout.n_counted()
+        return len(self.layout) if self.varies else self.dl.n_blocks(self.block)
 
     def __iter__(self):
         self.seen,self.warm_up = None,[]
         blocks = self.dl.read_blocks(self.layout)
         for block,batch in blocks if self.runs is None else self._run(blocks):
             if (block.start==0).all(): self.window = block
-            if block.weight==0 and not self.evaluation: self.warm_up += [(o, x[:self._n_inp(batch)]) for o,x in self._carried_on(block, batch)]
+            if block.weight==0 and not self.evaluation:
+                n_inp = self._n_inp(batch)
+                self.warm_up += [(o, x[:n_inp]) for o,x in self._carried_on(block, batch)]
             else:
                 self.sub_window,self.plan = block,[block]
                 yield batch
                 self.warm_up = []
 
-    def _run(self, blocks):
-        "Blocks and batches, joined by the plan"
-        held,first = deque(),0
-        for o in self.runs:
-            while first<o.start:
-                held.popleft()
-                first += 1
-            while first+len(held)<o.stop: held.append(next(blocks))
-            plan = o._replace(start=0, stop=o.stop-first, loss_start=o.loss_start-first, carry=o.carry-first, cuts=tuple((s-first, f) for s,f in o.cuts))
-            yield BlockRun([block for block,_ in held], plan, self.block),tuple(torch.cat(o, 1) for o in zip(*(batch for _,batch in held)))
+# %% ../../nbs/loaders/02_streams.ipynb #c56760d2
+@patch(as_prop=True)
+def varies(self:StreamView): return self.truncation is not None and self.truncation.lengths is not None
 
-    def _carried_on(self, block, batch):
-        "The blocks, and their batches, that bring the state to where the next training step starts"
-        if not isinstance(block, BlockRun): return [(block, batch)]
-        parts = zip(*(o.split([b.steps for b in block.blocks], 1) for o in batch))
-        return list(zip(block.blocks, parts))[:block.plan.carry]
+@patch(as_prop=True)
+def block(self:StreamView): return self.truncation and self.truncation.block
 
-    @cached_property
-    def n_windows(self):
-        "Steps of the run: those that have a loss, or all of them in evaluation"
-        if self.runs is not None: return len(self.runs) if not self.n_skip else self._n_runs_with_loss()
-        if self.n_skip and not self.evaluation: return self.layout.n_counted()
-        return len(self.layout) if self.varies else self.dl.n_blocks(self.block)
+@patch
+def groups(self:StreamView,
+    block:Block, # A block of this run
+)->list:
+    "The group of each row's sequence"
+    return self.dl.dataset.groups_of(block.seq.clip(0))
 
-    def _n_runs_with_loss(self):
-        counts = [bool(block._counts.any()) for block in self.layout]
-        return sum(any(counts[o.loss_start:o.stop]) for o in self.runs)
-    n_sub = 1
+# %% ../../nbs/loaders/02_streams.ipynb #ac6586d5
+def _moved(plan, to):
+    "The plan of a training step, with other numbers for its bounds"
+    return plan._replace(
+        start=to(plan.start), stop=to(plan.stop), loss_start=to(plan.loss_start), carry=to(plan.next_start),
+        cuts=tuple((to(s), f) for s,f in plan.cuts))
 
-    @property
-    def is_first(self): return self.seen is None
+@patch
+def _in_blocks(self:StreamView, plan):
+    def blocks(steps):
+        if steps%self.block:
+            raise ValueError(
+                f"{self.truncation} says that its blocks have {self.block} steps, but it has a bound at step {steps}. "
+                "Its bounds have to be multiples of `block`.")
+        return steps//self.block
+    return _moved(plan, blocks)
 
-    def groups(self,
-        block:Block, # A block of this run
-    )->list:
-        "The group of each row's sequence"
-        return self.dl.dataset.groups_of(block.seq.clip(0))
+@patch
+def _run(self:StreamView, blocks):
+    "Blocks and batches, joined by the plan"
+    held,first_held = deque(),0
+    for o in self.runs:
+        while first_held<o.start:
+            held.popleft()
+            first_held += 1
+        while first_held+len(held)<o.stop: held.append(next(blocks))
+        plan = _moved(o, lambda i: i-first_held)
+        batches = zip(*(batch for _,batch in held))
+        run = BlockRun([block for block,_ in held], plan, self.block)
+        yield run,tuple(torch.cat(o, 1) for o in batches)
 
-    def check(self):
-        "A `ValueError` if sub-window or washout are too long for the longest sequence"
-        if self.dl.n==0: return
-        lengths = self.dl.dataset.lengths
-        longest,n_skip = int(lengths.max()),self.n_skip
-        if self.block is not None and self.block>longest:
-            raise ValueError(f"sub_seq_len is {self.block}, but the longest sequence has {longest} steps. Use a sub-window of at most {longest}, or None for whole sequences.")
-        if self.varies and self.truncation.least_window>longest: raise ValueError(f"{self.truncation} is for sequences of {self.truncation.least_window} steps or more, but the longest has {longest}.")
-        if self.varies and getattr(self.truncation, 'rescale', 'loss')!='loss': raise ValueError(f"{self.truncation} scales the learning rate by the length of a window's part; the rows of a StreamDL have parts of different lengths. Use rescale='loss'.")
-        if self.block is None and self.truncation is not None and not self.varies and len(self.truncation.sub_windows(longest))>1:
-            raise ValueError(f"{self.truncation} does not cut in blocks of one length, in which a StreamDL is read. Use lengths that are multiples of each other, another scheme, or windows.")
-        if n_skip>=longest: raise ValueError(f"n_skip is {n_skip}, the longest sequence has {longest} steps: no step would count in the loss. Use a smaller n_skip.")
-        if n_skip>=lengths.min():
-            short = self.dl.dataset.groups_of(np.flatnonzero(lengths<=n_skip))
-            warnings.warn(f"{len(short)} of {len(lengths)} sequences are not longer than n_skip={n_skip}, so none of their steps counts in the loss: {short[:10]}{'…' if len(short)>10 else ''}.", stacklevel=2)
+# %% ../../nbs/loaders/02_streams.ipynb #6d53544e
+@patch
+def _carried_on(self:StreamView, block, batch):
+    "The blocks, and their batches, that bring the state to where the next training step starts"
+    if not isinstance(block, BlockRun): return [(block, batch)]
+    parts = zip(*(o.split([b.steps for b in block.blocks], 1) for o in batch))
+    return list(zip(block.blocks, parts))[:block.plan.carry]
+
+@patch
+def _n_runs_with_loss(self:StreamView):
+    counts = [block.weight>0 for block in self.layout]
+    return sum(any(counts[o.loss_start:o.stop]) for o in self.runs)
+
+# %% ../../nbs/loaders/02_streams.ipynb #c4216b9b
+@patch
+def _check_scheme(self:StreamView, longest):
+    scheme = self.truncation
+    if scheme is None: return
+    if self.block is not None and self.block>longest:
+        raise ValueError(
+            f"sub_seq_len is {self.block}, but the longest sequence has {longest} steps. "
+            f"Use a sub-window of at most {longest}, or None for whole sequences.")
+    if self.varies and scheme.least_window>longest:
+        raise ValueError(
+            f"{scheme} is for sequences of {scheme.least_window} steps or more, but the longest has {longest}.")
+    if self.varies and getattr(scheme, 'rescale', 'loss')!='loss':
+        raise ValueError(
+            f"{scheme} scales the learning rate by the length of a window's part; the rows of a StreamDL have parts "
+            "of different lengths. Use rescale='loss'.")
+    if self.block is None and not self.varies and len(scheme.sub_windows(longest))>1:
+        raise ValueError(
+            f"{scheme} does not cut in blocks of one length, in which a StreamDL is read. "
+            "Use lengths that are multiples of each other, another scheme, or windows.")
+
+# %% ../../nbs/loaders/02_streams.ipynb #c9d881cc
+@patch
+def _check_washout(self:StreamView, lengths):
+    n_skip,longest = self.n_skip,int(lengths.max())
+    if n_skip>=longest:
+        raise ValueError(
+            f"n_skip is {n_skip}, the longest sequence has {longest} steps: no step would count in the loss. "
+            "Use a smaller n_skip.")
+    if n_skip>=lengths.min():
+        short = self.dl.dataset.groups_of(np.flatnonzero(lengths<=n_skip))
+        more = '…' if len(short)>10 else ''
+        warnings.warn(
+            f"{len(short)} of {len(lengths)} sequences are not longer than n_skip={n_skip}, "
+            f"so none of their steps counts in the loss: {short[:10]}{more}.", stacklevel=3)
+
+@patch
+def check(self:StreamView):
+    "A `ValueError` if sub-window or washout are too long for the longest sequence"
+    if self.dl.n==0: return
+    lengths = self.dl.dataset.lengths
+    self._check_scheme(int(lengths.max()))
+    self._check_washout(lengths)
 
 # %% ../../nbs/loaders/02_streams.ipynb #4eb8e8c4
+def _check_reads_all(num_workers, drop_last, kwargs):
+    "A `ValueError` if a stream is told to read some of its steps only, or in another way"
+    for name in ('n', 'get_idxs', 'sample', 'create_batches', 'create_item'):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} is given, but a StreamDL reads all steps of all sequences, in an order of its own.")
+    if num_workers:
+        raise ValueError(f"num_workers is {num_workers}: a StreamDL reads by a thread of its own. Leave it 0.")
+    if drop_last:
+        raise ValueError(
+            "drop_last is True, but a StreamDL leaves no step out: "
+            "rows without a sequence are padding, which does not count.")
+
+# %% ../../nbs/loaders/02_streams.ipynb #e3c4801f
 class StreamDL(TbpttDL):
-    "A loader that lays sequences end to end in `bs` rows and yields their sub-windows, read one step ahead; in training and in evaluation"
+    """A loader that lays sequences end to end in `bs` rows and yields their sub-windows, read one step ahead
+
+    It does so in training and in evaluation."""
     view = StreamView
     @delegates(TbpttDL.__init__)
     def __init__(self,
@@ -186,14 +266,18 @@ class StreamDL(TbpttDL):
         drop_last:bool=False, # Always `False`: no step is left out
         **kwargs
     ):
-        if not isinstance(dataset, Sequences): raise TypeError(f"A StreamDL reads Sequences or SequenceWindows, not a {type(dataset).__name__}. Use TbpttDL for other datasets.")
-        for name in ('n', 'get_idxs', 'sample', 'create_batches', 'create_item'):
-            if kwargs.get(name) is not None: raise ValueError(f"{name} is given, but a StreamDL reads all steps of all sequences, in an order of its own.")
-        if num_workers: raise ValueError(f"num_workers is {num_workers}: a StreamDL reads by a thread of its own. Leave it 0.")
-        if drop_last: raise ValueError("drop_last is True, but a StreamDL leaves no step out: rows without a sequence are padding, which does not count.")
+        if not isinstance(dataset, Sequences):
+            raise TypeError(
+                f"A StreamDL reads Sequences or SequenceWindows, not a {type(dataset).__name__}. "
+                "Use TbpttDL for other datasets.")
+        _check_reads_all(num_workers, drop_last, kwargs)
         super().__init__(dataset, bs=check_steps('bs', bs), sub_seq_len=sub_seq_len, num_workers=0, **kwargs)
         for name in ('after_item', 'before_batch'):
-            if getattr(self, name).fs: raise ValueError(f"{name} is {getattr(self, name)}, but a StreamDL reads sub-windows, not items. Transform the sequences beforehand, or use after_batch.")
+            tfms = getattr(self, name)
+            if tfms.fs:
+                raise ValueError(
+                    f"{name} is {tfms}, but a StreamDL reads sub-windows, not items. "
+                    "Transform the sequences beforehand, or use after_batch.")
 
     def sub_windows(self):
         "A view of one run over the data, which knows what its batches are"
@@ -201,89 +285,132 @@ class StreamDL(TbpttDL):
 
     def __iter__(self):
         view = self.sub_windows()
-        if view.layout.uneven: warnings.warn("Batches of a StreamDL have padding at the end of rows, and sequences begin in any of them. A Learner needs a TbpttResetCB to know where; "
-                                            "without a Learner, iterate dl.sub_windows() and look at its sub_window.", stacklevel=2)
+        if view.layout.uneven:
+            warnings.warn(
+                "Batches of a StreamDL have padding at the end of rows, and sequences begin in any of them. "
+                "A Learner needs a TbpttResetCB to know where; "
+                "without a Learner, iterate dl.sub_windows() and look at its sub_window.", stacklevel=2)
         return iter(view)
 
-    def __repr__(self): return f'{type(self).__name__}: {self.dataset!r}, {min(self.bs, self.n)} rows, sub-windows of {self.sub_seq_len} steps'
+    def __repr__(self):
+        rows = min(self.bs, self.n)
+        return f'{type(self).__name__}: {self.dataset!r}, {rows} rows, sub-windows of {self.sub_seq_len} steps'
 
-    def layout(self,
-        sub_seq_len:int=None, # Steps of a sub-window
-        n_skip:int=0, # Washout: first steps of each sequence whose loss does not count
-    )->Layout:
-        "Where sequences go in the next run over the data"
-        if not self.shuffle: return Layout(self.dataset.lengths, self.bs, sub_seq_len, None, n_skip)
+# %% ../../nbs/loaders/02_streams.ipynb #41651e18
+@patch
+def layout(self:StreamDL,
+    sub_seq_len:int=None, # Steps of a sub-window
+    n_skip:int=0, # Washout: first steps of each sequence whose loss does not count
+)->Layout:
+    "Where sequences go in the next run over the data"
+    order = None
+    if self.shuffle:
         self.randomize()
         order = TbpttDL.get_idxs(self)
-        return Layout(self.dataset.lengths, self.bs, sub_seq_len, order, n_skip)
+    return Layout(self.dataset.lengths, self.bs, sub_seq_len, order, n_skip)
 
-    def n_blocks(self,
-        sub_seq_len:int=None, # Steps of a sub-window
-    )->int:
-        "Steps of an epoch, in any order of the sequences"
-        return len(Layout(self.dataset.lengths, self.bs, sub_seq_len))
+@patch
+def n_blocks(self:StreamDL,
+    sub_seq_len:int=None, # Steps of a sub-window
+)->int:
+    "Steps of an epoch, in any order of the sequences"
+    return len(Layout(self.dataset.lengths, self.bs, sub_seq_len))
 
-    def aligned(self,
-        sub_seq_len:int=None, # Steps of a sub-window
-    )->bool:
-        "Do all rows begin their sequences in the same steps?"
-        return Layout(self.dataset.lengths, self.bs, sub_seq_len).aligned
+# %% ../../nbs/loaders/02_streams.ipynb #fb3f9211
+@patch
+def aligned(self:StreamDL,
+    sub_seq_len:int=None, # Steps of a sub-window
+)->bool:
+    "Do all rows begin their sequences in the same steps?"
+    return Layout(self.dataset.lengths, self.bs, sub_seq_len).aligned
 
-    @property
-    def waste(self):
-        "Share of the steps that rows are run over that are padding"
-        return Layout(self.dataset.lengths, self.bs, self.sub_seq_len).waste
+@patch(as_prop=True)
+def waste(self:StreamDL):
+    "Share of the steps that rows are run over that are padding"
+    return Layout(self.dataset.lengths, self.bs, self.sub_seq_len).waste
 
-    def read_blocks(self,
-        layout:Layout, # Where the sequences are
-    ):
-        "Pairs of a `Block` and its batch `(rows, steps, ...)`, on the device and transformed"
-        self.before_iter()
-        drawing = [o for o in self.after_batch.fs if hasattr(o, 'before_call') and applies(o, self.after_batch.split_idx)]
-        if drawing and not layout.aligned: raise ValueError(
-            f"{type(drawing[0]).__name__} draws once for a batch, but the rows of this stream begin their sequences at different times. Transform the sequences beforehand, or cut them into windows of one length by stp_sz.")
-        for block,batch in read_ahead(self._read, layout) if self.dataset.in_files else ((o, self._read(o)) for o in layout):
-            if self.device is not None: batch = to_device(batch, self.device, non_blocking=self.pin_memory)
-            yield block,transform_block(self.after_batch, batch, (block.start==0).all())
-        self.after_iter()
+# %% ../../nbs/loaders/02_streams.ipynb #10174fde
+@patch
+def _check_draws(self:StreamDL, layout):
+    "A `ValueError` if a transform draws random numbers for rows that begin their sequences at different times"
+    tfms = self.after_batch
+    drawing = [o for o in tfms.fs if hasattr(o, 'before_call') and applies(o, tfms.split_idx)]
+    if drawing and not layout.aligned:
+        raise ValueError(
+            f"{type(drawing[0]).__name__} draws once for a batch, but the rows of this stream begin their sequences at "
+            "different times. Transform the sequences beforehand, or cut them into windows of one length by stp_sz.")
 
-    def _read(self, block):
-        batch = self.dataset.read(block.seq.clip(0), block.start, block.n)
-        return tuple(o.pin_memory() for o in batch) if self.pin_memory else batch
+@patch
+def _read(self:StreamDL, block):
+    batch = self.dataset.read(block.seq.clip(0), block.start, block.n)
+    return tuple(o.pin_memory() for o in batch) if self.pin_memory else batch
 
-    def one_batch(self):
-        "The first sub-windows of some sequences, without those that are shorter"
-        if self.n==0: raise ValueError("This loader has no sequences.")
-        block = first(self.layout(self.sub_seq_len))
-        rows = block.n==block.steps
-        self.before_iter()
-        batch = self._read(Block(block.seq[rows], block.start[rows], block.n[rows]))
-        return transform_block(self.after_batch, batch if self.device is None else to_device(batch, self.device), begins=True)
+@patch
+def read_blocks(self:StreamDL,
+    layout:Layout, # Where the sequences are
+):
+    "Pairs of a `Block` and its batch `(rows, steps, ...)`, on the device and transformed"
+    self.before_iter()
+    self._check_draws(layout)
+    blocks = read_ahead(self._read, layout) if self.dataset.in_files else ((o, self._read(o)) for o in layout)
+    for block,batch in blocks:
+        if self.device is not None: batch = to_device(batch, self.device, non_blocking=self.pin_memory)
+        yield block,transform_block(self.after_batch, batch, (block.start==0).all())
+    self.after_iter()
 
-    def create_item(self, s):
-        "The first sub-window of a sequence"
-        n,most = int(self.dataset.lengths[s or 0]),self.sub_seq_len or (1000 if self.dataset.in_files else None)
-        return tuple(o[0] for o in self.dataset.read([s or 0], [0], [min(n, most or n)]))
+# %% ../../nbs/loaders/02_streams.ipynb #7b37b293
+@patch
+def one_batch(self:StreamDL):
+    "The first sub-windows of some sequences, without those that are shorter"
+    if self.n==0: raise ValueError("This loader has no sequences.")
+    block = first(self.layout(self.sub_seq_len))
+    rows = block.n==block.steps
+    self.before_iter()
+    batch = self._read(Block(block.seq[rows], block.start[rows], block.n[rows]))
+    if self.device is not None: batch = to_device(batch, self.device)
+    return transform_block(self.after_batch, batch, begins=True)
 
-    def get_idxs(self):
-        "The steps of all sequences, counted one after the other, in the order in which evaluation comes to them; `Learner.get_preds` puts them back"
-        begin = self.dataset.lengths.cumsum()-self.dataset.lengths
-        spans = [np.arange(begin[s]+a, begin[s]+a+n) for block in Layout(self.dataset.lengths, self.bs, self.sub_seq_len) for s,a,n in zip(block.seq, block.start, block.n)]
-        return np.concatenate(spans) if spans else np.zeros(0, int)
+@patch
+def create_item(self:StreamDL, s):
+    "The first sub-window of a sequence"
+    seq = s or 0
+    n = int(self.dataset.lengths[seq])
+    most = self.sub_seq_len or (1000 if self.dataset.in_files else n)
+    return tuple(o[0] for o in self.dataset.read([seq], [0], [min(n, most)]))
 
-    def new(self,
-        dataset=None, # Another dataset; default: the same
-        cls=None, # Another class; default: the same
-        **kwargs
-    ):
-        "A copy with some arguments changed; of a dataset whose sequences are all shorter than `sub_seq_len`, it is the longest"
-        if issubclass(cls or type(self), StreamDL):
-            if kwargs.pop('get_idxs', None) is not None: kwargs['shuffle'] = False # as `get_preds` asks for it
-            if isinstance(dataset, Sequences) and self.sub_seq_len is not None: kwargs.setdefault('sub_seq_len', min(self.sub_seq_len, int(np.max(dataset.lengths, initial=0)) or self.sub_seq_len))
-        return super().new(dataset, cls, **kwargs)
+# %% ../../nbs/loaders/02_streams.ipynb #24e597a8
+@patch
+def new(self:StreamDL,
+    dataset=None, # Another dataset; default: the same
+    cls=None, # Another class; default: the same
+    **kwargs
+):
+    """A copy with some arguments changed
 
-    def by_sequence(self,
-        values:Tensor, # One for each step of all sequences, as `Learner.get_preds` returns them
-    )->list[Tensor]: # `(time, ...)` of each sequence
-        "Predictions or targets of all steps, cut into those of each sequence"
-        return list(values.split(self.dataset.lengths.tolist()))
+    `sub_seq_len` is at most that of the longest sequence of another dataset."""
+    if issubclass(cls or type(self), StreamDL):
+        if kwargs.pop('get_idxs', None) is not None: kwargs['shuffle'] = False # as `get_preds` asks for it
+        if isinstance(dataset, Sequences) and self.sub_seq_len is not None:
+            longest = int(np.max(dataset.lengths, initial=0)) or self.sub_seq_len
+            kwargs.setdefault('sub_seq_len', min(self.sub_seq_len, longest))
+    return super(StreamDL, self).new(dataset, cls, **kwargs)
+
+# %% ../../nbs/loaders/02_streams.ipynb #a2a455f9
+@patch
+def get_idxs(self:StreamDL):
+    """The steps of all sequences, counted one after the other, in the order in which evaluation comes to them
+
+    `Learner.get_preds` puts them back."""
+    first_step = self.dataset.lengths.cumsum()-self.dataset.lengths
+    spans = []
+    for block in Layout(self.dataset.lengths, self.bs, self.sub_seq_len):
+        starts = first_step[block.seq]+block.start
+        spans += [np.arange(start, start+n) for start,n in zip(starts, block.n)]
+    return np.concatenate(spans) if spans else np.zeros(0, int)
+
+@patch
+def by_sequence(self:StreamDL,
+    values:Tensor, # One for each step of all sequences, as `Learner.get_preds` returns them
+)->list[Tensor]: # `(time, ...)` of each sequence
+    "Predictions or targets of all steps, cut into those of each sequence"
+    return list(values.split(self.dataset.lengths.tolist()))

@@ -12,12 +12,11 @@ from operator import is_
 from random import Random
 from statistics import mean
 from types import SimpleNamespace
-import numpy as np
-import torch
+import numpy as np, torch
 from fastai.data.core import TfmdDL, explode_types
 from fastai.data.load import DataLoader
 from fastai.torch_core import TensorBase, cast, maybe_gather, no_random, to_detach, to_device
-from fastcore.basics import GetAttr, first
+from fastcore.basics import GetAttr, first, patch
 from fastcore.meta import delegates
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -27,50 +26,73 @@ from ..truncation.plan import SubWindow, Truncation, Fixed, as_truncation, check
 from ..sequences.windows import SequenceWindows, Sequences
 
 # %% ../../nbs/loaders/00_windows.ipynb #f14c9b47
+def _is_array(o): return isinstance(o, (Tensor,np.ndarray))
+
+def _first_timed(elements, timed):
+    "The array that says how many steps a window has"
+    if timed is None: res = next(filter(_is_array, elements), None)
+    else: res = next((o for o,t in zip(elements, timed) if t), None)
+    if res is None or res.ndim<2:
+        found = 'is missing' if res is None else f'has shape {tuple(res.shape)}'
+        raise ValueError(f"Cannot cut a batch whose first array {found}; expected (batch, time, ...).")
+    return res
+
+def _as_long_as(first_array, elements):
+    "Which elements have as many steps as the first array; a `ValueError` if its second axis may be features"
+    steps = first_array.shape[1]
+    others = [o.shape for o in elements if _is_array(o) and o.ndim>2 and o.shape[1]!=steps]
+    if first_array.ndim==2 and others:
+        raise ValueError(
+            f"Which elements have a time axis? The first array has shape {tuple(first_array.shape)}, another "
+            f"{tuple(others[0])}. Say so by timed=, a bool for each of the {len(elements)} elements of a batch.")
+    return [_is_array(o) and o.ndim>1 and o.shape[1]==steps for o in elements]
+
+# %% ../../nbs/loaders/00_windows.ipynb #35399eec
 class Window:
     "A batch of windows `(*inputs, *targets)` that knows which of its elements have a time axis, and can be cut there"
     def __init__(self,
         batch, # Tensors in tuples, lists or dicts, of any nesting
         n_inp:int=1, # How many of its elements are inputs
-        timed:tuple[bool,...]=None, # Which elements, counted through the nesting, have a time axis; default: those that are as long as the first
+        timed:tuple[bool,...]=None, # Which elements, through the nesting, have a time axis; default: those as long as the first
     ):
-        self.batch,(self._elements,self._form) = batch,tree_flatten(batch)
-        if timed is not None and len(timed)<len(self._elements): raise ValueError(f"timed has {len(timed)} entries, a batch {len(self._elements)} elements: expected one for each (those of the targets may be left over).")
-        arrays = [o for o in self._elements if _is_array(o)]
-        first = arrays[0] if timed is None and arrays else next((o for o,t in zip(self._elements, timed or ()) if t), None)
-        if first is None or first.ndim<2:
-            raise ValueError(f"Cannot cut a batch whose first array {'is missing' if first is None else f'has shape {tuple(first.shape)}'}; expected (batch, time, ...).")
-        self.steps = first.shape[1]
-        others = [o.shape for o in arrays if o.ndim>2 and o.shape[1]!=self.steps]
-        if timed is None and first.ndim==2 and others: # features of the window may come first
-            raise ValueError(f"Which elements have a time axis? The first array has shape {tuple(first.shape)}, another {tuple(others[0])}. "
-                             f"Say so by timed=, a bool for each of the {len(self._elements)} elements of a batch.")
-        self.timed = [_is_array(o) and o.ndim>1 and o.shape[1]==self.steps for o in self._elements] if timed is None else list(timed)[:len(self._elements)]
+        self.batch = batch
+        self._elements,self._form = tree_flatten(batch)
+        n = len(self._elements)
+        if timed is not None and len(timed)<n:
+            raise ValueError(
+                f"timed has {len(timed)} entries, a batch {n} elements: expected one for each "
+                "(those of the targets may be left over).")
+        first_array = _first_timed(self._elements, timed)
+        self.steps = first_array.shape[1]
+        self.timed = _as_long_as(first_array, self._elements) if timed is None else list(timed)[:n]
         inputs = batch[:n_inp] if isinstance(batch, (tuple,list)) else batch
         self.targets_timed = self.timed[len(tree_leaves(inputs)):]
-        self._flat = type(batch) is tuple and len(batch)==len(self._elements) and all(map(is_, batch, self._elements))
+        self._flat = type(batch) is tuple and len(batch)==n and all(map(is_, batch, self._elements))
 
-    def cut(self,
-        start:int, # First step
-        stop:int, # One past the last step
-    ): # As the batch
-        "Views of those steps; elements without a time axis are whole"
-        if (start,stop)==(0,self.steps): return self.batch
-        cut = [o[:,start:stop] if t else o for o,t in zip(self._elements, self.timed)]
-        return tuple(cut) if self._flat else tree_unflatten(cut, self._form)
+# %% ../../nbs/loaders/00_windows.ipynb #7390d8ff
+@patch
+def cut(self:Window,
+    start:int, # First step
+    stop:int, # One past the last step
+): # As the batch
+    "Views of those steps; elements without a time axis are whole"
+    if (start,stop)==(0,self.steps): return self.batch
+    cut = [o[:,start:stop] if t else o for o,t in zip(self._elements, self.timed)]
+    return tuple(cut) if self._flat else tree_unflatten(cut, self._form)
 
-    def plan(self,
-        truncation:Truncation, # Scheme
-        n_skip:int=0, # Washout: first steps of the window whose loss does not count
-        rng:Random=None, # Where random numbers come from
-    )->list[SubWindow]:
-        "Its sub-windows. If no target has a time axis, the loss counts in the last one only"
-        if not self.targets_timed or any(self.targets_timed): return truncation.sub_windows(self.steps, n_skip, rng)
-        *carry,last = truncation.sub_windows(self.steps, rng=rng)
-        return [o._replace(loss_start=o.stop, weight=0.) for o in carry]+[last._replace(weight=1.)]
+# %% ../../nbs/loaders/00_windows.ipynb #5dbe708a
+@patch
+def plan(self:Window,
+    truncation:Truncation, # Scheme
+    n_skip:int=0, # Washout: first steps of the window whose loss does not count
+    rng:Random=None, # Where random numbers come from
+)->list[SubWindow]:
+    "Its sub-windows. If no target has a time axis, the loss counts in the last one only"
+    if not self.targets_timed or any(self.targets_timed): return truncation.sub_windows(self.steps, n_skip, rng)
+    *carry,last = truncation.sub_windows(self.steps, rng=rng)
+    return [o._replace(loss_start=o.stop, weight=0.) for o in carry]+[last._replace(weight=1.)]
 
-def _is_array(o): return isinstance(o, (Tensor,np.ndarray))
-
+# %% ../../nbs/loaders/00_windows.ipynb #c89f0812
 def plain_batch(
     batch, # Tensors in tuples, lists or dicts, of any nesting
     device, # Where the model is
@@ -80,133 +102,179 @@ def plain_batch(
 
 # %% ../../nbs/loaders/00_windows.ipynb #223fde7e
 class SubWindows(GetAttr):
-    "A view of any loader of windows that yields their sub-windows in order; `sub_window` says which one was yielded last"
+    """A view of any loader of windows that yields their sub-windows in order
+
+    `sub_window` says which one was yielded last."""
     _default = 'dl'
     def __init__(self,
         dl, # Loader whose batches are windows: a fastai or PyTorch `DataLoader`, or a list of batches
         truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
         n_skip:int=0, # Washout: first steps of each window whose loss does not count
-        timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those that are as long as the first
+        timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
         n_inp:int=None, # How many elements of a batch are inputs; default: as the loader says, or all but the last
     ):
         self._given_n_inp = n_inp
-        self.dl,self.truncation,self.n_skip,self.timed = dl.dl if isinstance(dl, SubWindows) else dl,as_truncation(truncation),n_skip,timed
-        self.window,self.plan,self.warm_up,self.sub_window,self._begun = None,[],[],None,None
+        self.dl = dl.dl if isinstance(dl, SubWindows) else dl
+        self.truncation = as_truncation(truncation)
+        self.n_skip,self.timed = n_skip,timed
+        self.window,self.sub_window,self._begun = None,None,None
+        self.plan,self.warm_up = [],[]
 
     def __iter__(self):
         batches,self._begun = self._begun or self._batches(),None
         self.rng = self._new_rng()
         for batch in batches:
             self._open(batch)
-            for self.sub_window,self.warm_up in zip(self.plan, self._warm_ups): yield batch if self.window is None else self.window.cut(*self.sub_window[:2])
+            for self.sub_window,self.warm_up in zip(self.plan, self._warm_ups):
+                yield batch if self.window is None else self.window.cut(*self.sub_window[:2])
         if self.truncation is not None or self.n_skip: self._agree(0, 0)
-
-    def _open(self, batch):
-        "Plan a window. Sub-windows without a counted step are not yielded: their inputs are in `warm_up`, to bring the state to the next one"
-        self.window,self._warm_ups,self.plan = None,[[]],[SubWindow(0, None, 0)]
-        if self.truncation is None and not self.n_skip: return
-        self.window = Window(batch, self._n_inp(batch), self.timed)
-        steps = self.window.steps
-        if self.truncation is None: self.plan = [SubWindow(0, steps, min(self.n_skip, steps))]
-        elif steps>self.n_skip or self.world_size==1:
-            plan = self.window.plan(self.truncation, self.n_skip, self.rng)
-            self.plan = [o for o in plan if o.weight]
-            for o in plan:
-                if o.weight: self._warm_ups.append([])
-                elif o.moves_on: self._warm_ups[-1].append(self.window.cut(o.start, o.next_start)[:self._n_inp(batch)])
-        self._agree(steps, len(self.plan) if steps>self.n_skip else 0)
-
-    def _new_rng(self):
-        "Random numbers for a scheme that draws some: the same in all processes"
-        if self.truncation is None or not self.truncation.random: return None
-        seed = random.getrandbits(62)
-        return Random(seed if self.world_size==1 else maybe_gather(torch.tensor([seed], device=self.dl.device))[0].item())
-
-    def _agree(self, steps, n_sub):
-        "All processes have windows of as many sub-windows, or all raise: in every training step each of them waits for the others"
-        if self.world_size==1: return
-        steps,n_subs = maybe_gather(torch.tensor([[steps,n_sub]], device=self.dl.device)).T.tolist()
-        if len(set(n_subs))>1:
-            raise ValueError(f"The next windows of the {len(steps)} processes have {steps} steps (0: no window is left), that is {n_subs} sub-windows (0: all washout), and each process would "
-                             "wait for the others. Give all of them windows of the same number of sub-windows: cut, pad or sort the data.")
-
-    @property
-    def sub_seq_len(self):
-        "Steps of a sub-window of this view, whatever its loader says; `None`: whole windows, or a scheme without one length"
-        return self.truncation and self.truncation.sub_seq_len
-
-    @property
-    def is_first(self):
-        "Was the last sub-window the first one that its window yielded? Then a state has to be reset, and `warm_up` to be run"
-        return self.sub_window is self.plan[0]
 
     def __len__(self):
         "Steps of an epoch, if all windows are as long as the first"
         return self.n_windows*self.n_sub
 
     @property
-    def n_windows(self):
-        "Batches of windows in an epoch, for this process"
-        if self.world_size>1: # DistributedDL counts the sub-windows of a TbpttDL, and a batch that drop_last leaves out
-            dl = inner_loader(self.dl)
-            return min(len(self.dl), DataLoader.__len__(SimpleNamespace(n=-(-dl.n//self.world_size), bs=dl.bs, drop_last=dl.drop_last)))
-        return TfmdDL.__len__(self.dl) if isinstance(self.dl, TbpttDL) else len(self.dl)
+    def is_first(self):
+        """Was the last sub-window the first one that its window yielded?
 
-    @property
-    def world_size(self):
-        "Processes that share the windows: more than 1 in a view of fastai's `DistributedDL`"
-        return getattr(self.dl, '__dict__', {}).get('world_size', 1)
-
-    @property
-    def n_sub(self):
-        "Sub-windows that the first window yields; in the mean, if the scheme draws random numbers"
-        if self.truncation is None or self.n_windows==0: return 1
-        window,counts = self.first_window,[]
-        while not counts or self.truncation.random and len(counts)<20 and sum(counts)<200:
-            counts.append(sum(o.weight>0 for o in window.plan(self.truncation, self.n_skip, Random(len(counts)))))
-        return round(mean(counts))
-
-    @property
-    def first_window(self):
-        "A batch of the first item. A dataset that cannot be indexed is begun for this, and gone on with by the next iteration"
-        item = first_item(self.dl)
-        if item is None:
-            if self._begun is None: self._begun = self._batches()
-            item = next(self._begun)
-            self._begun = chain([item], self._begun)
-        elif not (isinstance(self.dl, DataLoader) and self.dl.prebatched): item = tree_map(lambda o: o[None] if _is_array(o) else o, item)
-        with no_random(): return Window(item, self._n_inp(item), self.timed) # a TfmdDL may look at an item to know its n_inp
-
-    def check(self):
-        "A `ValueError` if sub-window or washout are too long for the first window; a dataset that cannot be indexed is not looked at"
-        if getattr(self.dl, 'n', None)==0 or self.truncation is None and not self.n_skip or first_item(self.dl) is None: return
-        window = self.first_window
-        scheme = self.truncation or Fixed(window.steps)
-        if scheme.least_window>window.steps:
-            raise ValueError(f"{f'sub_seq_len is {scheme.sub_seq_len}' if isinstance(scheme, Fixed) else f'{scheme} is for windows of {scheme.least_window} steps or more'}, but a window has {window.steps} steps. Use a sub-window of at most {window.steps}, or None for the whole window.")
-        scheme.sub_windows(window.steps, self.n_skip)
-
-    def inputs(self,
-        xb:tuple, # Inputs of the sub-window that was yielded last
-    )->Window:
-        "They can be cut further, along the same axes as their window"
-        timed = getattr(self.window, 'timed', self.timed)
-        return Window(xb, len(xb), timed and timed[:len(tree_leaves(xb))])
+        Then a state has to be reset, and `warm_up` to be run."""
+        return self.sub_window is self.plan[0]
 
     def to_detach(self, b, cpu=True, gather=True):
-        "As `fastai.torch_core.to_detach`; gathers only from processes that share the windows, not from those that have them all as well"
+        """As `fastai.torch_core.to_detach`
+
+        It gathers only from processes that share the windows, not from those that have them all as well."""
         return self.dl.to_detach(b, cpu, gather) if self.world_size>1 else to_detach(b, cpu, gather=False)
 
-    def _batches(self):
-        dl = inner_loader(self.dl)
-        for batch in self.dl.windows() if isinstance(self.dl, TbpttDL) else self.dl:
-            if isinstance(dl, TfmdDL) and not (dl.indexed or '_n_inp' in vars(dl)): # else `n_inp` would take an item from this very iterator
-                dl._n_inp,dl._types = max(len(batch)-1, 1),explode_types(batch)
-            yield batch
+# %% ../../nbs/loaders/00_windows.ipynb #eef45ae4
+@patch
+def _batches(self:SubWindows):
+    dl = inner_loader(self.dl)
+    for batch in self.dl.windows() if isinstance(self.dl, TbpttDL) else self.dl:
+        unknown = isinstance(dl, TfmdDL) and not (dl.indexed or '_n_inp' in vars(dl))
+        if unknown: # `n_inp` would take an item from this very iterator
+            dl._n_inp = max(len(batch)-1, 1)
+            dl._types = explode_types(batch)
+        yield batch
 
-    def _n_inp(self, batch):
-        if self._given_n_inp is not None: return self._given_n_inp
-        return getattr(inner_loader(self.dl), 'n_inp', max(len(batch)-1, 1))
+@patch
+def _n_inp(self:SubWindows, batch):
+    if self._given_n_inp is not None: return self._given_n_inp
+    return getattr(inner_loader(self.dl), 'n_inp', max(len(batch)-1, 1))
+
+# %% ../../nbs/loaders/00_windows.ipynb #befd0c0d
+@patch
+def _open(self:SubWindows, batch):
+    "Plan a window. The inputs of sub-windows without a counted step go before the next one that has some"
+    self.window,self._warm_ups = None,[[]]
+    self.plan = [SubWindow(0, None, 0)]
+    if self.truncation is None and not self.n_skip: return
+    n_inp = self._n_inp(batch)
+    self.window = Window(batch, n_inp, self.timed)
+    steps = self.window.steps
+    if self.truncation is None: self.plan = [SubWindow(0, steps, min(self.n_skip, steps))]
+    elif steps>self.n_skip or self.world_size==1:
+        plan = self.window.plan(self.truncation, self.n_skip, self.rng)
+        self.plan = [o for o in plan if o.weight]
+        for o in plan:
+            if o.weight: self._warm_ups.append([])
+            elif o.moves_on: self._warm_ups[-1].append(self.window.cut(o.start, o.next_start)[:n_inp])
+    self._agree(steps, len(self.plan) if steps>self.n_skip else 0)
+
+# %% ../../nbs/loaders/00_windows.ipynb #6925b948
+@patch(as_prop=True)
+def world_size(self:SubWindows):
+    "Processes that share the windows: more than 1 in a view of fastai's `DistributedDL`"
+    return getattr(self.dl, '__dict__', {}).get('world_size', 1)
+
+@patch
+def _new_rng(self:SubWindows):
+    "Random numbers for a scheme that draws some: the same in all processes"
+    if self.truncation is None or not self.truncation.random: return None
+    seed = random.getrandbits(62)
+    if self.world_size>1: seed = maybe_gather(torch.tensor([seed], device=self.dl.device))[0].item()
+    return Random(seed)
+
+@patch
+def _agree(self:SubWindows, steps, n_sub):
+    "All processes have windows of as many sub-windows, or all raise, as each waits for the others in every step"
+    if self.world_size==1: return
+    steps,n_subs = maybe_gather(torch.tensor([[steps,n_sub]], device=self.dl.device)).T.tolist()
+    if len(set(n_subs))>1:
+        raise ValueError(
+            f"The next windows of the {len(steps)} processes have {steps} steps (0: no window is left), "
+            f"that is {n_subs} sub-windows (0: all washout), and each process would wait for the others. "
+            "Give all of them windows of the same number of sub-windows: cut, pad or sort the data.")
+
+# %% ../../nbs/loaders/00_windows.ipynb #3baa3380
+@patch(as_prop=True)
+def first_window(self:SubWindows):
+    "A batch of the first item. A dataset that cannot be indexed is begun for this, and continued by the next iteration"
+    item = first_item(self.dl)
+    if item is None:
+        if self._begun is None: self._begun = self._batches()
+        item = next(self._begun)
+        self._begun = chain([item], self._begun)
+    elif not (isinstance(self.dl, DataLoader) and self.dl.prebatched):
+        item = tree_map(lambda o: o[None] if _is_array(o) else o, item)
+    with no_random(): # a TfmdDL may look at an item to know its n_inp
+        return Window(item, self._n_inp(item), self.timed)
+
+# %% ../../nbs/loaders/00_windows.ipynb #eb7edd7f
+@patch(as_prop=True)
+def n_windows(self:SubWindows):
+    "Batches of windows in an epoch, for this process"
+    if self.world_size>1: # DistributedDL counts the sub-windows of a TbpttDL, and a batch that drop_last leaves out
+        dl = inner_loader(self.dl)
+        share = SimpleNamespace(n=-(-dl.n//self.world_size), bs=dl.bs, drop_last=dl.drop_last)
+        return min(len(self.dl), DataLoader.__len__(share))
+    return TfmdDL.__len__(self.dl) if isinstance(self.dl, TbpttDL) else len(self.dl)
+
+@patch(as_prop=True)
+def n_sub(self:SubWindows):
+    "Sub-windows that the first window yields; in the mean, if the scheme draws random numbers"
+    if self.truncation is None or self.n_windows==0: return 1
+    window,counts = self.first_window,[]
+    while not counts or self.truncation.random and len(counts)<20 and sum(counts)<200:
+        plan = window.plan(self.truncation, self.n_skip, Random(len(counts)))
+        counts.append(sum(o.weight>0 for o in plan))
+    return round(mean(counts))
+
+@patch(as_prop=True)
+def sub_seq_len(self:SubWindows):
+    "Steps of a sub-window of this view, not of its loader; `None`: whole windows, or a scheme without one length"
+    return self.truncation and self.truncation.sub_seq_len
+
+# %% ../../nbs/loaders/00_windows.ipynb #dc4fb573
+def _check_fits(scheme, steps):
+    "A `ValueError` if a window is too short for a scheme"
+    if scheme.least_window<=steps: return
+    if isinstance(scheme, Fixed): asked = f'sub_seq_len is {scheme.sub_seq_len}'
+    else: asked = f'{scheme} is for windows of {scheme.least_window} steps or more'
+    raise ValueError(
+        f"{asked}, but a window has {steps} steps. "
+        f"Use a sub-window of at most {steps}, or None for the whole window.")
+
+@patch
+def check(self:SubWindows):
+    """A `ValueError` if sub-window or washout are too long for the first window
+
+    A dataset that cannot be indexed is not looked at."""
+    whole = self.truncation is None and not self.n_skip
+    if getattr(self.dl, 'n', None)==0 or whole or first_item(self.dl) is None: return
+    steps = self.first_window.steps
+    scheme = self.truncation or Fixed(steps)
+    _check_fits(scheme, steps)
+    scheme.sub_windows(steps, self.n_skip)
+
+# %% ../../nbs/loaders/00_windows.ipynb #8d4c7504
+@patch
+def inputs(self:SubWindows,
+    xb:tuple, # Inputs of the sub-window that was yielded last
+)->Window:
+    "They can be cut further, along the same axes as their window"
+    timed = getattr(self.window, 'timed', self.timed)
+    return Window(xb, len(xb), timed and timed[:len(tree_leaves(xb))])
 
 # %% ../../nbs/loaders/00_windows.ipynb #ec6dde28
 def inner_loader(
@@ -219,10 +287,13 @@ def inner_loader(
 def first_item(
     dl, # A fastai or PyTorch `DataLoader`, or a view of one
 ): # `None` if the dataset cannot be indexed
-    "The first item of a loader's dataset, after its item transforms; nothing is shuffled for it, and random generators stay as they are"
+    """The first item of a loader's dataset, after its item transforms
+
+    Nothing is shuffled for it, and random generators stay as they are."""
     dl = inner_loader(dl)
     dataset = getattr(dl, 'dataset', None)
-    indexed = dl.indexed if isinstance(dl, DataLoader) else hasattr(dataset, '__getitem__') and not isinstance(dataset, IterableDataset)
+    if isinstance(dl, DataLoader): indexed = dl.indexed
+    else: indexed = hasattr(dataset, '__getitem__') and not isinstance(dataset, IterableDataset)
     if not indexed: return None
     with no_random(): return dl.do_item(0) if isinstance(dl, DataLoader) else dataset[0]
 
@@ -230,16 +301,15 @@ def view_of(
     dl, # A loader of windows, or a view of one
     truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
     n_skip:int=0, # Washout: first steps of each window whose loss does not count
-    timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those that are as long as the first
+    timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
     n_inp:int=None, # How many elements of a batch are inputs; default: as the loader says, or all but the last
 )->SubWindows:
     "The view that suits a loader: a `TbpttDL` says which, all others get `SubWindows`"
     inner = inner_loader(dl)
-    return (inner.view if isinstance(inner, TbpttDL) else SubWindows)(dl, truncation, n_skip, timed, n_inp)
+    view = inner.view if isinstance(inner, TbpttDL) else SubWindows
+    return view(dl, truncation, n_skip, timed, n_inp)
 
 # %% ../../nbs/loaders/00_windows.ipynb #deb983ba
-_known_iter = 'd31a19eaa17e531f' # the digest of `TfmdDL.__iter__`, which is that of fastai's `DataLoader`
-
 class TbpttDL(TfmdDL):
     "A `TfmdDL` over windows that yields sub-windows; `one_batch`, and what is shown, are whole windows"
     view = SubWindows
@@ -248,7 +318,7 @@ class TbpttDL(TfmdDL):
         dataset, # Map-style dataset of windows; a batch of `SequenceWindows` is read by one gather
         bs:int=64, # Windows per batch
         sub_seq_len:int=None, # Steps of a sub-window; default: the whole window
-        ahead=None, # How batches come to a GPU, such as `pinned_ahead`: a function of the batches and the device; default: one after the other
+        ahead=None, # How batches come to a GPU: a function of them and the device, such as `pinned_ahead`
         **kwargs
     ):
         self.ahead = ahead
@@ -257,78 +327,104 @@ class TbpttDL(TfmdDL):
         if isinstance(dataset, Sequences): view_of(self, self.sub_seq_len).check()
 
     def sub_windows(self):
-        "The view that is iterated. A validation subset of `Datasets` is never cut, as train-only transforms never apply to it"
-        return view_of(self, None if getattr(self.dataset, 'split_idx', None) else self.sub_seq_len)
+        """The view that is iterated
 
-    def windows(self):
-        "Batches of whole windows, as a `TfmdDL` gives them. Without workers, PyTorch's iterator is left out: it takes as long as the gather"
-        if self.fake_l.num_workers or self.pin_memory or not is_known(_known_iter, TfmdDL.__iter__): return (yield from super().__iter__())
-        self.randomize()
-        self.before_iter()
-        self._DataLoader__idxs = self.get_idxs()
-        torch.empty((), dtype=torch.int64).random_() # the seed for workers, which PyTorch draws even if there are none
-        batches = self.create_batches(self.sample())
-        if self._copies_ahead: batches = self.ahead(batches, self.device)
-        for b in batches: yield self.after_batch(b if self.device is None else to_device(b, self.device))
-        self.after_iter()
-        vars(self).pop('it', None)
+        A validation subset of `Datasets` is never cut, as train-only transforms never apply to it."""
+        return view_of(self, None if getattr(self.dataset, 'split_idx', None) else self.sub_seq_len)
 
     def __iter__(self): return iter(self.sub_windows())
     def __len__(self): return len(self.sub_windows())
 
-    def one_batch(self):
-        "One batch of whole windows"
-        if TfmdDL.__len__(self)==0: raise ValueError(f"This loader has no batches: {self.n} windows, bs={self.bs}, drop_last={self.drop_last}.")
-        with self.fake_l.no_multiproc(): batch = first(SubWindows(self))
-        vars(self).pop('it', None) # the iterator over the dataset that DataLoader left behind
-        return batch
+# %% ../../nbs/loaders/00_windows.ipynb #8d0decd5
+_known_iter = 'd31a19eaa17e531f' # the digest of `TfmdDL.__iter__`, which is that of fastai's `DataLoader`
 
-    @delegates(TfmdDL.new)
-    def new(self,
-        dataset=None, # Another dataset; default: the same
-        cls=None, # Another class; default: the same
-        **kwargs
-    ):
-        "A copy with some arguments changed; `sub_seq_len` and `ahead` are kept"
-        return super().new(dataset, cls, **{**(dict(sub_seq_len=self.sub_seq_len, ahead=self.ahead) if issubclass(cls or type(self), TbpttDL) else {}), **kwargs})
+@patch
+def windows(self:TbpttDL):
+    "Batches of whole windows, as a `TfmdDL` gives them"
+    if self.fake_l.num_workers or self.pin_memory or not is_known(_known_iter, TfmdDL.__iter__):
+        return (yield from super(TbpttDL, self).__iter__())
+    self.randomize()
+    self.before_iter()
+    self._DataLoader__idxs = self.get_idxs()
+    torch.empty((), dtype=torch.int64).random_() # the seed for workers, which PyTorch draws even if there are none
+    batches = self.create_batches(self.sample())
+    if self._copies_ahead: batches = self.ahead(batches, self.device)
+    for b in batches: yield self.after_batch(b if self.device is None else to_device(b, self.device))
+    self.after_iter()
+    vars(self).pop('it', None)
 
-    def get_idxs(self):
-        "The numbers of the windows, in their order; of `Sequences` as one array, as there may be many millions of them"
-        if not isinstance(self.dataset, Sequences) or 'shuffle_fn' in vars(self): return super().get_idxs()
-        idxs = np.arange(self.n)
-        if self.shuffle: np.random.default_rng(self.rng.getrandbits(64)).shuffle(idxs)
-        return idxs
+# %% ../../nbs/loaders/00_windows.ipynb #705fa18c
+@patch
+def get_idxs(self:TbpttDL):
+    "The numbers of the windows, in their order; of `Sequences` as one array, as there may be many millions of them"
+    if not isinstance(self.dataset, Sequences) or 'shuffle_fn' in vars(self): return super(TbpttDL, self).get_idxs()
+    idxs = np.arange(self.n)
+    if self.shuffle: np.random.default_rng(self.rng.getrandbits(64)).shuffle(idxs)
+    return idxs
 
-    @property
-    def _gathers(self): return isinstance(self.dataset, SequenceWindows) and not (self.prebatched or self.after_item.fs or self.before_batch.fs)
+@patch
+def create_batches(self:TbpttDL, samps):
+    "One gather per batch of `SequenceWindows`; item by item for other datasets, or if there are item transforms"
+    if self._gathers: yield from map(self.dataset.gather, self.chunkify(samps))
+    else: yield from super(TbpttDL, self).create_batches(samps)
 
-    @property
-    def _copies_ahead(self):
-        "To a GPU; only where it makes no difference to random numbers, as none are drawn to gather"
-        return self.ahead is not None and self._gathers and self.device is not None and torch.device(self.device).type=='cuda'
+# %% ../../nbs/loaders/00_windows.ipynb #cbe3d4e0
+@patch(as_prop=True)
+def _gathers(self:TbpttDL):
+    transforms = self.after_item.fs or self.before_batch.fs
+    return isinstance(self.dataset, SequenceWindows) and not (self.prebatched or transforms)
 
-    def create_batches(self, samps):
-        "One gather per batch of `SequenceWindows`; item by item for other datasets, or if there are item transforms"
-        yield from map(self.dataset.gather, self.chunkify(samps)) if self._gathers else super().create_batches(samps)
+@patch(as_prop=True)
+def _copies_ahead(self:TbpttDL):
+    if self.ahead is None or self.device is None: return False
+    return self._gathers and torch.device(self.device).type=='cuda'
 
-    def show_batch(self,
-        b=None, # A batch of whole windows; default: `one_batch()`
-        max_n:int=4, # Windows to draw
-        show:bool=True, # Draw, or only decode?
-        **kwargs
-    ):
-        "Draw `max_n` windows: targets above inputs, on one time axis"
-        if not show or not isinstance(self.dataset, Sequences): return super().show_batch(b, max_n=max_n, show=show, **kwargs)
-        self.dataset.plot(*self.decode(self.one_batch() if b is None else b)[:2], max_n=max_n, **kwargs)
+# %% ../../nbs/loaders/00_windows.ipynb #40f5453e
+@patch
+def one_batch(self:TbpttDL):
+    "One batch of whole windows"
+    if TfmdDL.__len__(self)==0:
+        raise ValueError(f"This loader has no batches: {self.n} windows, bs={self.bs}, drop_last={self.drop_last}.")
+    with self.fake_l.no_multiproc(): batch = first(SubWindows(self))
+    vars(self).pop('it', None) # the iterator over the dataset that DataLoader left behind
+    return batch
 
-    def show_results(self,
-        b, # A batch of whole windows
-        out, # Predictions for it
-        max_n:int=4, # Windows to draw
-        show:bool=True, # Draw, or only decode?
-        **kwargs
-    ):
-        "Draw `max_n` windows with the predictions `out`"
-        if not show or not isinstance(self.dataset, Sequences): return super().show_results(b, out, max_n=max_n, show=show, **kwargs)
-        pred = self.decode((b[0], *(out if isinstance(out, (tuple,list)) else [out])))[1]
-        self.dataset.plot(*self.decode(b)[:2], pred=pred, max_n=max_n, **kwargs)
+@patch
+@delegates(TfmdDL.new)
+def new(self:TbpttDL,
+    dataset=None, # Another dataset; default: the same
+    cls=None, # Another class; default: the same
+    **kwargs
+):
+    "A copy with some arguments changed; `sub_seq_len` and `ahead` are kept"
+    if issubclass(cls or type(self), TbpttDL): kwargs = dict(sub_seq_len=self.sub_seq_len, ahead=self.ahead)|kwargs
+    return super(TbpttDL, self).new(dataset, cls, **kwargs)
+
+# %% ../../nbs/loaders/00_windows.ipynb #b8110e17
+@patch
+def show_batch(self:TbpttDL,
+    b=None, # A batch of whole windows; default: `one_batch()`
+    max_n:int=4, # Windows to draw
+    show:bool=True, # Draw, or only decode?
+    **kwargs
+):
+    "Draw `max_n` windows: targets above inputs, on one time axis"
+    if not show or not isinstance(self.dataset, Sequences):
+        return super(TbpttDL, self).show_batch(b, max_n=max_n, show=show, **kwargs)
+    if b is None: b = self.one_batch()
+    self.dataset.plot(*self.decode(b)[:2], max_n=max_n, **kwargs)
+
+@patch
+def show_results(self:TbpttDL,
+    b, # A batch of whole windows
+    out, # Predictions for it
+    max_n:int=4, # Windows to draw
+    show:bool=True, # Draw, or only decode?
+    **kwargs
+):
+    "Draw `max_n` windows with the predictions `out`"
+    if not show or not isinstance(self.dataset, Sequences):
+        return super(TbpttDL, self).show_results(b, out, max_n=max_n, show=show, **kwargs)
+    outs = out if isinstance(out, (tuple,list)) else [out]
+    pred = self.decode((b[0], *outs))[1]
+    self.dataset.plot(*self.decode(b)[:2], pred=pred, max_n=max_n, **kwargs)

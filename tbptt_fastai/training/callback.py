@@ -6,37 +6,48 @@
 __all__ = ['TbpttResetCB']
 
 # %% ../../nbs/training/04_callback.ipynb #2aa02dba
-from contextlib import ExitStack
+from contextlib import nullcontext
 import torch
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import find_bs
-from fastcore.basics import first
+from fastcore.basics import first, patch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .checks import check_carries, check_states, check_statistics, check_stream, resolve_truncation
 from ..loaders.windows import SubWindows, inner_loader, view_of
-from .lr_search import rate_search, without_search
+from .lr_search import RateSearch, without_search
 from .metrics import StepSmoothLoss
+from ..state.pieces import PieceCarry
 from .resets import StateResets, CarryingRun
 from ..loaders.streams import StreamDL
 from ..truncation.plan import Fixed, Truncation, check_steps
+from ..loaders.unread import unread
 
 # %% ../../nbs/training/04_callback.ipynb #054d8ba4
 class TbpttResetCB(StateResets):
-    "Train on the sub-windows of each window in turn, reset the state where a window or sequence starts, and evaluate whole windows; sequences of a `StreamDL` in sub-windows too"
+    """Train on the sub-windows of each window in turn, and reset the state where a window or sequence starts
+
+    Evaluation runs whole windows; sequences of a `StreamDL` in sub-windows too."""
     _search = None # of a learning rate, for the time of its fit
-    order = 12 # after GatherPredsCallback (0), MixedPrecision (10) and DistributedTrainer (11); before Recorder (50) and ProgressCallback (60)
+    # after GatherPredsCallback (0), MixedPrecision (10), DistributedTrainer (11); before Recorder (50), ProgressCallback (60)
+    order = 12
     def __init__(self,
         sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: the whole window; 'dls': as the training loader says
         n_skip:int=0, # Washout: first steps of each window or sequence that count neither in loss nor in metrics
-        timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those that are as long as the first
-        truncation:Truncation=None, # Another scheme than sub-windows of one length, such as `Overlap`; what the loaders say is then for evaluation
+        timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
+        truncation:Truncation=None, # A scheme such as `Overlap`; what the loaders say is then for evaluation
     ):
-        if truncation is not None and sub_seq_len!='dls': raise ValueError(f"Two schemes are given: sub_seq_len={sub_seq_len} and truncation={truncation}. Leave one of them out.")
-        if truncation is not None and not isinstance(truncation, Truncation): raise TypeError(f"truncation is {truncation!r}; expected a scheme, such as Overlap(k1=20, k2=100). For sub-windows of one length: sub_seq_len.")
-        self.sub_seq_len,self.truncation,self.n_skip,self.timed = sub_seq_len,truncation,check_steps('n_skip', n_skip, least=0),timed
+        if truncation is not None and sub_seq_len!='dls':
+            raise ValueError(
+                f"Two schemes are given: sub_seq_len={sub_seq_len} and truncation={truncation}. Leave one of them out.")
+        if truncation is not None and not isinstance(truncation, Truncation):
+            raise TypeError(
+                f"truncation is {truncation!r}; expected a scheme, such as Overlap(k1=20, k2=100). "
+                "For sub-windows of one length: sub_seq_len.")
+        self.sub_seq_len,self.truncation = sub_seq_len,truncation
+        self.n_skip,self.timed = check_steps('n_skip', n_skip, least=0),timed
 
     @property
     def setting(self):
@@ -45,7 +56,10 @@ class TbpttResetCB(StateResets):
 
     def check(self):
         "Refuse settings that contradict each other, the data or the model"
-        if len(self.learn._grab_cbs(TbpttResetCB))>1: raise ValueError("The learner has two TbpttResetCB: TbpttLearner adds one by itself. Remove yours, and give it sub_seq_len and n_skip.")
+        if len(self.learn._grab_cbs(TbpttResetCB))>1:
+            raise ValueError(
+                "The learner has two TbpttResetCB: TbpttLearner adds one by itself. "
+                "Remove yours, and give it sub_seq_len and n_skip.")
         train,*others = self.dls.loaders
         scheme = resolve_truncation(self.setting, train)
         view_of(train, scheme, self.n_skip, self.timed).check()
@@ -55,164 +69,180 @@ class TbpttResetCB(StateResets):
         for dl in self.dls.loaders: check_stream(dl, self.model, scheme)
     after_create = check
 
-    def before_fit(self):
-        self.check()
-        self._search = None
-        self._set_smooth_loss(self._smooth_loss)
+# %% ../../nbs/training/04_callback.ipynb #4ad29d7a
+@patch
+def before_epoch(self:TbpttResetCB):
+    "Runs over the batches happen within a `Carry`, if they carry a state"
+    self.learn.all_batches = CarryingRun(self)
+TbpttResetCB.after_train = TbpttResetCB.before_epoch # if it was cancelled
 
-    def _set_smooth_loss(self, f):
-        recorder = getattr(self.learn, 'recorder', None)
-        if recorder is None: return
-        object.__setattr__(recorder, 'smooth_loss', f(recorder.smooth_loss)) # a callback warns if it is given what its learner has as well
+@patch
+def after_epoch(self:TbpttResetCB): vars(self.learn).pop('all_batches', None)
 
-    def _smooth_loss(self, smooth):
-        "How training losses are smoothed in this fit: by steps, where batches have different numbers of them; relative to the untrained model in a search"
-        scheme,is_stream = resolve_truncation(self.setting, self.dls.train),isinstance(inner_loader(self.dls.train), StreamDL)
-        by_steps = is_stream or not isinstance(scheme, (Fixed, type(None)))
-        smooth = without_search(smooth)
-        if by_steps!=isinstance(smooth, StepSmoothLoss): smooth = (StepSmoothLoss if by_steps else AvgSmoothLoss)(smooth.beta)
-        finder = first(self.learn._grab_cbs(LRFinder))
-        if finder is None: return smooth
-        self.learn.n_epoch = max(self.learn.n_epoch, finder.num_it) # fastai counts on the steps of the loader, not on ours
-        if scheme is None and not is_stream: return smooth
-        self._search = rate_search(self.learn, smooth)
-        return smooth if self._search is None else self._search.loss
+@patch
+def after_fit(self:TbpttResetCB):
+    self.after_epoch()
+    if self._search is not None: self._set_smooth_loss(without_search)
+    self._search = None
+    vars(self).pop('_whole', None)
+    if self.carry is not None: return # an evaluation in the middle of a training
+    self.reset()
+    self._window = None
 
-    def within(self):
-        "A model that is not trained goes along with a learning rate search"
-        contexts = ExitStack()
-        contexts.enter_context(super().within())
-        if self._searching:
-            self._search.begin()
-            if self.carries: contexts.enter_context(self._search.carry)
-        return contexts
+# %% ../../nbs/training/04_callback.ipynb #6ec05001
+@patch
+def before_fit(self:TbpttResetCB):
+    self.check()
+    self._search = None
+    self._set_smooth_loss(self._smooth_loss)
 
-    @property
-    def _searching(self): return self._search is not None and self.learn.training
+@patch
+def _set_smooth_loss(self:TbpttResetCB, f):
+    recorder = getattr(self.learn, 'recorder', None)
+    if recorder is None: return
+    # a callback warns if it is given what its learner has as well
+    object.__setattr__(recorder, 'smooth_loss', f(recorder.smooth_loss))
 
-    def before_batch(self):
-        if self._searching: self._prepare_untrained()
-        super().before_batch()
+@patch
+def _smooth_loss(self:TbpttResetCB, smooth):
+    "How training losses are smoothed in this fit"
+    scheme = resolve_truncation(self.setting, self.dls.train)
+    is_stream = isinstance(inner_loader(self.dls.train), StreamDL)
+    by_steps = is_stream or not isinstance(scheme, (Fixed, type(None)))
+    smooth = without_search(smooth)
+    kind = StepSmoothLoss if by_steps else AvgSmoothLoss
+    if by_steps!=isinstance(smooth, StepSmoothLoss): smooth = kind(smooth.beta)
+    finder = first(self.learn._grab_cbs(LRFinder))
+    if finder is None or scheme is None and not is_stream: return smooth
+    self._search = RateSearch(self.learn, finder, smooth)
+    return self._search.loss
 
-    def _prepare_untrained(self):
-        "What happens before a batch, for the model that goes along: it is at the same place, with states of its own"
-        dl,carry,window = self.learn.dl,self.carry,self._window
-        seen = dl.seen if self._stream else None
-        self.carry = self._search.carry
-        try: super().before_batch()
-        finally:
-            self.carry,self._window = carry,window
-            if self._stream: dl.seen = seen
+# %% ../../nbs/training/04_callback.ipynb #d1b99335
+@patch
+def _view(self:TbpttResetCB, truncation):
+    return view_of(self.dl, truncation, self.n_skip, self.timed, vars(self.dls).get('n_inp'))
 
-    def _untrained_loss(self):
-        "Its loss, of the steps that count"
-        learn,own = self.learn,(self.learn.pred,self.learn.yb)
-        with torch.random.fork_rng(): learn.pred = self._search.carry.model(*learn.xb)
-        self._keep_counted()
-        loss = learn.loss_func(learn.pred, *learn.yb) if len(learn.yb) else None
-        learn.pred,learn.yb = own
-        return loss
+@patch
+def before_train(self:TbpttResetCB):
+    self._checked = False
+    scheme = resolve_truncation(self.setting, self.dl)
+    if scheme is not None: scheme.before_epoch(self.learn)
+    if self._search is not None: self._run_untrained(scheme)
+    self.learn.dl = self._view(scheme)
+    self._n_windows = self.dl.n_windows
+    if self._n_windows==0:
+        dl = self.dl
+        n,bs,drop_last = getattr(dl, 'n', 0),getattr(dl, 'bs', None),getattr(dl, 'drop_last', None)
+        raise ValueError(f"The training loader has no batches: {n} windows, bs={bs}, drop_last={drop_last}.")
 
-    def end_search(self):
-        if self._search is None: return
-        self._set_smooth_loss(without_search)
-        self._search = None
+@patch
+def _run_untrained(self:TbpttResetCB, scheme):
+    "Before the training view draws an order, which it then does as the view that is run here"
+    try:
+        with unread(self.dl):
+            self.learn.dl = self._view(scheme)
+            self.carry = PieceCarry(self.model)
+            with self.carry if self.carries else nullcontext(): self._search.run()
+    finally: self.carry = None
 
-    def before_epoch(self):
-        "Runs over the batches happen within a `Carry`, if they carry a state"
-        self.learn.all_batches = CarryingRun(self)
-    after_train = before_epoch # if it was cancelled
+# %% ../../nbs/training/04_callback.ipynb #05f47b45
+@patch
+def before_validate(self:TbpttResetCB):
+    inner = inner_loader(self.dl)
+    self.learn.dl = self._view(inner.sub_seq_len if isinstance(inner, StreamDL) else None)
+    self.learn.dl.evaluation = True
+    if self._stream and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
+        raise ValueError(
+            "Inputs cannot be put in the order of the predictions of a StreamDL: "
+            "leave out with_input, and take them from its dataset.")
 
-    def after_epoch(self): vars(self.learn).pop('all_batches', None)
+# %% ../../nbs/training/04_callback.ipynb #be4a5cf9
+@patch
+def _skip_washout(self:TbpttResetCB, sub_window):
+    if self._stream: return self._skip_in_rows(sub_window)
+    n_skip = sub_window.loss_start-sub_window.start
+    if n_skip==0 or not any(self.dl.window.targets_timed): return
+    steps = sub_window.steps
+    if n_skip==steps:
+        raise ValueError(f"n_skip is {self.n_skip}, a window to evaluate has {steps} steps: no step would count.")
+    def counted(o): return o[:,n_skip:] if isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==steps else o
+    targets,form = tree_flatten(self.yb)
+    self.learn.pred = tree_map(counted, self.pred)
+    targets = [o[:,n_skip:] if timed else o for o,timed in zip(targets, self.dl.window.targets_timed)]
+    self.learn.yb = tree_unflatten(targets, form)
 
-    def after_fit(self):
-        self.after_epoch()
-        self.end_search()
-        vars(self).pop('_whole', None)
-        if self.carry is not None: return # an evaluation in the middle of a training
-        self.reset()
-        self._window = None
+@patch
+def _skip_in_rows(self:TbpttResetCB, block):
+    if block.counted is None or not len(self.yb): return
+    if len(block.counted)==0: self.learn.yb = () # no loss, no metrics
+    else: self.learn.pred,self.learn.yb = tree_map(block.counted_steps, (self.pred, self.yb))
 
-    def _view(self, truncation): return view_of(self.dl, truncation, self.n_skip, self.timed, vars(self.dls).get('n_inp'))
+# %% ../../nbs/training/04_callback.ipynb #58e82730
+@patch
+def after_pred(self:TbpttResetCB):
+    learn,sub_window = self.learn,self.sub_window
+    if learn.training and self._carrying and not self._checked and sub_window.moves_on:
+        self._checked = True
+        check_states(self.carry, find_bs(self.xb), sub_window.steps)
+    if self._stream:
+        learn.dl.seen = getattr(sub_window, 'last_carried', sub_window)
+        learn.pred,learn.yb = tree_map(sub_window.real_steps, (learn.pred, learn.yb))
+    pred,yb = learn.pred,learn.yb
+    self._skip_washout(sub_window)
+    skipped = learn.pred is not pred or learn.yb is not yb
+    if skipped and not learn.training: self._whole = pred,yb
 
-    def before_train(self):
-        self._checked = False
-        scheme = resolve_truncation(self.setting, self.dl)
-        if scheme is not None: scheme.before_epoch(self.learn)
-        self.learn.dl = self._view(scheme)
-        self._n_windows = self.dl.n_windows
-        if self._n_windows==0: raise ValueError(f"The training loader has no batches: {getattr(self.dl, 'n', 0)} windows, bs={getattr(self.dl, 'bs', None)}, drop_last={getattr(self.dl, 'drop_last', None)}.")
+# %% ../../nbs/training/04_callback.ipynb #175f3bc5
+@patch
+def _restore_whole(self:TbpttResetCB):
+    if '_whole' in vars(self): self.learn.pred,self.learn.yb = vars(self).pop('_whole')
+    one_by_one = self._stream and getattr(self.loss_func, 'reduction', None)=='none'
+    if one_by_one and len(self.yb): self.learn.loss = self._step_losses()
 
-    def before_validate(self):
-        inner = inner_loader(self.dl)
-        self.learn.dl = self._view(inner.sub_seq_len if isinstance(inner, StreamDL) else None)
-        self.learn.dl.evaluation = True
-        if self._stream and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
-            raise ValueError("Inputs cannot be put in the order of the predictions of a StreamDL: leave out with_input, and take them from its dataset.")
+@patch
+def _step_losses(self:TbpttResetCB):
+    "The loss of every step of a stream, where losses are asked for one by one; NaN for those that do not count"
+    losses,counted = self.pred.new_full((len(self.yb[0]),), float('nan')),self.sub_window.counted
+    if counted is None: return self.loss.flatten(1).mean(1) if self.loss.ndim>1 else self.loss
+    if len(counted):
+        at = torch.from_numpy(counted).to(losses.device)
+        losses[at] = self.loss.view(len(counted), -1).mean(1).to(losses.dtype)
+    return losses
 
-    def after_pred(self):
-        learn,sub_window = self.learn,self.sub_window
-        if learn.training and self._carrying and not self._checked and sub_window.moves_on:
-            self._checked = True
-            check_states(self.carry, find_bs(self.xb), sub_window.steps)
-        if self._searching and (loss := self._untrained_loss()) is not None: self._search.loss.compare_with(loss)
-        if self._stream: learn.dl.seen = getattr(sub_window, 'last_carried', sub_window)
-        whole = self._keep_counted()
-        if not learn.training and (learn.pred is not whole[0] or learn.yb is not whole[1]): self._whole = whole
+# %% ../../nbs/training/04_callback.ipynb #8e77bbbb
+@patch(as_prop=True)
+def _loss_takes_weights(self:TbpttResetCB):
+    "Is the loss a mean over steps, which is not weighted already?"
+    # GradientAccumulation weighs by the size of `yb`, that is by steps
+    accumulated = self._stream and any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
+    return not accumulated and getattr(self.learn.loss_func, 'reduction', 'mean')!='sum'
 
-    def _keep_counted(self):
-        "Cut predictions and targets to the steps that count; what there was of real steps before"
-        learn = self.learn
-        if self._stream: learn.pred,learn.yb = tree_map(self.sub_window.real_steps, (learn.pred, learn.yb))
-        whole = learn.pred,learn.yb
-        self._skip_washout()
-        return whole
+@patch
+def after_loss(self:TbpttResetCB):
+    learn = self.learn
+    if not learn.training: return self._restore_whole()
+    if not len(learn.yb): return # no targets, no loss
+    weight = self.sub_window.weight
+    if weight!=1 and self._loss_takes_weights: learn.loss_grad = learn.loss_grad*weight
+    if learn.loss.dtype==torch.float64: learn.loss = learn.loss.float() # what Recorder smooths has to be float32
 
-    def after_loss(self):
-        learn,weight = self.learn,self.sub_window.weight
-        if not learn.training:
-            if '_whole' in vars(self): self.learn.pred,self.learn.yb = vars(self).pop('_whole')
-            if self._stream and getattr(self.loss_func, 'reduction', None)=='none' and len(self.yb): self.learn.loss = self._step_losses()
-            return
-        if not len(learn.yb): return # no targets, no loss
-        by_steps = self._stream and any(isinstance(cb, GradientAccumulation) for cb in learn.cbs) # which weighs by the size of `yb`, that is by steps
-        if weight!=1 and not by_steps and getattr(learn.loss_func, 'reduction', 'mean')!='sum': learn.loss_grad = learn.loss_grad*weight
-        if learn.loss.dtype==torch.float64: learn.loss = learn.loss.float() # what Recorder smooths has to be float32
+@patch
+def after_batch(self:TbpttResetCB):
+    learn = self.learn
+    if not learn.training: return self._skip_washout(self.sub_window)
+    if not isinstance(learn.dl, SubWindows): return
+    n,n_first = len(learn.dl.plan),learn.n_iter//self._n_windows
+    if n==n_first: return
+    learn.pct_train += (n_first/n-1)/(learn.n_iter*learn.n_epoch) # fastai counts on windows as long as the first
 
-    def after_batch(self):
-        learn = self.learn
-        if not learn.training: return self._skip_washout()
-        if not isinstance(learn.dl, SubWindows): return
-        n,n_first = len(learn.dl.plan),learn.n_iter//self._n_windows
-        if n!=n_first: learn.pct_train += (n_first/n-1)/(learn.n_iter*learn.n_epoch) # fastai counts on windows as long as the first
+# %% ../../nbs/training/04_callback.ipynb #8e508e4a
+@patch
+def before_step(self:TbpttResetCB):
+    if self.sub_window.lr==1: return
+    self._lrs = [o['lr'] for o in self.opt.hypers]
+    self.opt.set_hyper('lr', [lr*self.sub_window.lr for lr in self._lrs])
 
-    def before_step(self):
-        if self.sub_window.lr==1: return
-        self._lrs = [o['lr'] for o in self.opt.hypers]
-        self.opt.set_hyper('lr', [lr*self.sub_window.lr for lr in self._lrs])
-
-    def after_step(self):
-        if '_lrs' in vars(self): self.opt.set_hyper('lr', vars(self).pop('_lrs'))
-    after_cancel_step = after_step
-
-    def _step_losses(self):
-        "The loss of every step of a stream, where losses are asked for one by one; NaN for those that do not count"
-        losses,counted = self.pred.new_full((len(self.yb[0]),), float('nan')),self.sub_window.counted
-        if counted is None: return self.loss.flatten(1).mean(1) if self.loss.ndim>1 else self.loss
-        if len(counted): losses[torch.from_numpy(counted).to(losses.device)] = self.loss.view(len(counted), -1).mean(1).to(losses.dtype)
-        return losses
-
-    def _skip_washout(self):
-        sub_window = self.sub_window
-        if self._stream:
-            if sub_window.counted is None or not len(self.yb): return
-            if len(sub_window.counted)==0: self.learn.yb = () # no loss, no metrics
-            else: self.learn.pred,self.learn.yb = tree_map(sub_window.counted_steps, (self.pred, self.yb))
-            return
-        n_skip = sub_window.loss_start-sub_window.start
-        if n_skip==0 or not any(self.dl.window.targets_timed): return
-        steps = sub_window.steps
-        if n_skip==steps: raise ValueError(f"n_skip is {self.n_skip}, a window to evaluate has {steps} steps: no step would count.")
-        targets,form = tree_flatten(self.yb)
-        self.learn.pred = tree_map(lambda o: o[:,n_skip:] if isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==steps else o, self.pred)
-        self.learn.yb = tree_unflatten([o[:,n_skip:] if timed else o for o,timed in zip(targets, self.dl.window.targets_timed)], form)
+@patch
+def after_step(self:TbpttResetCB):
+    if '_lrs' in vars(self): self.opt.set_hyper('lr', vars(self).pop('_lrs'))
+TbpttResetCB.after_cancel_step = TbpttResetCB.after_step

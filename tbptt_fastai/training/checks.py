@@ -25,12 +25,17 @@ def resolve_truncation(
     dl = inner_loader(dl)
     of_dl = dl.sub_seq_len if isinstance(dl, TbpttDL) else None
     if sub_seq_len=='dls':
-        if not isinstance(dl, TbpttDL): raise ValueError(f"sub_seq_len is given neither to the learner nor to its {type(dl).__name__}: give it to one of them, or None for full backpropagation.")
+        if not isinstance(dl, TbpttDL):
+            raise ValueError(
+                f"sub_seq_len is given neither to the learner nor to its {type(dl).__name__}: "
+                "give it to one of them, or None for full backpropagation.")
         return as_truncation(of_dl)
     if sub_seq_len is None: return None
     sub_seq_len = check_steps('sub_seq_len', sub_seq_len)
     if of_dl not in (None, sub_seq_len):
-        raise ValueError(f"sub_seq_len is {sub_seq_len} in the learner and {of_dl} in its training loader: give it once, or the same value twice.")
+        raise ValueError(
+            f"sub_seq_len is {sub_seq_len} in the learner and {of_dl} in its training loader: "
+            "give it once, or the same value twice.")
     return Fixed(sub_seq_len)
 
 # %% ../../nbs/training/01_checks.ipynb #e2413d4f
@@ -40,9 +45,11 @@ def check_carries(
     "A `ValueError` if nothing in a model carries a state, or a layer is bidirectional"
     carry = Carry(model)
     carry.check()
-    if not (carry.modules or carry.resets_itself): raise ValueError(
-        f"{type(model).__name__} has no recurrent layer and no StatefulRNN, so no state would be carried from one sub-window to the next. Wrap its module "
-        "with a state in StatefulRNN, give the model a `reset()` if it carries a state by itself, or use sub_seq_len=None.")
+    if not (carry.modules or carry.resets_itself):
+        raise ValueError(
+            f"{type(model).__name__} has no recurrent layer and no StatefulRNN, so no state would be carried from one "
+            "sub-window to the next. Wrap its module with a state in StatefulRNN, "
+            "give the model a `reset()` if it carries a state by itself, or use sub_seq_len=None.")
 
 # %% ../../nbs/training/01_checks.ipynb #ce885866
 def check_statistics(
@@ -50,8 +57,14 @@ def check_statistics(
     truncation:Truncation, # The scheme that does so
 ):
     "A warning if a layer takes statistics over the steps that it is given"
-    found = next((f'{type(m).__name__} ({name})' for name,m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training), None)
-    if found: warnings.warn(f"{found} takes the statistics of a segment, and moves its running ones several times for each window: with it, {truncation} is not what the whole window gives. Freeze it by eval(), or use LayerNorm.", stacklevel=2)
+    for name,m in model.named_modules():
+        if not (isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training): continue
+        warnings.warn(
+            f"{type(m).__name__} ({name}) takes the statistics of a segment, and moves its running ones "
+            f"several times for each window: with it, {truncation} is not what the whole window gives. "
+            "Freeze it by eval(), or use LayerNorm.",
+            stacklevel=2)
+        return
 
 # %% ../../nbs/training/01_checks.ipynb #a7e80dc4
 def check_stream(
@@ -59,17 +72,35 @@ def check_stream(
     model:nn.Module, # Model to be trained on it
     truncation:Truncation=None, # Scheme of the training
 ):
-    "A `ValueError` if a stream would be read whole for validation, or begins single rows anew in a model that cannot do that. A model with a `StatefulRNN` is taken to have its state there"
+    """A `ValueError` if a stream would be read whole for validation, or single rows of a model cannot be reset
+
+    A model with a `StatefulRNN` is taken to have its state there."""
     dl = inner_loader(dl)
     if not isinstance(dl, StreamDL) or dl.n==0: return
     steps = truncation and truncation.block
-    if steps is not None and dl.sub_seq_len is None and dl.dataset.in_files and dl.dataset.lengths.max()>steps: raise ValueError(
-        f"sub_seq_len is {steps} in the learner, but None in a loader of sequences in files, which would be read whole for validation. Give it to the loaders.")
-    if Carry(model).is_own and not (dl.aligned(steps) and dl.aligned(dl.sub_seq_len)): raise ValueError(
-        f"The rows of this StreamDL begin their sequences at different times, but the reset() of {type(get_model(model)).__name__} resets all rows. Carry its state in a StatefulRNN, "
-        "or give the loader as many rows as there are sequences.")
+    reads_whole = steps is not None and dl.sub_seq_len is None
+    if reads_whole and dl.dataset.in_files and dl.dataset.lengths.max()>steps:
+        raise ValueError(
+            f"sub_seq_len is {steps} in the learner, but None in a loader of sequences in files, "
+            "which would be read whole for validation. Give it to the loaders.")
+    if Carry(model).is_own and not (dl.aligned(steps) and dl.aligned(dl.sub_seq_len)):
+        raise ValueError(
+            "The rows of this StreamDL begin their sequences at different times, but the reset() of "
+            f"{type(get_model(model)).__name__} resets all rows. Carry its state in a StatefulRNN, "
+            "or give the loader as many rows as there are sequences.")
 
 # %% ../../nbs/training/01_checks.ipynb #90b4593b
+def _check_layer(layer, n, bs, steps):
+    "A `ValueError` if a layer's state of `n` rows cannot be that of `bs` windows of so many steps"
+    if n!=bs and n%(bs*steps)==0:
+        raise ValueError(
+            f"{layer} runs over another axis than time: its batch of {n} has the {steps} steps of {bs} windows in it, "
+            "so its state is none to carry. Give it a state of its own in every call.")
+    if not layer.batch_first and bs!=steps==n:
+        raise ValueError(
+            f"{layer} took the {steps} steps for a batch, and the {bs} windows for steps: it has batch_first=False, "
+            "the data is (batch, time, ...). Use batch_first=True.")
+
 def check_states(
     carry:Carry, # The context that a model has just been run in
     bs:int, # Windows of the batch
@@ -77,14 +108,11 @@ def check_states(
 ):
     "A `ValueError` if no state was carried, or one that cannot be that of the windows"
     states = carry.states
-    if not (states or carry.stateful or carry.resets_itself): raise ValueError(
-        f"{type(carry.inner).__name__} gives its recurrent layers ({', '.join(carry.layers)}) a state of its own in every call, so none is carried from one sub-window to "
-        "the next. Call them without a state, or give the model a `reset()` if it carries one by itself.")
+    if not (states or carry.stateful or carry.resets_itself):
+        raise ValueError(
+            f"{type(carry.inner).__name__} gives its recurrent layers ({', '.join(carry.layers)}) "
+            "a state of its own in every call, so none is carried from one sub-window to the next. "
+            "Call them without a state, or give the model a `reset()` if it carries one by itself.")
     for name,state in states.items():
         layer = getattr(carry.modules[name], 'rnn', carry.modules[name])
-        if not isinstance(layer, nn.RNNBase): continue
-        n = state_batch_size(state, 1)
-        if n!=bs and n%(bs*steps)==0: raise ValueError(
-            f"{layer} runs over another axis than time: its batch of {n} has the {steps} steps of {bs} windows in it, so its state is none to carry. Give it a state of its own in every call.")
-        if not layer.batch_first and bs!=steps==n:
-            raise ValueError(f"{layer} took the {steps} steps for a batch, and the {bs} windows for steps: it has batch_first=False, the data is (batch, time, ...). Use batch_first=True.")
+        if isinstance(layer, nn.RNNBase): _check_layer(layer, state_batch_size(state, 1), bs, steps)

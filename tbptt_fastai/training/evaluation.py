@@ -8,6 +8,7 @@ __all__ = ['SubWindowEvalCB']
 # %% ../../nbs/training/05_evaluation.ipynb #1c28d59a
 import torch
 from fastai.callback.core import Callback
+from fastcore.basics import patch
 from torch import Tensor
 from ..state.carry import Carry
 from ..loaders.windows import SubWindows, Window, inner_loader
@@ -17,13 +18,16 @@ from ..truncation.plan import Fixed, check_steps
 # %% ../../nbs/training/05_evaluation.ipynb #218f8285
 class SubWindowEvalCB(Callback):
     "Evaluate each window in sub-windows, with the state carried from one to the next"
-    order,run_train = 11,False # after MixedPrecision (10), before TbpttResetCB (12), which takes the washout from predictions of whole windows
+    # after MixedPrecision (10), before TbpttResetCB (12), which takes the washout from predictions of whole windows
+    order = 11
+    run_train = False
     def __init__(self,
         sub_seq_len:int, # Steps of a sub-window in validation and prediction
     ): self.sub_seq_len = check_steps('sub_seq_len', sub_seq_len)
 
     def before_validate(self):
-        if isinstance(inner_loader(self.dl), StreamDL): raise ValueError("A StreamDL is evaluated in sub-windows by itself: remove SubWindowEvalCB.")
+        if isinstance(inner_loader(self.dl), StreamDL):
+            raise ValueError("A StreamDL is evaluated in sub-windows by itself: remove SubWindowEvalCB.")
 
     def before_batch(self):
         "What fastai itself predicts, for the first sub-window, is dropped; so nothing has to be undone if the model fails"
@@ -33,14 +37,24 @@ class SubWindowEvalCB(Callback):
 
     def _inputs(self, start, stop): return self._window.cut(start, stop)[:len(self.xb)]
 
-    def after_pred(self):
-        "Predictions of the whole window in the place of those of its first sub-window"
-        model,plan = self.model,Fixed(self.sub_seq_len).sub_windows(self._window.steps)
-        carry = Carry(model, evaluation=True)
-        carry.reset_own()
-        with carry: preds = [model(*self._inputs(*sub_window[:2])) for sub_window in plan]
-        if not all(isinstance(o, Tensor) for o in (self.pred, *preds)): raise TypeError(f"{type(model).__name__} gives a {type(preds[0]).__name__}; only one tensor of predictions can be joined.")
-        per_step = all(p.ndim>1 and p.shape[1]==o.stop-o.start for p,o in zip(preds, plan))
-        if self._window.targets_timed and not any(self._window.targets_timed): per_step = False
-        self.learn.pred = (torch.cat(preds, dim=1) if per_step else preds[-1]).to(self.pred.dtype)
-        self.learn.xb = self._window.batch[:len(self.xb)]
+# %% ../../nbs/training/05_evaluation.ipynb #445e061e
+@patch
+def _joined(self:SubWindowEvalCB, preds, plan):
+    "Predictions of sub-windows as those of the window"
+    per_step = all(p.ndim>1 and p.shape[1]==o.steps for p,o in zip(preds, plan))
+    targets_timed = self._window.targets_timed
+    for_whole = targets_timed and not any(targets_timed)
+    return torch.cat(preds, dim=1) if per_step and not for_whole else preds[-1]
+
+@patch
+def after_pred(self:SubWindowEvalCB):
+    "Predictions of the whole window in the place of those of its first sub-window"
+    model,plan = self.model,Fixed(self.sub_seq_len).sub_windows(self._window.steps)
+    carry = Carry(model, evaluation=True)
+    carry.reset_own()
+    with carry: preds = [model(*self._inputs(o.start, o.stop)) for o in plan]
+    if not all(isinstance(o, Tensor) for o in (self.pred, *preds)):
+        raise TypeError(
+            f"{type(model).__name__} gives a {type(preds[0]).__name__}; only one tensor of predictions can be joined.")
+    self.learn.pred = self._joined(preds, plan).to(self.pred.dtype)
+    self.learn.xb = self._window.batch[:len(self.xb)]

@@ -18,7 +18,8 @@ class StreamingRMSE(Metric):
 
     def accumulate(self, learn):
         error = learn.to_detach(self._error(learn.pred, learn.y)).double()
-        self.total,self.count = self.total+error.square().sum().item(),self.count+error.numel()
+        self.total += error.square().sum().item()
+        self.count += error.numel()
 
     @property
     def value(self): return (self.total/self.count)**.5 if self.count else None
@@ -31,7 +32,9 @@ class StreamingRMSE(Metric):
         return self._error(pred, targ).square().mean().sqrt()
 
     def _error(self, pred, targ):
-        if pred.shape!=targ.shape: raise ValueError(f"Predictions have shape {tuple(pred.shape)}, targets {tuple(targ.shape)}: expected the same.")
+        if pred.shape!=targ.shape:
+            raise ValueError(
+                f"Predictions have shape {tuple(pred.shape)}, targets {tuple(targ.shape)}: expected the same.")
         return pred-targ
 
 fun_rmse = StreamingRMSE()

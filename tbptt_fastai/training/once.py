@@ -22,10 +22,17 @@ def once_per_window(
     cb.before_batch = MethodType(_draw_once, cb)
     return cb
 
+def _begin_apart(block):
+    "Do sequences begin in some rows of a stream at other times than in the others, or in the middle of a sub-window?"
+    return isinstance(block, BlockRun) or not (block.start==block.start[0]).all()
+
 def _draw_once(cb):
-    window = cb.learn.dl.window if isinstance(cb.learn.dl, SubWindows) else None
-    if isinstance(cb.learn.dl, StreamView) and (isinstance(cb.learn.dl.sub_window, BlockRun) or not (cb.learn.dl.sub_window.start==cb.learn.dl.sub_window.start[0]).all()):
-        raise ValueError(f"{cb.name} draws for all rows of a batch, but the rows of this StreamDL begin their sequences at different times, or in the middle of a sub-window. Cut them into windows of one length.")
+    dl = cb.learn.dl
+    window = dl.window if isinstance(dl, SubWindows) else None
+    if isinstance(dl, StreamView) and _begin_apart(dl.sub_window):
+        raise ValueError(
+            f"{cb.name} draws for all rows of a batch, but the rows of this StreamDL begin their sequences "
+            "at different times, or in the middle of a sub-window. Cut them into windows of one length.")
     if window is None or window is not cb._window:
         cb._window,cb._rng_state = window,torch.get_rng_state()
         return cb._drawing()

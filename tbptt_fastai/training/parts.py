@@ -28,17 +28,22 @@ def _without_compiling():
 def on_trial(
     model:nn.Module, # Any model
 ):
-    "In it, a model is in evaluation mode and full precision; modes and random generators are put back at the end, and a state of its own is reset"
+    """In it, a model is in evaluation mode and full precision
+
+    Modes and random generators are put back at the end, and a state of its own is reset."""
     modes = {m: m.training for m in model.modules()}
     device = next((p.device.type for p in model.parameters()), 'cpu')
+    cudnn_off = torch.backends.cudnn.flags(enabled=False) # it has no gradient in evaluation mode
+    full_precision = torch.autocast(device, enabled=False)
     model.eval()
     try:
-        # cuDNN has no gradient in evaluation mode; to compile a model for the lengths that are tried would take longer than all the rest
-        with out_of_reach(model), no_random(), torch.backends.cudnn.flags(enabled=False), torch.autocast(device, enabled=False), _without_compiling(): yield
+        # to compile a model for the lengths that are tried would take longer than all the rest
+        with out_of_reach(model), no_random(), cudnn_off, full_precision, _without_compiling(): yield
     finally:
         for m,training in modes.items(): m.training = training
         Carry(model).reset_own()
 
+# %% ../../nbs/training/07_parts.ipynb #aa331780
 def first_output(o): # of a model or a layer
     "Predictions alone: the models of fastai.text return more, and recurrent layers their state"
     return o[0] if isinstance(o, tuple) else o
@@ -51,74 +56,114 @@ def run_in_parts(
     checked:bool=False, # Refuse a model in which no state was carried?
 )->list: # Predictions for each part; if the model returns a tuple, the first element
     "Predictions with the state carried from part to part, detached"
+    starts = range(0, window.steps, sub_seq_len)
     with Carry(model, evaluation=True) as carry:
         carry.reset(groups=groups)
-        preds = [model(*window.cut(a, min(a+sub_seq_len, window.steps))) for a in range(0, window.steps, sub_seq_len)]
+        preds = [model(*window.cut(a, min(a+sub_seq_len, window.steps))) for a in starts]
         if checked: check_states(carry, len(tree_leaves(window.batch)[0]), window.steps)
     return [first_output(o) for o in preds]
 
 # %% ../../nbs/training/07_parts.ipynb #12e76347
+def _same_but(dim, outs):
+    "Have tensors the same shape, but for one axis?"
+    return len({(*o.shape[:dim],*o.shape[dim+1:]) for o in outs})==1
+
 def difference(
     parts:list, # Outputs of the parts of a window
     whole, # Output of the window in one piece
     steps:int, # Steps of the window
 )->float|None: # Relative to the largest value; `None` if nothing can be compared
     "How far the outputs of parts, joined along the axis that has the steps, are from those of the whole"
-    if not isinstance(whole, Tensor) or not all(isinstance(o, Tensor) and o.ndim==whole.ndim for o in parts): return None
-    for dim in (o for o in range(1, whole.ndim) if whole.shape[o]==steps):
-        if sum(o.shape[dim] for o in parts)==steps and len({(*o.shape[:dim],*o.shape[dim+1:]) for o in parts})==1:
-            return ((torch.cat(parts, dim)-whole).abs().max()/whole.abs().max().clamp(min=1e-30)).item()
+    if not isinstance(whole, Tensor): return None
+    if not all(isinstance(o, Tensor) and o.ndim==whole.ndim for o in parts): return None
+    for dim in range(1, whole.ndim):
+        if whole.shape[dim]==steps==sum(o.shape[dim] for o in parts) and _same_but(dim, parts):
+            error = (torch.cat(parts, dim)-whole).abs().max()
+            return (error/whole.abs().max().clamp(min=1e-30)).item()
     return None
 
+# %% ../../nbs/training/07_parts.ipynb #270517b3
 def _watched(model, *args):
     "What each layer gives in a run, in the order in which they end; and the layer that a run broke off in"
-    seen,within,hooks = {},[],[]
-    def ends(name):
-        def hook(m, x, out):
-            seen.setdefault(name, []).append(first_output(out))
+    outs,within,hooks = {},[],[]
+    def watch(name, m):
+        def begins(m, x): within.append(name)
+        def ends(m, x, out):
+            outs.setdefault(name, []).append(first_output(out))
             within.pop()
-        return hook
+        hooks.extend([m.register_forward_pre_hook(begins), m.register_forward_hook(ends)])
     for name,m in model.named_modules():
-        name = f'{type(m).__name__} ({name})' if name else type(m).__name__
-        hooks += [m.register_forward_pre_hook(lambda m,x,name=name: within.append(name)), m.register_forward_hook(ends(name))]
+        kind = type(m).__name__
+        watch(f'{kind} ({name})' if name else kind, m)
     try: run_in_parts(model, *args)
     except Exception: pass
     finally:
         for h in hooks: h.remove()
-    return seen,within[-1] if within else None
+    return outs,within[-1] if within else None
 
+def _first_different(model, window, sub_seq_len, groups, tol):
+    "The first layer that runs once on a window, and gives something else in its parts"
+    whole,_ = _watched(model, window, window.steps, groups)
+    parts,_ = _watched(model, window, sub_seq_len, groups)
+    for name,outs in whole.items():
+        if len(outs)!=1: continue
+        error = difference(parts.get(name, []), outs[0], window.steps)
+        if error is not None and error>tol: return name
+    return type(model).__name__
+
+# %% ../../nbs/training/07_parts.ipynb #81368f0d
+def _run_whole(model, window, groups):
+    n = window.steps
+    try: return run_in_parts(model, window, n, groups, checked=True)[0]
+    except torch.OutOfMemoryError: raise
+    except RuntimeError as e:
+        layer = _watched(model, window, n, groups)[1] or type(model).__name__
+        raise ValueError(
+            f"{layer} cannot be run on {n} steps: {e}\nA layer that is made for another number of steps, "
+            "such as a normalization over time, has no place in sub-windows.") from e
+
+def _default_tol(whole):
+    "16 roundings of a precision that is worse than 1e-4"
+    return max(1e-4, 16*torch.finfo(whole.dtype).eps) if whole.is_floating_point() else 1e-4
+
+# %% ../../nbs/training/07_parts.ipynb #6f2f4390
 @torch.no_grad()
 def compare_parts(
     model:nn.Module, # Any model
     window:Window, # Its inputs
     sub_seq_len:int, # Steps of a part
     groups:list=None, # The group of each row
-    tol:float=None, # Largest difference, relative to the largest prediction; default: 1e-4, and 16 roundings in half precision
-)->float|None: # The difference; `None` if nothing can be compared: no predictions step by step, random ones, or a model for one number of steps
-    "Raise a `ValueError` that names the layer, if parts of a window give other predictions than the whole, or the whole cannot be run"
+    tol:float=None, # Largest relative difference; default: 1e-4, and 16 roundings in half precision
+)->float|None: # The difference; `None` if nothing can be compared
+    """Raise a `ValueError` that names the layer, if parts of a window give other predictions than the whole
+
+    Or if the whole cannot be run. Predictions that are not step by step, random ones, and those of a model
+    for one number of steps cannot be compared."""
     n = window.steps
     with on_trial(model):
-        def whole_window(): return run_in_parts(model, window, n, groups, checked=True)[0]
-        try: whole = whole_window()
-        except RuntimeError as e:
-            if isinstance(e, torch.OutOfMemoryError): raise
-            raise ValueError(f"{_watched(model, window, n, groups)[1] or type(model).__name__} cannot be run on {n} steps: {e}\nA layer that is made for another number of steps, such as a normalization over time, has no place in sub-windows.") from e
+        whole = _run_whole(model, window, groups)
         try: parts = run_in_parts(model, window, sub_seq_len, groups)
         except RuntimeError: return None
         error = difference(parts, whole, n)
         if error is None: return None
-        if tol is None: tol = max(1e-4, 16*torch.finfo(whole.dtype).eps) if whole.is_floating_point() else 1e-4
+        if tol is None: tol = _default_tol(whole)
         if not error>tol: return error
-        if difference([whole_window()], whole, n)>tol: return None
-        (each,_),(each_part,_) = (_watched(model, window, steps, groups) for steps in (n, sub_seq_len))
-        guilty = next((name for name,o in each.items() if len(o)==1 and (difference(each_part.get(name, []), o[0], n) or 0)>tol), type(model).__name__)
-    raise ValueError(f"A window of {n} steps in sub-windows of {sub_seq_len} gives other predictions than in one piece, by {error:.0%}; the first layer that differs is {guilty}. It looks ahead, "
-                     "or along time without carrying what it has seen: give it a state by StatefulRNN, or train whole windows (sub_seq_len=None). If it is meant to see each sub-window by itself: learn.remove_cb(SubWindowCheckCB).")
+        again = run_in_parts(model, window, n, groups, checked=True)
+        if difference(again, whole, n)>tol: return None
+        layer = _first_different(model, window, sub_seq_len, groups, tol)
+    raise ValueError(
+        f"A window of {n} steps in sub-windows of {sub_seq_len} gives other predictions "
+        f"than in one piece, by {error:.0%}; the first layer that differs is {layer}. "
+        "It looks ahead, or along time without carrying what it has seen: give it a state by StatefulRNN, or train whole windows (sub_seq_len=None). "
+        "If it is meant to see each sub-window by itself: learn.remove_cb(SubWindowCheckCB).")
 
 # %% ../../nbs/training/07_parts.ipynb #8622caf6
 class SubWindowCheckCB(Callback):
-    "Before the first step of a fit, refuse a model that gives other predictions in two halves of a sub-window than in one piece"
-    order,run_valid = TbpttResetCB.order-.5,False # before the state is reset, and a washout run, for the training
+    """Before the first step of a fit, refuse a model that sub-windows cannot train
+
+    It gives other predictions in two halves of a sub-window than in one piece."""
+    order = TbpttResetCB.order-.5 # before the state is reset, and a washout run, for the training
+    run_valid = False
     def before_fit(self): self._done = False
 
     def before_batch(self):

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import find_device
+from fastcore.basics import patch
 from ..state.carry import check_rows
 from ..loaders.layout import BlockRun
 from ..loaders.windows import SubWindows, plain_batch
@@ -20,7 +21,9 @@ from ..truncation.plan import SubWindow
 
 # %% ../../nbs/training/02_resets.ipynb #7f7ed874
 class CarryingRun:
-    "What `Learner.all_batches` is for an epoch: the same, with an owner of the states, and within it if sub-windows are run"
+    """What `Learner.all_batches` is for an epoch
+
+    The same, with an owner of the states, and within it if sub-windows are run."""
     def __init__(self, cb): self.cb,self.learn = cb,cb.learn
 
     def __call__(self):
@@ -29,23 +32,20 @@ class CarryingRun:
         outer = cb.carry
         try:
             cb.carry = PieceCarry(learn.model, evaluation=not learn.training)
-            with cb.within(): type(learn).all_batches(learn)
-        except BaseException as e:
-            if not str(type(e).__name__).startswith('Cancel'): cb.end_search()
+            with cb.carry if cb.carries else nullcontext(): type(learn).all_batches(learn)
+        except BaseException:
             vars(learn).pop('all_batches', None) # back to the method
             cb.after_step() # fastai does not come to it
             raise
         finally: cb.carry = outer
 
 # %% ../../nbs/training/02_resets.ipynb #239d89af
-def _pieces(o): return [Piece(b-a, factor, keep=a==o.carry) for a,b,factor in o.pieces()]
-
 class StateResets(Callback):
-    "Reset the state where a window or sequence starts; the part of [`TbpttResetCB`](04_callback.ipynb) that looks after it"
-    carry,_window = None,None # owner of the states in a run over the batches; the last window that was begun
+    """Reset the state where a window or sequence starts
 
-    @property
-    def _stream(self): return isinstance(self.learn.dl, StreamView)
+    The part of [`TbpttResetCB`](04_callback.ipynb) that looks after it."""
+    carry = None # owner of the states in a run over the batches
+    _window = None # the last window that was begun
 
     @property
     def carries(self):
@@ -54,16 +54,17 @@ class StateResets(Callback):
         return isinstance(dl, SubWindows) and dl.truncation is not None and (self.learn.training or self._stream)
 
     @property
-    def _carrying(self): return self.carry is not None and self.carry.active
-
-    @property
-    def _owner(self): return self.carry or PieceCarry(self.model)
-
-    @property
     def sub_window(self):
         "What the batch is of its window; every batch of a loader that is not ours is a new window"
         dl = self.learn.dl
         return dl.sub_window if isinstance(dl, SubWindows) else SubWindow(0, None, 0)
+
+    @property
+    def _stream(self): return isinstance(self.learn.dl, StreamView)
+    @property
+    def _carrying(self): return self.carry is not None and self.carry.active
+    @property
+    def _owner(self): return self.carry or PieceCarry(self.model)
 
     def reset(self,
         rows=None, # bool `(bs,)`: the rows that begin a new window; default: all
@@ -74,72 +75,100 @@ class StateResets(Callback):
         if rows is not None: check_rows(owner, 'The rows of this StreamDL begin their sequences at different times')
         owner.reset(rows, groups)
 
-    def within(self):
-        "The context of a run over the batches"
-        return self.carry if self.carries else nullcontext()
-
-    def end_search(self): "For what a learning rate search has begun"
     def after_step(self): "For what a step has changed"
 
-    def before_batch(self):
-        if self.carry is not None: self.carry.pieces = [] # of a batch that was cancelled
-        carries,dl = self.carries,self.learn.dl
-        if carries and not self._carrying: raise RuntimeError(
-            "No state would be carried: another callback evaluated in `before_epoch`, after this one, or asked for `inner` predictions of a StreamDL. Give it an order below 12, or let it evaluate in another event.")
-        if self._stream: return self._begin_rows()
-        if not self.learn.training: # all but a model's own state starts evaluation from the initial one by itself, and keeps that of the training
-            return self._owner.reset_own()
-        window = dl.window if isinstance(dl, SubWindows) else None
-        if window is None or window is not self._window:
-            self._window = window
-            self.reset()
-        if window is None: return
-        for xb in dl.warm_up: self._warm_up(xb)
-        if carries and (dl.sub_window.cuts or dl.sub_window.carry is not None): self._in_pieces(_pieces(dl.sub_window), dl.sub_window)
+# %% ../../nbs/training/02_resets.ipynb #e484072e
+@patch
+def before_batch(self:StateResets):
+    carries,dl = self.carries,self.learn.dl
+    if self.carry is not None: self.carry.pieces = [] # of a batch that was cancelled
+    if carries and not self._carrying:
+        raise RuntimeError(
+            "No state would be carried: another callback evaluated in `before_epoch`, after this one, "
+            "or asked for `inner` predictions of a StreamDL. Give it an order below 12, or let it evaluate in another event.")
+    if isinstance(dl, StreamView): self._begin_rows(dl)
+    elif self.learn.training: self._begin_window(dl, carries)
+    else: self._owner.reset_own() # all else starts evaluation anew, and keeps the state of the training
 
-    def _in_pieces(self, pieces, plan):
-        "Have the next call of the model run so"
-        if len(pieces)==1 and plan.next_start==plan.stop: return pieces[0].begin and pieces[0].begin()
-        if self.carry.is_own: raise ValueError(
-            f"{type(self.carry.inner).__name__} carries a state by itself, which cannot be kept at a step in the middle, nor with its graph, as {self.dl.truncation} asks for. Carry it in a StatefulRNN, or use sub-windows of one length.")
-        inputs,timed = self.dl.inputs,getattr(self.dl.window, 'targets_timed', None)
-        self.carry.in_pieces(pieces, lambda start,stop,xb: inputs(xb).cut(start, stop), plan.next_start==plan.stop, self.dl.truncation.recompute, not timed or any(timed))
+@patch
+def _begin_window(self:StateResets, dl, carries):
+    "Reset the state if a window starts"
+    window = dl.window if isinstance(dl, SubWindows) else None
+    if window is None or window is not self._window:
+        self._window = window
+        self.reset()
+    if window is None: return
+    for xb in dl.warm_up: self._warm_up(xb)
+    plan = dl.sub_window
+    if carries and (plan.cuts or plan.carry is not None): self._in_pieces(_pieces(plan), plan)
 
-    def _warm_up(self, xb):
-        "Bring the state through steps that have no loss and get no gradient"
-        with torch.no_grad(): self._owner.model(*plain_batch(xb, find_device(self.xb)))
+@patch
+def _warm_up(self:StateResets, xb):
+    "Bring the state through steps that have no loss and get no gradient"
+    with torch.no_grad(): self.model(*plain_batch(xb, find_device(self.xb)))
 
-    def _begin_rows(self):
-        "Reset the rows of a stream in which a sequence begins"
-        for block,xb in self.dl.warm_up:
-            self._begin(block)
-            self._warm_up(xb)
-            self.dl.seen = block
-        if isinstance(self.sub_window, BlockRun): return self._in_pieces(self._pieces_of_run(self.sub_window), self.sub_window.plan)
-        self._begin(self.sub_window)
-        if self.training and self.dl.truncation is not None and self.dl.block is None and not self.dl.varies: # a block of whole sequences, which the scheme may cut
-            plan, = self.dl.truncation.sub_windows(self.sub_window.steps)
-            self._in_pieces(_pieces(plan), plan)
+# %% ../../nbs/training/02_resets.ipynb #184be1eb
+def _pieces(o): return [Piece(b-a, factor, keep=a==o.carry) for a,b,factor in o.pieces()]
 
-    def _begin(self, block, last=None):
-        "Reset the rows that have another sequence than the `last` block, or than the one that the model has seen last"
-        if last is not None: self.dl.seen = last
-        idle = block.n==0
-        rows = block.begins(self.dl.seen)|idle
-        if not rows.any(): return
-        groups = self.dl.groups(block)
-        if not (self._carrying or self.training): # whole sequences in evaluation, which leaves the training state alone
-            owner = self._owner
-            owner.reset_own()
-            owner.name_groups(groups)
-        elif rows[~idle].any(): self.reset(None if rows.all() else rows, groups)
-        else: self._owner.rest(idle, groups)
+@patch
+def _in_pieces(self:StateResets, pieces, plan):
+    "Have the next call of the model run so"
+    carry,dl = self.carry,self.dl
+    ends_at_last = plan.next_start==plan.stop
+    if len(pieces)==1 and ends_at_last:
+        if pieces[0].begin: pieces[0].begin()
+        return
+    if carry.is_own:
+        raise ValueError(
+            f"{type(carry.inner).__name__} carries a state by itself, which cannot be kept at a step in the middle, "
+            f"nor with its graph, as {dl.truncation} asks for. "
+            "Carry it in a StatefulRNN, or use sub-windows of one length.")
+    inputs,timed = dl.inputs,getattr(dl.window, 'targets_timed', None)
+    def cut(start, stop, xb): return inputs(xb).cut(start, stop)
+    carry.in_pieces(pieces, cut, ends_at_last, dl.truncation.recompute, not timed or any(timed))
 
-    def _pieces_of_run(self, run):
-        "Blocks in which no row begins go on from the one before, in one piece with it"
-        run.last_carried = run.blocks[run.plan.carry-1] if run.plan.carry else self.dl.seen
-        factors,pieces = dict(run.plan.cuts),[]
-        for i,(block,last) in enumerate(zip(run.blocks, [None, *run.blocks])):
-            if i and i!=run.plan.carry and i not in factors and not (block.begins(last)|(block.n==0)).any(): pieces[-1] = pieces[-1]._replace(steps=pieces[-1].steps+block.steps)
-            else: pieces.append(Piece(block.steps, factors.get(i, 1.), partial(self._begin, block, last), keep=i==run.plan.carry))
-        return pieces
+# %% ../../nbs/training/02_resets.ipynb #33d4558a
+@patch
+def _begin_rows(self:StateResets, dl):
+    "Reset the rows of a stream in which a sequence begins"
+    for block,xb in dl.warm_up:
+        self._begin(block)
+        self._warm_up(xb)
+        dl.seen = block
+    block = dl.sub_window
+    if isinstance(block, BlockRun): return self._in_pieces(self._pieces_of_run(block), block.plan)
+    self._begin(block)
+    whole = dl.truncation is not None and dl.block is None and not dl.varies
+    if whole and self.training: # a block of whole sequences, which the scheme may cut
+        plan, = dl.truncation.sub_windows(block.steps)
+        self._in_pieces(_pieces(plan), plan)
+
+@patch
+def _begin(self:StateResets, block, last=None):
+    "Reset the rows that have another sequence than the `last` block, or than the one that the model has seen last"
+    if last is not None: self.dl.seen = last
+    idle = block.n==0
+    rows = block.begins(self.dl.seen)|idle
+    if not rows.any(): return
+    groups = self.dl.groups(block)
+    if not (self._carrying or self.training): # whole sequences in evaluation, which leaves the training state alone
+        owner = self._owner
+        owner.reset_own()
+        owner.name_groups(groups)
+    elif rows[~idle].any(): self.reset(None if rows.all() else rows, groups)
+    else: self._owner.rest(idle, groups)
+
+# %% ../../nbs/training/02_resets.ipynb #f663189b
+@patch
+def _pieces_of_run(self:StateResets, run):
+    "Blocks in which no row begins go on from the one before, in one piece with it"
+    plan = run.plan
+    run.last_carried = run.blocks[plan.carry-1] if plan.carry else self.dl.seen
+    factors,pieces = dict(plan.cuts),[]
+    apart = {0, plan.carry, *factors}
+    for i,(block,last) in enumerate(zip(run.blocks, [None, *run.blocks])):
+        if i in apart or (block.begins(last)|(block.n==0)).any():
+            begin = partial(self._begin, block, last)
+            pieces.append(Piece(block.steps, factors.get(i, 1.), begin, keep=i==plan.carry))
+        else: pieces[-1] = pieces[-1]._replace(steps=pieces[-1].steps+block.steps)
+    return pieces
