@@ -61,6 +61,7 @@ class PieceCarry(Carry):
         self._kept_states,self.keep_graph = None,False
 
     def __exit__(self, *exc):
+        self._hooked = False # a hook ends with the context
         self._done()
         super().__exit__(*exc)
 

@@ -6,7 +6,7 @@
 __all__ = ['TbpttResetCB']
 
 # %% ../../nbs/training/04_callback.ipynb #2aa02dba
-from contextlib import nullcontext
+from contextlib import ExitStack
 import torch
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
@@ -17,13 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .checks import check_carries, check_states, check_statistics, check_stream, resolve_truncation
 from ..loaders.windows import SubWindows, inner_loader, view_of
-from .lr_search import RateSearch, without_search
+from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss
-from ..state.pieces import PieceCarry
 from .resets import StateResets, CarryingRun
 from ..loaders.streams import StreamDL
 from ..truncation.plan import Fixed, Truncation, check_steps
-from ..loaders.unread import unread
 
 # %% ../../nbs/training/04_callback.ipynb #054d8ba4
 class TbpttResetCB(StateResets):
@@ -82,8 +80,7 @@ def after_epoch(self:TbpttResetCB): vars(self.learn).pop('all_batches', None)
 @patch
 def after_fit(self:TbpttResetCB):
     self.after_epoch()
-    if self._search is not None: self._set_smooth_loss(without_search)
-    self._search = None
+    self.end_search()
     vars(self).pop('_whole', None)
     if self.carry is not None: return # an evaluation in the middle of a training
     self.reset()
@@ -113,9 +110,57 @@ def _smooth_loss(self:TbpttResetCB, smooth):
     kind = StepSmoothLoss if by_steps else AvgSmoothLoss
     if by_steps!=isinstance(smooth, StepSmoothLoss): smooth = kind(smooth.beta)
     finder = first(self.learn._grab_cbs(LRFinder))
-    if finder is None or scheme is None and not is_stream: return smooth
-    self._search = RateSearch(self.learn, finder, smooth)
-    return self._search.loss
+    if finder is None: return smooth
+    self.learn.n_epoch = max(self.learn.n_epoch, finder.num_it) # fastai counts the steps of the loader, not ours
+    if scheme is None and not is_stream: return smooth
+    self._search = rate_search(self.learn, smooth)
+    return smooth if self._search is None else self._search.loss
+
+# %% ../../nbs/training/04_callback.ipynb #584a19e6
+@patch(as_prop=True)
+def _searching(self:TbpttResetCB): return self._search is not None and self.learn.training
+
+@patch
+def within(self:TbpttResetCB):
+    "The context of a run over the batches, in a search of the learning rate for both models"
+    contexts = ExitStack()
+    contexts.enter_context(StateResets.within(self))
+    if self._searching:
+        self._search.begin(self.learn.model)
+        if self.carries: contexts.enter_context(self._search.carry)
+    return contexts
+
+@patch
+def before_batch(self:TbpttResetCB):
+    if self._searching: self._prepare_untrained()
+    StateResets.before_batch(self)
+
+@patch
+def _prepare_untrained(self:TbpttResetCB):
+    "Both models are at the same place"
+    dl,carry,window = self.learn.dl,self.carry,self._window
+    seen = dl.seen if self._stream else None
+    self.carry = self._search.carry
+    try: StateResets.before_batch(self)
+    finally:
+        self.carry,self._window = carry,window
+        if self._stream: dl.seen = seen
+
+# %% ../../nbs/training/04_callback.ipynb #7c7fb99d
+@patch
+def _compare_untrained(self:TbpttResetCB):
+    "The loss of the steps that count, of the model that goes along"
+    learn,own = self.learn,(self.learn.pred,self.learn.yb)
+    with torch.random.fork_rng(): learn.pred = self._search.carry.model(*learn.xb)
+    self._keep_counted(self.sub_window)
+    if len(learn.yb): self._search.loss.compare_with(learn.loss_func(learn.pred, *learn.yb))
+    learn.pred,learn.yb = own
+
+@patch
+def end_search(self:TbpttResetCB):
+    if self._search is None: return
+    self._set_smooth_loss(without_search)
+    self._search = None
 
 # %% ../../nbs/training/04_callback.ipynb #d1b99335
 @patch
@@ -127,23 +172,12 @@ def before_train(self:TbpttResetCB):
     self._checked = False
     scheme = resolve_truncation(self.setting, self.dl)
     if scheme is not None: scheme.before_epoch(self.learn)
-    if self._search is not None: self._run_untrained(scheme)
     self.learn.dl = self._view(scheme)
     self._n_windows = self.dl.n_windows
     if self._n_windows==0:
         dl = self.dl
         n,bs,drop_last = getattr(dl, 'n', 0),getattr(dl, 'bs', None),getattr(dl, 'drop_last', None)
         raise ValueError(f"The training loader has no batches: {n} windows, bs={bs}, drop_last={drop_last}.")
-
-@patch
-def _run_untrained(self:TbpttResetCB, scheme):
-    "Before the training view draws an order, which it then does as the view that is run here"
-    try:
-        with unread(self.dl):
-            self.learn.dl = self._view(scheme)
-            self.carry = PieceCarry(self.model)
-            with self.carry if self.carries else nullcontext(): self._search.run()
-    finally: self.carry = None
 
 # %% ../../nbs/training/04_callback.ipynb #05f47b45
 @patch
@@ -179,16 +213,23 @@ def _skip_in_rows(self:TbpttResetCB, block):
 
 # %% ../../nbs/training/04_callback.ipynb #58e82730
 @patch
+def _keep_counted(self:TbpttResetCB, sub_window):
+    "Cut predictions and targets to the steps that count; what there was of real steps before"
+    learn = self.learn
+    if self._stream: learn.pred,learn.yb = tree_map(sub_window.real_steps, (learn.pred, learn.yb))
+    real = learn.pred,learn.yb
+    self._skip_washout(sub_window)
+    return real
+
+@patch
 def after_pred(self:TbpttResetCB):
     learn,sub_window = self.learn,self.sub_window
     if learn.training and self._carrying and not self._checked and sub_window.moves_on:
         self._checked = True
         check_states(self.carry, find_bs(self.xb), sub_window.steps)
-    if self._stream:
-        learn.dl.seen = getattr(sub_window, 'last_carried', sub_window)
-        learn.pred,learn.yb = tree_map(sub_window.real_steps, (learn.pred, learn.yb))
-    pred,yb = learn.pred,learn.yb
-    self._skip_washout(sub_window)
+    if self._searching: self._compare_untrained()
+    if self._stream: learn.dl.seen = getattr(sub_window, 'last_carried', sub_window)
+    pred,yb = self._keep_counted(sub_window)
     skipped = learn.pred is not pred or learn.yb is not yb
     if skipped and not learn.training: self._whole = pred,yb
 
