@@ -1,5 +1,6 @@
 "A step of `lr_find` is held against what the untrained model has in the same steps."
 import copy
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
@@ -231,7 +232,7 @@ def test_a_loss_that_passes_through_zero_is_compared_by_its_difference():
     learn = TbpttLearner(windows(), net(), loss_func=lambda pred, y: nn.functional.mse_loss(pred, y)-50.)
     find(learn, start_lr=1e-2, end_lr=1e-2, suggest_funcs=None, stop_div=False)
     losses = torch.stack(learn.recorder.losses)
-    assert len(losses)==100 and (losses-losses.mean()).abs().max()<20
+    assert len(losses)==100 and (losses-1).abs().max()<.5
 
 def test_windows_that_begin_with_no_loss_at_all_can_be_searched():
     set_seed(0)
@@ -277,6 +278,35 @@ def test_a_search_has_all_its_steps_where_the_loader_has_more_than_the_learner(h
     learn = tbptt(windows(), **how)
     find(learn)
     assert len(learn.recorder.losses)==100
+
+def test_a_loss_that_is_not_a_number_is_shown_as_such():
+    set_seed(0)
+    learn = tbptt(windows(), opt_func=SGD)
+    find(learn, end_lr=1e30, stop_div=False, suggest_funcs=None)
+    losses = torch.stack(learn.recorder.losses)
+    assert losses[:20].isfinite().all() and losses[-1].isnan()
+
+def test_losses_one_by_one_are_averaged():
+    search = SearchLoss(AvgSmoothLoss())
+    search.reset()
+    search.compare_with(torch.tensor([1., 3.]))
+    search.accumulate(SimpleNamespace(loss=torch.tensor(2.), yb=(torch.zeros(2),), dl=None))
+    assert search.value==1
+
+def test_where_both_models_have_nearly_no_loss_neither_is_better():
+    search = SearchLoss(AvgSmoothLoss(beta=0.))
+    search.reset()
+    for untrained,own in [(1., 1.), (1e-9, 1e-6)]:
+        search.compare_with(torch.tensor(untrained))
+        search.accumulate(SimpleNamespace(loss=torch.tensor(own), yb=(torch.zeros(2),), dl=None))
+    assert search.value==1
+
+def test_a_search_after_an_evaluation_begins_in_training_mode():
+    set_seed(0)
+    learn = tbptt(windows())
+    with learn.no_bar(): learn.validate()
+    find(learn, start_lr=1e-30, end_lr=1e-29)
+    assert set(map(float, learn.recorder.losses))=={1.}
 
 def test_whole_windows_are_compared_with_nothing(monkeypatch):
     monkeypatch.setattr(callback, 'rate_search', None)

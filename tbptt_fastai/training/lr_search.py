@@ -28,8 +28,9 @@ def without_hooks(
 )->nn.Module:
     "A copy that calls no hook of anybody"
     model = inner_model(model)
-    hooks = [o for m in model.modules() for o in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)]
-    return deepcopy(model, {id(o):OrderedDict() for o in hooks})
+    names = '_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks'
+    none = {id(getattr(m, name)):OrderedDict() for m in model.modules() for name in names}
+    return deepcopy(model, none)
 
 # %% ../../nbs/training/03_lr_search.ipynb #04343b83
 class SearchLoss(Metric):
@@ -66,10 +67,10 @@ class SearchLoss(Metric):
     def value(self):
         own = self.smooth.value
         untrained,mean = self.untrained.value.to(own.device),(self.size/self.count).to(own.device)
-        floor = self.floor*mean
+        floor = self.floor*mean+1e-30 # above 0, should all losses be 0 so far
         if self.has_sign: relative = 1+(own-untrained)/mean # losses that pass through zero have no ratio
         else: relative = (own+floor)/(untrained+floor)
-        return relative if (relative-1).abs()>self.least else own.new_ones(())
+        return own.new_ones(()) if (relative-1).abs()<=self.least else relative # NaN stays NaN
 
 def without_search(
     smooth:AvgSmoothLoss, # How a recorder smooths losses
@@ -100,5 +101,6 @@ def rate_search(
     "What goes along with a learning rate search"
     try: return RateSearch(learn, smooth)
     except Exception as e:
-        warnings.warn(f"{type(get_model(learn.model)).__name__} cannot be copied ({e}), so the losses of lr_find are shown as they are, "
-                      "though the first sub-windows of a window may be easier than later ones.", stacklevel=2)
+        warnings.warn(
+            f"{type(get_model(learn.model)).__name__} cannot be copied ({e}), so the losses of lr_find are shown as they are, "
+            "though the first sub-windows of a window may be easier than later ones.", stacklevel=2)
