@@ -9,6 +9,11 @@ matplotlib.use('agg')
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    "The longest come first, so that no process is left alone with one of them: notebooks, and among these the tutorials"
+    items.sort(key=lambda o: (not o.nodeid.startswith('tests/test_notebooks'), 'tutorials/' not in o.nodeid))
+
+
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
     "Whatever a test saves, it saves in a folder of its own"

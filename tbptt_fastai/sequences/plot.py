@@ -7,6 +7,7 @@ __all__ = ['plot_windows']
 
 # %% ../../nbs/sequences/02_plot.ipynb #040d0ee5
 import numpy as np, matplotlib.pyplot as plt
+from fastcore.foundation import L
 from torch import Tensor
 
 # %% ../../nbs/sequences/02_plot.ipynb #2383a87a
@@ -47,7 +48,7 @@ def plot_windows(
             fig.legend(lines, ['target', 'prediction'], loc='outside upper right', ncols=2, frameon=False)
         column[-1].plot(time, x[j].float(), lw=.8, color='0.4')
         column[-1].set_xlabel('time [s]' if dt else 'step')
-    axs[-1,0].set_ylabel(', '.join(x_names or ['input']))
+    axs[-1,0].set_ylabel(', '.join(L(x_names or 'input')))
     upper = 'target' if pred is None else 'prediction'
-    if rows==2: axs[0,0].set_ylabel(', '.join(y_names or [upper]))
+    if rows==2: axs[0,0].set_ylabel(', '.join(L(y_names or upper)))
     return axs
