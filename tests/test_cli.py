@@ -15,6 +15,7 @@ from tbptt_fastai.models.sequence import rnn_types
 
 SMALL = '--stp-sz', '400', '--hidden-size', '4'
 COMMAND = Path(sys.executable).with_name('tbptt-demo')
+def heeds_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL) # what runs in the background of a shell does not
 def shell(*args): return subprocess.run([COMMAND, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
@@ -129,7 +130,8 @@ def test_the_ending_of_a_figure_may_be_in_capitals(monkeypatch):
 @pytest.mark.skipif(os.name=='nt', reason='Windows has another signal')
 @pytest.mark.parametrize('delay', [.3, .8, 1.4])
 def test_ctrl_c_before_the_first_epoch_is_one_line(delay):
-    with subprocess.Popen([COMMAND, *SMALL, '--n-epoch', '100000'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as p:
+    with subprocess.Popen([COMMAND, *SMALL, '--n-epoch', '100000'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                          preexec_fn=heeds_ctrl_c) as p:
         time.sleep(delay)
         p.send_signal(signal.SIGINT)
         _,err = p.communicate(timeout=60)
@@ -142,7 +144,8 @@ def test_a_training_that_diverges_is_named(capsys):
 
 @pytest.mark.skipif(os.name=='nt', reason='Windows has another signal')
 def test_ctrl_c_says_what_was_reached(tmp_path):
-    with subprocess.Popen([COMMAND, *SMALL, '--n-epoch', '100000'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as p:
+    with subprocess.Popen([COMMAND, *SMALL, '--n-epoch', '100000'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                          preexec_fn=heeds_ctrl_c) as p:
         seen = b''
         while b'Epoch 3/' not in seen:
             part = os.read(p.stdout.fileno(), 10_000)
