@@ -52,7 +52,7 @@ def compiled(model, how, **kwargs):
     model.compile(**kwargs)
     return model
 
-def fit(signals, make, data, change, n_epoch=2, **kwargs):
+def fit(signals, make, data, change, n_epoch=1, **kwargs):
     set_seed(0)
     dls = data(signals)
     torch.manual_seed(0)
