@@ -130,6 +130,7 @@ def within(self:TbpttResetCB):
         if self.carries: contexts.enter_context(self._search.carry)
     return contexts
 
+# %% ../../nbs/training/04_callback.ipynb #d7bc36c4
 @patch
 def before_batch(self:TbpttResetCB):
     if self._searching: self._prepare_untrained()
