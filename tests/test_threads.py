@@ -96,7 +96,7 @@ def test_what_is_no_number_of_threads_is_refused(dls, n):
 def test_a_fit_says_once_that_one_thread_is_faster(dls):
     learn = waiting(dls)
     hint, = hints(lambda: (fit(learn, 2), fit(learn), learn.validate()))
-    assert hint.startswith('On 2 threads a pass of 20 steps takes ') and 'num_threads=1' in hint and 'torch.set_num_threads(1)' in hint
+    assert hint.startswith('On 2 threads a pass of 50 steps takes ') and 'num_threads=1' in hint and 'torch.set_num_threads(1)' in hint
     assert torch.get_num_threads()==2 and not learn._grab_cbs(ThreadHintCB)
 
 def test_a_search_of_the_learning_rate_says_so_as_well(dls):

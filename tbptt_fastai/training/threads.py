@@ -62,7 +62,7 @@ class ThreadHintCB(Callback):
     order,run_valid = TbpttResetCB.order-.4,False # before the state is reset for the training
     def __init__(self,
         times:float=2., # How many times as long is worth a word
-        steps:int=20, # Time steps of the pass that is measured, at most
+        steps:int=50, # Time steps of the pass that is measured, at most
     ):
         if not times>1: raise ValueError(f"times is {times}; expected how many times as long a pass may take, above 1.")
         self.times,self.steps = times,check_steps('steps', steps)
