@@ -1,7 +1,8 @@
 "Everything that a notebook needs: the names of this library that users type, and the parts of fastai that go with them"
 from fastai.basics import *
 from fastai.callback.all import *
-import tbptt_fastai.instruments.diagnose, tbptt_fastai.instruments.find # they add check_memory_grads, check_sub_windows and tbptt_find to Learner
+# these add check_memory_grads, check_sub_windows and tbptt_find to Learner
+import tbptt_fastai.instruments.diagnose, tbptt_fastai.instruments.find
 from tbptt_fastai.datasets.benchmarks import create_dls_duffing, create_dls_silverbox, simulate_duffing
 from tbptt_fastai.deploy.onnx import to_onnx
 from tbptt_fastai.deploy.predictor import StreamPredictor

@@ -91,6 +91,8 @@ def test_plot_and_refusals(signals):
     ax = health.plot()
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), health.norms)
     assert f'{health.clipped:.0%}' in ax.lines[1].get_label()
+    ax.figure.canvas.draw()
+    assert not ax.get_legend().get_window_extent().overlaps(ax.get_window_extent()) # above the curves, not on them
     plt.close('all')
     with pytest.raises(ValueError, match='low is 1, high is 0.5'): GradientHealth(1, .5)
     with pytest.raises(ValueError, match='every is 0'): GradientHealth(every=0)

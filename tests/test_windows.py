@@ -152,6 +152,11 @@ def test_plots_show_what_they_are_given(dt, label):
     assert len(axs[1,2].lines)==2
 
 
+def test_a_single_name_is_one_label():
+    axs = plot_windows(torch.randn(2, 30, 1), torch.randn(2, 30, 1), x_names='force [N]', y_names='position [mm]')
+    assert [ax.get_ylabel() for ax in axs[:,0]]==['position [mm]', 'force [N]']
+
+
 def test_validation_windows_do_not_overlap_and_none_is_dropped():
     dls = SequenceDataLoaders.from_arrays(ramp(1000), ramp(1000), win_sz=30, stp_sz=5, sub_seq_len=10, bs=4, val_bs=5, drop_last=True)
     assert dls.valid_ds.stp_sz==30 and len(dls.valid_ds)==6 and dls.valid.bs==5 and not dls.valid.shuffle

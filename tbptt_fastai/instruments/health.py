@@ -114,5 +114,5 @@ def plot(self:GradientHealth,
     if clips: ax.plot(self._limits, color='C1', lw=1, label=f'largest norm ({self.clipped:.0%} of steps were clipped)')
     if (norms>0).any(): ax.set_yscale('log')
     ax.set(xlabel='step', ylabel='gradient norm')
-    ax.legend(frameon=False, loc='best')
+    ax.legend(frameon=False, loc='lower center', bbox_to_anchor=(.5, 1), ncols=2) # above the curve, not on it
     return ax

@@ -7,9 +7,7 @@ __all__ = ['fastai_code', 'LeanLearner']
 
 # %% ../../nbs/speed/02_dispatch.ipynb #e8b30b89
 import fastai.callback.schedule, fastai.learner
-from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelEpochException
-from fastai.callback.core import CancelFitException, CancelStepException, CancelTrainException, CancelValidException
-from fastai.callback.core import _inner_loop
+from fastai.callback.core import Callback, _inner_loop
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from fastai.torch_core import defaults
@@ -19,6 +17,7 @@ from fastcore.xtras import modify_exception
 from torch import Tensor
 from .known import is_known
 from .shortcuts import read_losses, shortcuts
+from ..training.resets import cancels
 
 # %% ../../nbs/speed/02_dispatch.ipynb #a4790e8c
 _known_code = '8a4b74011969d9b8' # the digest of what fastai does, and is done here in another way
@@ -35,8 +34,6 @@ def fastai_code(
 
 # %% ../../nbs/speed/02_dispatch.ipynb #ec3fa873
 _inner_events = frozenset(_inner_loop)
-_cancels = (CancelBatchException, CancelBackwardException, CancelEpochException, CancelFitException,
-    CancelStepException, CancelTrainException, CancelValidException)
 
 def _short_way(cb, event_name):
     "How a callback is called: by a shortcut, by its own method (''), or, `None`, as fastai does it"
@@ -98,7 +95,7 @@ def _offer(self:LeanLearner, event_name):
             try:
                 if run and event_name not in vars(cb): run(cb)
                 else: getattr(cb, event_name, noop)()
-            except _cancels: raise
+            except cancels: raise
             except Exception as e: raise modify_exception(e, _explained(cb, event_name, e), replace=True)
 
 def _explained(cb, event_name, e):

@@ -154,7 +154,8 @@ def compare_parts(
     raise ValueError(
         f"A window of {n} steps in sub-windows of {sub_seq_len} gives other predictions "
         f"than in one piece, by {error:.0%}; the first layer that differs is {layer}. "
-        "It looks ahead, or along time without carrying what it has seen: give it a state by StatefulRNN, or train whole windows (sub_seq_len=None). "
+        "It looks ahead, or along time without carrying what it has seen: give it a state by StatefulRNN, "
+        "or train whole windows (sub_seq_len=None). "
         "If it is meant to see each sub-window by itself: learn.remove_cb(SubWindowCheckCB).")
 
 # %% ../../nbs/training/07_parts.ipynb #8622caf6

@@ -9,8 +9,8 @@ __all__ = ['cancels', 'CarryingRun', 'StateResets']
 from contextlib import nullcontext
 from functools import partial
 import torch
-from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
-                                  CancelTrainException, CancelValidException)
+from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException,
+                                  CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
 from fastai.torch_core import find_device
 from fastcore.basics import patch
 from ..state.carry import check_rows
@@ -21,7 +21,9 @@ from ..loaders.streams import StreamView
 from ..truncation.plan import SubWindow
 
 # %% ../../nbs/training/02_resets.ipynb #7f7ed874
-cancels = CancelBatchException,CancelEpochException,CancelFitException,CancelTrainException,CancelValidException
+# what ends a part of a fit as it is meant to end
+cancels = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
+           CancelStepException, CancelTrainException, CancelValidException)
 
 class CarryingRun:
     """What `Learner.all_batches` is for an epoch

@@ -58,7 +58,9 @@ def pass_seconds(
 
 # %% ../../nbs/training/08_threads.ipynb #bf832f31
 class ThreadHintCB(Callback):
-    "Warn once if a pass through the model takes several times as long as on one thread. `TbpttLearner` has it unless `num_threads` is given"
+    """Warn once if a pass through the model takes several times as long as on one thread
+
+    `TbpttLearner` has it unless `num_threads` is given."""
     order,run_valid = TbpttResetCB.order-.4,False # before the state is reset for the training
     def __init__(self,
         times:float=2., # How many times as long is worth a word
