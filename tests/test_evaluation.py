@@ -180,7 +180,7 @@ def test_a_loss_that_fails_in_validation_leaves_no_predictions_behind(fitted):
     def fail(pred, targ): raise RuntimeError('in the loss')
     learn.loss_func = fail
     with pytest.raises(RuntimeError, match='in the loss'), learn.no_bar(): learn.validate()
-    assert '_whole' not in vars(learn.tbptt_reset_cb)
+    assert learn.tbptt_reset_cb._whole is None
 
 
 def test_evaluation_between_epochs_changes_nothing(data):
@@ -213,7 +213,7 @@ def test_lr_find_show_results_summary_and_export(fitted, tmp_path):
         expected,_ = learn.get_preds()
     assert torch.equal(preds, expected)
     assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
-    assert (tmp_path/'model.pkl').stat().st_size < 100_000 and '_whole' not in vars(learn.tbptt_reset_cb)
+    assert (tmp_path/'model.pkl').stat().st_size < 100_000 and learn.tbptt_reset_cb._whole is None
 
 
 def test_a_partial_batch_and_a_second_fit(data):

@@ -19,6 +19,7 @@ from fastai.text.learner import language_model_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.torch_core import set_seed
 from torch import nn
+import tbptt_fastai
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.state.carry import Carry
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
@@ -194,9 +195,9 @@ def test_E8_exceptions_have_a_message():
     class Mute(Callback):
         def before_fit(self): raise ValueError()
     with pytest.raises(IndexError): fit(learner(cbs=[Mute()]))
-    package = Path(inspect.getfile(TbpttResetCB)).parent
-    raised = [n.exc for f in package.glob('*.py') for n in ast.walk(ast.parse(f.read_text())) if isinstance(n, ast.Raise) and n.exc]
-    assert len(raised)>20 and all(isinstance(o, ast.Call) and o.args for o in raised)
+    package = Path(inspect.getfile(tbptt_fastai)).parent
+    raised = [n.exc for f in package.rglob('*.py') for n in ast.walk(ast.parse(f.read_text())) if isinstance(n, ast.Raise) and n.exc]
+    assert len(raised)>100 and all(isinstance(o, ast.Call) and o.args for o in raised)
 
 def test_E9_flat_cos_starts_at_the_start():
     "fastai's own: `fit_flat_cos` ignores `start_epoch`"

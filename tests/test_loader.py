@@ -115,11 +115,11 @@ def test_what_has_no_loss_is_not_a_step():
     "The washout's sub-windows, and those before a label for the window, only warm the state up"
     x,y = torch.arange(50.).view(2,25,1),torch.zeros(2,25,1)
     view = SubWindows([(x, y)], truncation=10, n_skip=12)
-    parts = [(b[0].shape[1], view.is_first, [w[0].shape[1] for w in view.warm_up]) for b in view]
+    parts = [(b[0].shape[1], view.is_first, [w[0].shape[1] for _,w in view.warm_up]) for b in view]
     assert parts==[(10,True,[10]), (5,False,[])] and len(view)==2
     view = SubWindows([(x, torch.tensor([1,2]))], truncation=10)
     (b,), = [[b for b in view]]
-    assert torch.equal(b[0], x[:,20:]) and torch.equal(b[1], torch.tensor([1,2])) and torch.equal(torch.cat([w for w, in view.warm_up], 1), x[:,:20]) and len(view)==1
+    assert torch.equal(b[0], x[:,20:]) and torch.equal(b[1], torch.tensor([1,2])) and torch.equal(torch.cat([w for _,(w,) in view.warm_up], 1), x[:,:20]) and len(view)==1
 
 
 def test_pinned_device_and_a_view_of_a_view():

@@ -11,7 +11,7 @@ from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.loaders.windows import Window
+from tbptt_fastai.loaders.segment import Window
 from tbptt_fastai.training.parts import SubWindowCheckCB, compare_parts
 from tbptt_fastai.state.stateful import StatefulRNN, learned_state
 import tbptt_fastai.instruments.diagnose # noqa: it adds methods to Learner

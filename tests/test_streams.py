@@ -86,7 +86,7 @@ def test_every_step_once_in_order_and_rows_as_by_hand(lengths, bs, sub_seq_len, 
     assert [[(s,a,a+n) if n else None for s,a,n in zip(b.seq, b.start, b.n)] for b in blocks]==by_hand
     steps = [(s,t) for b in blocks for s,a,n in zip(b.seq, b.start, b.n) for t in range(a, a+n)]
     assert sorted(steps)==[(s,t) for s,n in enumerate(lengths) for t in range(n)]
-    counted = [b.real.size if b.real is not None else b.n.sum() for b in blocks]
+    counted = [b.real_at.size if b.real_at is not None else b.n.sum() for b in blocks]
     assert counted==[b.n.sum() for b in blocks]
     assert layout.n_counted()==sum(b.weight>0 for b in blocks)
     if n_skip<max(lengths): assert max(b.weight for b in blocks)<=1

@@ -14,9 +14,8 @@ import torch
 from fastai.torch_core import maybe_gather
 from fastcore.basics import patch
 import tbptt_fastai.instruments.find # it adds tbptt_find to Learner
-from ..loaders.windows import SubWindows, inner_loader, view_of
+from ..loaders.windows import inner_loader, view_of
 from ..truncation.schemes import Overlap
-from ..loaders.streams import StreamDL
 from ..truncation.plan import Truncation, check_steps
 
 # %% ../../nbs/instruments/04_adaptive.ipynb #0da2fa2c
@@ -58,9 +57,7 @@ class Adaptive(Truncation):
 # %% ../../nbs/instruments/04_adaptive.ipynb #84b74aa1
 def _most_lags(learn):
     "Half of the steps that there are"
-    dl = inner_loader(learn.dls.train)
-    steps = int(np.median(dl.dataset.lengths)) if isinstance(dl, StreamDL) else SubWindows(dl).first_window.steps
-    return steps//2
+    return view_of(learn.dls.train).usual_steps//2
 
 @patch
 def _measure(self:Adaptive, learn):

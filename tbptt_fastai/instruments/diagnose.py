@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..training.callback import TbpttResetCB
 from ..state.carry import Carry
 from ..state.stateful import StatefulRNN
+from ..loaders.segment import Window
 from ..training.checks import resolve_truncation
-from ..loaders.windows import Window, inner_loader, plain_batch
+from ..loaders.windows import inner_loader, plain_batch
 from ..training.parts import compare_parts, difference, first_output, on_trial, run_in_parts
 from ..loaders.streams import StreamDL, transform_block
 from ..truncation.plan import check_steps
@@ -264,7 +265,8 @@ def check_memory_grads(self:Learner,
     """Which parameters learn through the memory?
 
     The verdict on the model, and its cause, are above the table, and in its `.attrs['verdict']`."""
-    scheme = resolve_truncation(next(iter(self._grab_cbs(TbpttResetCB)), TbpttResetCB()).setting, self.dls.train)
+    reset = first(self._grab_cbs(TbpttResetCB)) or TbpttResetCB()
+    scheme = resolve_truncation(reset.setting, self.dls.train)
     sub_seq_len = scheme and scheme.sub_seq_len
     window,yb,groups = a_window(self, _steps_to_try(steps, sub_seq_len))
     n,frozen = window.steps,{k for k,p in self.model.named_parameters() if not p.requires_grad}

@@ -14,18 +14,17 @@ import numpy as np
 import torch
 import matplotlib.pyplot as plt
 from fastai.learner import Learner
-from fastai.torch_core import get_model, to_device
+from fastai.torch_core import get_model
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 from ..training.callback import TbpttResetCB
 from ..state.carry import Carry, out_of_reach
 from ..training.checks import check_carries, check_states
-from ..loaders.layout import Block
-from ..loaders.windows import SubWindows, Window, inner_loader, plain_batch
+from ..loaders.segment import Window
+from ..loaders.windows import given_n_inp, inner_loader, plain_batch, view_of
 from .activation import activation_memory
 from ..state.tree import batch_dims, state_leaves
-from ..loaders.streams import StreamDL, transform_block
 from ..truncation.plan import check_steps
 from ..loaders.unread import unread
 
@@ -92,23 +91,11 @@ def _unchanged(learn):
                 for b,value in buffers: b.copy_(value)
 
 # %% ../../nbs/instruments/02_find.ipynb #c6aa6051
-def _stream_starts(dl, limit):
-    "The first steps of those sequences that are long enough, and the group of each row"
-    steps = min(limit, int(np.median(dl.dataset.lengths)))
-    dl.before_iter()
-    for block in dl.layout(steps):
-        rows = (block.start==0)&(block.n==steps)
-        if not rows.any(): continue
-        batch = dl._read(Block(block.seq[rows], block.start[rows], block.n[rows]))
-        if dl.device is not None: batch = to_device(batch, dl.device)
-        yield transform_block(dl.after_batch, batch, begins=True),dl.dataset.groups_of(block.seq[rows])
-
 def _windows(dl, limit, n_inp, timed):
     "Training windows, how many of their elements are inputs, and the groups of their rows if the loader tells"
-    view = SubWindows(dl, n_inp=n_inp)
-    batches = _stream_starts(dl, limit) if isinstance(dl, StreamDL) else ((o, None) for o in view)
-    for batch,groups in batches:
-        n_inp = view._n_inp(batch)
+    view = view_of(dl, n_inp=n_inp)
+    for batch,groups in view.beginnings(limit):
+        n_inp = view.n_inputs(batch)
         yield Window(batch, n_inp, timed),n_inp,groups
 
 # %% ../../nbs/instruments/02_find.ipynb #ad839740
@@ -210,7 +197,7 @@ def _measure(learn, n_batches, max_lag, step, n_losses):
     limit = cb.n_skip+(1000 if max_lag is None else 2*max_lag)
     device = next(learn.model.parameters()).device
     phis,total,example = [],{},None
-    for window,n_inp,groups in _windows(inner_loader(learn.dls.train), limit, vars(learn.dls).get('n_inp'), cb.timed):
+    for window,n_inp,groups in _windows(inner_loader(learn.dls.train), limit, given_n_inp(learn.dls), cb.timed):
         steps = min(window.steps, limit)
         if example is None:
             n_lags = _count_lags(window, steps, max_lag, step)

@@ -15,8 +15,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from ..training.callback import TbpttResetCB
+from ..training.resets import back_to_method
 from ..state.carry import Carry
-from ..training.checks import resolve_truncation
 from .known import is_known
 from .static import CudaGraph, StaticStep, accumulate, carried_states
 
@@ -40,7 +40,7 @@ class CudaGraphCB(Callback):
         self._steps = {}
 
     def before_epoch(self): self.learn.all_batches = GraphedRun(self, self.learn.all_batches)
-    def after_epoch(self): vars(self.learn).pop('all_batches', None)
+    def after_epoch(self): back_to_method(self.learn, 'all_batches')
 
     def after_fit(self):
         reset = getattr(self.learn, 'tbptt_reset_cb', None)
@@ -89,7 +89,7 @@ def check(self:CudaGraphCB):
     _refuse_parallel(self.model)
     _refuse_scaling(self.learn.cbs)
     _refuse_own(self.model)
-    _refuse_scheme(resolve_truncation(reset.setting, self.dls.train))
+    _refuse_scheme(reset.training_view(self.dls.train).truncation)
 
 # %% ../../nbs/speed/06_graphs.ipynb #931f5e80
 _hooks = '_forward_hooks','_backward_hooks','_backward_pre_hooks','_post_accumulate_grad_hooks'
@@ -140,8 +140,8 @@ def _is_as_seen(self:CudaGraphCB, seen):
 def fits(self:CudaGraphCB):
     "Is the batch a sub-window all of whose steps count, run in one piece, from the state that the last one ended in?"
     learn,reset = self.learn,self.learn.tbptt_reset_cb
-    if not (learn.training and reset.carries and reset._carrying and len(learn.yb)): return False
-    if reset._stream or reset.carry.pieces: return False
+    if not (learn.training and reset.view.carries and reset.carrying and len(learn.yb)): return False
+    if reset.segment.flat or reset.carry.pieces: return False
     model,loss_func = self._seen[0][:2]
     if learn.model is not model or learn.loss_func is not loss_func: return False
     if not (model.training and torch.is_grad_enabled()): return False
@@ -171,9 +171,9 @@ class GraphedRun:
             self.run()
         except BaseException:
             self.cb.forget()
-            vars(learn).pop('all_batches', None) # back to the method
+            back_to_method(learn, 'all_batches')
             raise
-        finally: vars(learn).pop('_do_one_batch', None)
+        finally: back_to_method(learn, '_do_one_batch')
 
 # %% ../../nbs/speed/06_graphs.ipynb #8b04bd32
 @patch
@@ -191,7 +191,7 @@ def one_batch(self:GraphedRun):
     if step is not None and not step.is_current:
         cb.forget()
         step = None
-    is_ready = step is not None and reset._checked and states is not None
+    is_ready = step is not None and reset.checked and states is not None
     if is_ready and step.can_start(states): return self._replay(step, leaves, states)
     type(learn)._do_one_batch(learn)
     if step is None and None not in kinds: self._make_step(key, leaves, form, carry)
@@ -245,4 +245,4 @@ def _replay(self:GraphedRun, step, leaves, states):
         accumulate(step.params, grads)
     learn._backward = backward
     try: learn._do_grad_opt()
-    finally: vars(learn).pop('_backward', None)
+    finally: back_to_method(learn, '_backward')

@@ -6,13 +6,13 @@
 __all__ = ['Piece', 'PieceCarry']
 
 # %% ../../nbs/state/03_pieces.ipynb #764f5e01
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
-from .carry import Carry
+from .carry import Carry, Start
 from .tree import detach_state, state_leaves
 
 # %% ../../nbs/state/03_pieces.ipynb #bee8e44a
@@ -20,7 +20,7 @@ class Piece(NamedTuple):
     "A part of a sub-window that the model runs in one call"
     steps:int # Its number of steps
     factor:float=1. # What the gradient of the state that it starts from is multiplied by
-    begin:Callable=None # Called before it, to reset the rows of a stream in which a sequence begins
+    start:Start=None # What starts over before it
     keep:bool=False # Is the state that it starts from the one that the next sub-window starts from?
 
 # %% ../../nbs/state/03_pieces.ipynb #7f928b42
@@ -57,7 +57,7 @@ class PieceCarry(Carry):
         self._done()
 
     def _done(self):
-        self.pieces,self._outs = [],None
+        self.pieces,self._outs,self._after = [],None,None
         self._kept_states,self.keep_graph = None,False
 
     def __exit__(self, *exc):
@@ -71,9 +71,10 @@ class PieceCarry(Carry):
         keep_last:bool=True, # Does the next sub-window start from where this one ends?
         recompute:bool=False, # Compute activations again in the backward pass, instead of keeping them?
         join:bool=True, # Join predictions, step by step, or take those of the last piece?
+        after=None, # The segment that the carried states are at the end of then
     ):
         "Run the next call of the model so"
-        self.pieces,self._cut = pieces,cut
+        self.pieces,self._cut,self._after = pieces,cut,after
         self._keep_last,self._recompute,self._joins = keep_last,recompute,join
         if self._hooked: return
         self._hooked = True
@@ -95,7 +96,7 @@ def _run_all_but_the_last(self:PieceCarry, model, args):
     for i,piece in enumerate(pieces):
         if i: self.restore(_with_states(self.snapshot(), lambda o: _scaled(o, piece.factor)))
         if piece.keep: self._kept_states = _with_states(self.snapshot(), detach_state)
-        if piece.begin: piece.begin()
+        self.start(piece.start)
         xb = self._cut(at, at+piece.steps, args)
         at += piece.steps
         if i==len(pieces)-1: break
@@ -110,7 +111,7 @@ def _join(self:PieceCarry, model, args, out):
     if self._outs is None: return
     outs,self._outs = [*self._outs, out],None
     if not self._keep_last: self.restore(self._kept_states)
-    self._kept_states = None
+    self._kept_states,self.seen = None,self._after
     return _joined(outs, self._steps) if self._joins else outs[-1]
 
 # %% ../../nbs/state/03_pieces.ipynb #c8954272

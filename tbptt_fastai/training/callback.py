@@ -13,15 +13,13 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import find_bs
 from fastcore.basics import first, patch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from .checks import check_carries, check_states, check_statistics, check_stream, resolve_truncation
-from ..loaders.windows import SubWindows, inner_loader, view_of
+from .checks import check_carries, check_states, check_statistics, resolve_truncation
+from ..loaders.windows import SubWindows, given_n_inp, view_of
+from ..state.carry import Carry
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss
-from .resets import StateResets, CarryingRun
-from ..loaders.streams import StreamDL
-from ..truncation.plan import Fixed, Truncation, check_steps
+from .resets import CarryingRun, StateResets, back_to_method, cancels
+from ..truncation.plan import Truncation, check_steps
 
 # %% ../../nbs/training/04_callback.ipynb #054d8ba4
 class TbpttResetCB(StateResets):
@@ -29,6 +27,8 @@ class TbpttResetCB(StateResets):
 
     Evaluation runs whole windows; sequences of a `StreamDL` in sub-windows too."""
     _search = None # of a learning rate, for the time of its fit
+    _whole = None # predictions and targets of a batch in evaluation, while the washout is left out of them
+    _lrs = None # the schedule's learning rates, while a step has its own
     # after GatherPredsCallback (0), MixedPrecision (10), DistributedTrainer (11); before Recorder (50), ProgressCallback (60)
     order = 12
     def __init__(self,
@@ -59,12 +59,12 @@ class TbpttResetCB(StateResets):
                 "The learner has two TbpttResetCB: TbpttLearner adds one by itself. "
                 "Remove yours, and give it sub_seq_len and n_skip.")
         train,*others = self.dls.loaders
-        scheme = resolve_truncation(self.setting, train)
-        view_of(train, scheme, self.n_skip, self.timed).check()
-        for dl in others: view_of(dl, None, self.n_skip, self.timed).check()
+        views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
+        for view in views: view.check()
+        scheme,carry = views[0].truncation,Carry(self.model)
         if scheme is not None: check_carries(self.model)
         if scheme is not None and scheme.recompute: check_statistics(self.model, scheme)
-        for dl in self.dls.loaders: check_stream(dl, self.model, scheme)
+        for view in views: view.check_training(scheme, carry)
     after_create = check
 
 # %% ../../nbs/training/04_callback.ipynb #4ad29d7a
@@ -75,16 +75,19 @@ def before_epoch(self:TbpttResetCB):
 TbpttResetCB.after_train = TbpttResetCB.before_epoch # if it was cancelled
 
 @patch
-def after_epoch(self:TbpttResetCB): vars(self.learn).pop('all_batches', None)
+def after_epoch(self:TbpttResetCB): back_to_method(self.learn, 'all_batches')
 
 @patch
 def after_fit(self:TbpttResetCB):
     self.after_epoch()
     self.end_search()
-    vars(self).pop('_whole', None)
-    if self.carry is not None: return # an evaluation in the middle of a training
-    self.reset()
-    self._window = None
+    self._whole = None
+    if self.carry is None: self.reset() # else it is an evaluation in the middle of a training
+
+@patch
+def broken_off(self:TbpttResetCB, error):
+    if not isinstance(error, cancels): self.end_search()
+    self.after_step() # fastai does not come to it
 
 # %% ../../nbs/training/04_callback.ipynb #6ec05001
 @patch
@@ -103,16 +106,13 @@ def _set_smooth_loss(self:TbpttResetCB, f):
 @patch
 def _smooth_loss(self:TbpttResetCB, smooth):
     "How training losses are smoothed in this fit"
-    scheme = resolve_truncation(self.setting, self.dls.train)
-    is_stream = isinstance(inner_loader(self.dls.train), StreamDL)
-    by_steps = is_stream or not isinstance(scheme, (Fixed, type(None)))
-    smooth = without_search(smooth)
-    kind = StepSmoothLoss if by_steps else AvgSmoothLoss
-    if by_steps!=isinstance(smooth, StepSmoothLoss): smooth = kind(smooth.beta)
+    view,smooth = self.training_view(self.dls.train),without_search(smooth)
+    kind = StepSmoothLoss if view.is_uneven else AvgSmoothLoss
+    if view.is_uneven!=isinstance(smooth, StepSmoothLoss): smooth = kind(smooth.beta)
     finder = first(self.learn._grab_cbs(LRFinder))
     if finder is None: return smooth
     self.learn.n_epoch = max(self.learn.n_epoch, finder.num_it) # fastai counts the steps of the loader, not ours
-    if scheme is None and not is_stream: return smooth
+    if view.truncation is None and not view.flat: return smooth
     self._search = rate_search(self.learn, smooth)
     return smooth if self._search is None else self._search.loss
 
@@ -127,25 +127,14 @@ def within(self:TbpttResetCB):
     contexts.enter_context(StateResets.within(self))
     if self._searching:
         self._search.begin(self.learn.model)
-        if self.carries: contexts.enter_context(self._search.carry)
+        if self.view.carries: contexts.enter_context(self._search.carry)
     return contexts
 
 # %% ../../nbs/training/04_callback.ipynb #d7bc36c4
 @patch
-def before_batch(self:TbpttResetCB):
-    if self._searching: self._prepare_untrained()
-    StateResets.before_batch(self)
-
-@patch
-def _prepare_untrained(self:TbpttResetCB):
-    "Both models are at the same place"
-    dl,carry,window = self.learn.dl,self.carry,self._window
-    seen = dl.seen if self._stream else None
-    self.carry = self._search.carry
-    try: StateResets.before_batch(self)
-    finally:
-        self.carry,self._window = carry,window
-        if self._stream: dl.seen = seen
+def begin_batch(self:TbpttResetCB, owner):
+    if self._searching: StateResets.begin_batch(self, self._search.carry)
+    StateResets.begin_batch(self, owner)
 
 # %% ../../nbs/training/04_callback.ipynb #7c7fb99d
 @patch
@@ -153,7 +142,7 @@ def _compare_untrained(self:TbpttResetCB):
     "The loss of the steps that count, of the model that goes along"
     learn,own = self.learn,(self.learn.pred,self.learn.yb)
     with torch.random.fork_rng(): learn.pred = self._search.carry.model(*learn.xb)
-    self._keep_counted(self.sub_window)
+    learn.pred,learn.yb = self.segment.counted(*self.segment.real(learn.pred, learn.yb))
     if len(learn.yb): self._search.loss.compare_with(learn.loss_func(learn.pred, *learn.yb))
     learn.pred,learn.yb = own
 
@@ -163,17 +152,32 @@ def end_search(self:TbpttResetCB):
     self._set_smooth_loss(without_search)
     self._search = None
 
-# %% ../../nbs/training/04_callback.ipynb #d1b99335
+# %% ../../nbs/training/04_callback.ipynb #50f22b39
 @patch
-def _view(self:TbpttResetCB, truncation):
-    return view_of(self.dl, truncation, self.n_skip, self.timed, vars(self.dls).get('n_inp'))
+def training_view(self:TbpttResetCB,
+    dl, # Loader to train on
+)->SubWindows:
+    "Here what was asked for becomes a scheme, and the view of a loader that cuts by it"
+    return self._view(dl, resolve_truncation(self.setting, dl))
 
 @patch
+def evaluation_view(self:TbpttResetCB,
+    dl, # Loader to evaluate
+)->SubWindows:
+    "Of whole windows; of a stream in the sub-windows of its loader"
+    return self._view(dl, evaluation=True)
+
+@patch
+def _view(self:TbpttResetCB, dl, truncation=None, evaluation=False):
+    return view_of(dl, truncation, self.n_skip, self.timed, given_n_inp(self.dls), evaluation)
+
+# %% ../../nbs/training/04_callback.ipynb #d1b99335
+@patch
 def before_train(self:TbpttResetCB):
-    self._checked = False
-    scheme = resolve_truncation(self.setting, self.dl)
-    if scheme is not None: scheme.before_epoch(self.learn)
-    self.learn.dl = self._view(scheme)
+    self.checked = False # has the model been seen to carry a state?
+    view = self.training_view(self.dl)
+    if view.truncation is not None: view.truncation.before_epoch(self.learn)
+    self.learn.dl = view
     self._n_windows = self.dl.n_windows
     if self._n_windows==0:
         dl = self.dl
@@ -183,80 +187,43 @@ def before_train(self:TbpttResetCB):
 # %% ../../nbs/training/04_callback.ipynb #05f47b45
 @patch
 def before_validate(self:TbpttResetCB):
-    inner = inner_loader(self.dl)
-    self.learn.dl = self._view(inner.sub_seq_len if isinstance(inner, StreamDL) else None)
-    self.learn.dl.evaluation = True
-    if self._stream and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
+    self.learn.dl = self.evaluation_view(self.dl)
+    if self.view.flat and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
         raise ValueError(
             "Inputs cannot be put in the order of the predictions of a StreamDL: "
             "leave out with_input, and take them from its dataset.")
 
-# %% ../../nbs/training/04_callback.ipynb #be4a5cf9
-@patch
-def _skip_washout(self:TbpttResetCB, sub_window):
-    if self._stream: return self._skip_in_rows(sub_window)
-    n_skip = sub_window.loss_start-sub_window.start
-    if n_skip==0 or not any(self.dl.window.targets_timed): return
-    steps = sub_window.steps
-    if n_skip==steps:
-        raise ValueError(f"n_skip is {self.n_skip}, a window to evaluate has {steps} steps: no step would count.")
-    def counted(o): return o[:,n_skip:] if isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==steps else o
-    targets,form = tree_flatten(self.yb)
-    self.learn.pred = tree_map(counted, self.pred)
-    targets = [o[:,n_skip:] if timed else o for o,timed in zip(targets, self.dl.window.targets_timed)]
-    self.learn.yb = tree_unflatten(targets, form)
-
-@patch
-def _skip_in_rows(self:TbpttResetCB, block):
-    if block.counted is None or not len(self.yb): return
-    if len(block.counted)==0: self.learn.yb = () # no loss, no metrics
-    else: self.learn.pred,self.learn.yb = tree_map(block.counted_steps, (self.pred, self.yb))
-
 # %% ../../nbs/training/04_callback.ipynb #58e82730
 @patch
-def _keep_counted(self:TbpttResetCB, sub_window):
-    "Cut predictions and targets to the steps that count; what there was of real steps before"
-    learn = self.learn
-    if self._stream: learn.pred,learn.yb = tree_map(sub_window.real_steps, (learn.pred, learn.yb))
-    real = learn.pred,learn.yb
-    self._skip_washout(sub_window)
-    return real
-
-@patch
 def after_pred(self:TbpttResetCB):
-    learn,sub_window = self.learn,self.sub_window
-    if learn.training and self._carrying and not self._checked and sub_window.moves_on:
-        self._checked = True
-        check_states(self.carry, find_bs(self.xb), sub_window.steps)
+    learn,segment = self.learn,self.segment
+    if learn.training and self.carrying and not self.checked and segment.moves_on: self._check_states()
     if self._searching: self._compare_untrained()
-    if self._stream: learn.dl.seen = getattr(sub_window, 'last_carried', sub_window)
-    pred,yb = self._keep_counted(sub_window)
+    pred,yb = segment.real(learn.pred, learn.yb)
+    learn.pred,learn.yb = segment.counted(pred, yb)
     skipped = learn.pred is not pred or learn.yb is not yb
     if skipped and not learn.training: self._whole = pred,yb
+
+@patch
+def _check_states(self:TbpttResetCB):
+    self.checked = True
+    check_states(self.carry, find_bs(self.xb), self.sub_window.steps)
 
 # %% ../../nbs/training/04_callback.ipynb #175f3bc5
 @patch
 def _restore_whole(self:TbpttResetCB):
-    if '_whole' in vars(self): self.learn.pred,self.learn.yb = vars(self).pop('_whole')
-    one_by_one = self._stream and getattr(self.loss_func, 'reduction', None)=='none'
-    if one_by_one and len(self.yb): self.learn.loss = self._step_losses()
-
-@patch
-def _step_losses(self:TbpttResetCB):
-    "The loss of every step of a stream, where losses are asked for one by one; NaN for those that do not count"
-    losses,counted = self.pred.new_full((len(self.yb[0]),), float('nan')),self.sub_window.counted
-    if counted is None: return self.loss.flatten(1).mean(1) if self.loss.ndim>1 else self.loss
-    if len(counted):
-        at = torch.from_numpy(counted).to(losses.device)
-        losses[at] = self.loss.view(len(counted), -1).mean(1).to(losses.dtype)
-    return losses
+    learn = self.learn
+    if self._whole is not None: learn.pred,learn.yb = self._whole
+    self._whole = None
+    if len(learn.yb) and getattr(self.loss_func, 'reduction', None)=='none':
+        learn.loss = self.segment.step_losses(learn.loss, learn.pred, learn.yb)
 
 # %% ../../nbs/training/04_callback.ipynb #8e77bbbb
 @patch(as_prop=True)
 def _loss_takes_weights(self:TbpttResetCB):
     "Is the loss a mean over steps, which is not weighted already?"
     # GradientAccumulation weighs by the size of `yb`, that is by steps
-    accumulated = self._stream and any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
+    accumulated = self.segment.flat and any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
     return not accumulated and getattr(self.learn.loss_func, 'reduction', 'mean')!='sum'
 
 @patch
@@ -264,27 +231,32 @@ def after_loss(self:TbpttResetCB):
     learn = self.learn
     if not learn.training: return self._restore_whole()
     if not len(learn.yb): return # no targets, no loss
-    weight = self.sub_window.weight
+    weight = self.segment.weight
     if weight!=1 and self._loss_takes_weights: learn.loss_grad = learn.loss_grad*weight
     if learn.loss.dtype==torch.float64: learn.loss = learn.loss.float() # what Recorder smooths has to be float32
 
 @patch
 def after_batch(self:TbpttResetCB):
     learn = self.learn
-    if not learn.training: return self._skip_washout(self.sub_window)
-    if not isinstance(learn.dl, SubWindows): return
-    n,n_first = len(learn.dl.plan),learn.n_iter//self._n_windows
+    if not learn.training:
+        learn.pred,learn.yb = self.segment.counted(learn.pred, learn.yb)
+        return
+    n = self.segment.n_sub
+    if n is None: return
+    n_first = learn.n_iter//self._n_windows
     if n==n_first: return
     learn.pct_train += (n_first/n-1)/(learn.n_iter*learn.n_epoch) # fastai counts on windows as long as the first
 
 # %% ../../nbs/training/04_callback.ipynb #8e508e4a
 @patch
 def before_step(self:TbpttResetCB):
-    if self.sub_window.lr==1: return
+    factor = self.segment.lr
+    if factor==1: return
     self._lrs = [o['lr'] for o in self.opt.hypers]
-    self.opt.set_hyper('lr', [lr*self.sub_window.lr for lr in self._lrs])
+    self.opt.set_hyper('lr', [lr*factor for lr in self._lrs])
 
 @patch
 def after_step(self:TbpttResetCB):
-    if '_lrs' in vars(self): self.opt.set_hyper('lr', vars(self).pop('_lrs'))
+    if self._lrs is not None: self.opt.set_hyper('lr', self._lrs)
+    self._lrs = None
 TbpttResetCB.after_cancel_step = TbpttResetCB.after_step

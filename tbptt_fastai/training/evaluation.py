@@ -11,8 +11,8 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import Tensor
 from ..state.carry import Carry
-from ..loaders.windows import SubWindows, Window, inner_loader
-from ..loaders.streams import StreamDL
+from ..loaders.windows import SubWindows, view_of
+from ..loaders.segment import Window
 from ..truncation.plan import Fixed, check_steps
 
 # %% ../../nbs/training/05_evaluation.ipynb #218f8285
@@ -26,7 +26,7 @@ class SubWindowEvalCB(Callback):
     ): self.sub_seq_len = check_steps('sub_seq_len', sub_seq_len)
 
     def before_validate(self):
-        if isinstance(inner_loader(self.dl), StreamDL):
+        if view_of(self.dl).flat:
             raise ValueError("A StreamDL is evaluated in sub-windows by itself: remove SubWindowEvalCB.")
 
     def before_batch(self):

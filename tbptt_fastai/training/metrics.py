@@ -47,7 +47,7 @@ class StepSmoothLoss(AvgSmoothLoss):
         self.weight = 0.
 
     def accumulate(self, learn, detach=to_detach): # `to_detach` brings a loss to the CPU
-        weight = learn.dl.sub_window.weight
+        weight = learn.dl.segment.weight
         self.count += 1
         self.val = torch.lerp(detach(learn.loss.mean())*weight, self.val, self.beta)
         self.weight = self.beta*self.weight+(1-self.beta)*weight

@@ -9,32 +9,30 @@ __all__ = ['once_per_window']
 from types import MethodType
 import torch
 from fastai.callback.core import Callback
-from ..loaders.layout import BlockRun
+from ..loaders.segment import Segment
 from ..loaders.windows import SubWindows
-from ..loaders.streams import StreamView
+
 
 # %% ../../nbs/training/06_once.ipynb #9ae55fb8
 def once_per_window(
     cb:Callback, # A callback that draws random numbers in `before_batch`, from torch's generator
 )->Callback: # The same callback
     "Have a callback draw once per window: in later sub-windows it meets the random numbers of the first one"
-    cb._drawing,cb._window = cb.before_batch,None
+    cb._drawing,cb._last = cb.before_batch,None
     cb.before_batch = MethodType(_draw_once, cb)
     return cb
 
-def _begin_apart(block):
-    "Do sequences begin in some rows of a stream at other times than in the others, or in the middle of a sub-window?"
-    return isinstance(block, BlockRun) or not (block.start==block.start[0]).all()
-
 def _draw_once(cb):
     dl = cb.learn.dl
-    window = dl.window if isinstance(dl, SubWindows) else None
-    if isinstance(dl, StreamView) and _begin_apart(dl.sub_window):
+    segment = dl.segment if isinstance(dl, SubWindows) else Segment()
+    if segment.begins_apart:
         raise ValueError(
             f"{cb.name} draws for all rows of a batch, but the rows of this StreamDL begin their sequences "
             "at different times, or in the middle of a sub-window. Cut them into windows of one length.")
-    if window is None or window is not cb._window:
-        cb._window,cb._rng_state = window,torch.get_rng_state()
+    begins = segment.starts(cb._last) is not None
+    cb._last = segment
+    if begins:
+        cb._rng_state = torch.get_rng_state()
         return cb._drawing()
     with torch.random.fork_rng():
         torch.set_rng_state(cb._rng_state)

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from .callback import TbpttResetCB
 from ..state.carry import Carry, out_of_reach
 from .checks import check_states
-from ..loaders.windows import SubWindows, Window
-from ..loaders.streams import StreamView
+from ..loaders.windows import SubWindows
+from ..loaders.segment import Window
 
 # %% ../../nbs/training/07_parts.ipynb #15da2350
 def _without_compiling():
@@ -172,5 +172,4 @@ class SubWindowCheckCB(Callback):
         self._done = True
         if not isinstance(self.dl, SubWindows) or self.dl.truncation is None: return
         window = self.dl.inputs(self.xb)
-        groups = self.dl.groups(self.dl.sub_window) if isinstance(self.dl, StreamView) else None
-        compare_parts(get_model(self.model), window, -(-window.steps//2), groups)
+        compare_parts(get_model(self.model), window, -(-window.steps//2), self.dl.segment.groups)

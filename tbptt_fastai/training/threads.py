@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from time import perf_counter
 import torch
 from fastai.callback.core import Callback
-from fastai.learner import Learner
 from fastai.torch_core import num_distrib
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from .callback import TbpttResetCB
-from ..loaders.windows import SubWindows, Window
+from ..loaders.windows import SubWindows
+from ..loaders.segment import Window
 from .lr_search import without_hooks
 from .parts import on_trial
 from ..truncation.plan import check_steps
