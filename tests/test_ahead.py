@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 from fastai.torch_core import set_seed
-from tbptt_fastai.loaders import windows as loader
+import fastai.data.load
 from tbptt_fastai.speed import ahead
 from tbptt_fastai.speed.ahead import one_ahead, pinned_ahead
 from tbptt_fastai.loaders.windows import TbpttDL
@@ -120,9 +120,9 @@ def test_all_tensors_of_a_nest_are_copied(streams):
 def batches(dl):
     set_seed(3)
     dl.rng.seed(5)
-    return list(dl.windows())
+    return list(dl)
 
-def make(u, **kwargs): return TbpttDL(SequenceWindows(u, u, win_sz=50), bs=5, sub_seq_len=25, shuffle=True, num_workers=0, device='cpu', **kwargs)
+def make(u, **kwargs): return TbpttDL(SequenceWindows(u, u, win_sz=50), bs=5, shuffle=True, num_workers=0, device='cpu', **kwargs)
 
 def test_a_loader_for_a_gpu_copies_ahead(signals, monkeypatch):
     used = []
@@ -131,7 +131,7 @@ def test_a_loader_for_a_gpu_copies_ahead(signals, monkeypatch):
         return one_ahead(batches, lambda o: o, lambda o: o)
     plain = batches(make(signals[0]))
     assert not used
-    monkeypatch.setattr(loader, 'to_device', lambda b, device: b)
+    monkeypatch.setattr(fastai.data.load, 'to_device', lambda b, device: b)
     for device in ('cuda', torch.device('cuda', 0)):
         dl = make(signals[0], ahead=fake).new()
         dl.device = device

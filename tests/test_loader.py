@@ -12,8 +12,8 @@ from fastai.torch_core import TensorBase, set_seed
 from fastai.vision.augment import RandTransform
 from fasttransform import Transform
 from torch.utils.data import DataLoader
-from tbptt_fastai.speed.known import is_known
-from tbptt_fastai.loaders.windows import _known_iter, SubWindows, TbpttDL, Window
+from tbptt_fastai.loaders.segment import Window
+from tbptt_fastai.loaders.windows import SubWindows, TbpttDL
 from tbptt_fastai.sequences.windows import SequenceWindows
 
 
@@ -156,21 +156,9 @@ def test_windows_are_those_of_TfmdDL(signals, kwargs):
         epochs = [list(f(dl)) for _ in range(2)]
         assert dl.n_ended==2
         return epochs,torch.get_rng_state().tolist(),random.getstate(),np.random.get_state()[1],vars(dl).keys()
-    (a,*states_a),(b,*states_b) = run(TfmdDL.__iter__),run(TbpttDL.windows)
+    (a,*states_a),(b,*states_b) = run(TfmdDL.__iter__),run(TbpttDL.__iter__)
     assert [[[t.tolist() for t in o] for o in epoch] for epoch in a]==[[[t.tolist() for t in o] for o in epoch] for epoch in b]
     np.testing.assert_equal(states_a, states_b)
-
-def test_fastais_loader_is_what_it_was():
-    "If this fails, fastai has changed how a loader is iterated: compare with `TbpttDL.windows`, then change the digest"
-    assert is_known(_known_iter, TfmdDL.__iter__)
-
-def test_a_changed_loader_takes_the_plain_path(signals, monkeypatch):
-    seen,plain = [],FastaiLoader.__iter__
-    def other(self):
-        seen.append(1)
-        yield from plain(self)
-    monkeypatch.setattr(FastaiLoader, '__iter__', other)
-    assert len(list(TbpttDL(SequenceWindows(*signals, win_sz=50), bs=6, sub_seq_len=25)))==8 and seen
 
 @pytest.mark.parametrize('owner', [FastaiLoader, TfmdDL], ids=lambda o: o.__name__)
 def test_a_loader_replaced_anywhere_is_asked(signals, monkeypatch, owner):

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import IterableDataset
 from .segment import Segment, Window, WindowPart, is_array
-from ..speed.known import is_known
 from ..truncation.plan import SubWindow, Truncation, Fixed, as_truncation, check_steps
 from ..sequences.windows import SequenceWindows, Sequences
 
@@ -86,7 +85,7 @@ class SubWindows(GetAttr):
 @patch
 def _batches(self:SubWindows):
     dl = inner_loader(self.dl)
-    for batch in self.dl.windows() if isinstance(self.dl, TbpttDL) else self.dl:
+    for batch in TfmdDL.__iter__(self.dl) if isinstance(self.dl, TbpttDL) else self.dl:
         unknown = isinstance(dl, TfmdDL) and not (dl.indexed or '_n_inp' in vars(dl))
         if unknown: # `n_inp` would take an item from this very iterator
             dl._n_inp = max(len(batch)-1, 1)
@@ -316,24 +315,6 @@ class TbpttDL(TfmdDL):
     def __iter__(self): return iter(self.sub_windows())
     def __len__(self): return len(self.sub_windows())
 
-# %% ../../nbs/loaders/01_windows.ipynb #8d0decd5
-_known_iter = 'd31a19eaa17e531f' # the digest of `TfmdDL.__iter__`, which is that of fastai's `DataLoader`
-
-@patch
-def windows(self:TbpttDL):
-    "Batches of whole windows, as a `TfmdDL` gives them"
-    if self.fake_l.num_workers or self.pin_memory or not is_known(_known_iter, TfmdDL.__iter__):
-        return (yield from super(TbpttDL, self).__iter__())
-    self.randomize()
-    self.before_iter()
-    self._DataLoader__idxs = self.get_idxs()
-    torch.empty((), dtype=torch.int64).random_() # the seed for workers, which PyTorch draws even if there are none
-    batches = self.create_batches(self.sample())
-    if self._copies_ahead: batches = self.ahead(batches, self.device)
-    for b in batches: yield self.after_batch(b if self.device is None else to_device(b, self.device))
-    self.after_iter()
-    vars(self).pop('it', None)
-
 # %% ../../nbs/loaders/01_windows.ipynb #705fa18c
 @patch
 def get_idxs(self:TbpttDL):
@@ -346,8 +327,9 @@ def get_idxs(self:TbpttDL):
 @patch
 def create_batches(self:TbpttDL, samps):
     "One gather per batch of `SequenceWindows`; item by item for other datasets, or if there are item transforms"
-    if self._gathers: yield from map(self.dataset.gather, self.chunkify(samps))
-    else: yield from super(TbpttDL, self).create_batches(samps)
+    if not self._gathers: return (yield from super(TbpttDL, self).create_batches(samps))
+    batches = map(self.dataset.gather, self.chunkify(samps))
+    yield from self.ahead(batches, self.device) if self._copies_ahead else batches
 
 # %% ../../nbs/loaders/01_windows.ipynb #cbe3d4e0
 @patch(as_prop=True)
@@ -357,7 +339,7 @@ def _gathers(self:TbpttDL):
 
 @patch(as_prop=True)
 def _copies_ahead(self:TbpttDL):
-    if self.ahead is None or self.device is None: return False
+    if self.ahead is None or self.device is None or self.fake_l.num_workers or self.pin_memory: return False
     return self._gathers and torch.device(self.device).type=='cuda'
 
 # %% ../../nbs/loaders/01_windows.ipynb #40f5453e

@@ -20,7 +20,7 @@ from .shortcuts import read_losses, shortcuts
 from ..training.resets import cancels
 
 # %% ../../nbs/speed/02_dispatch.ipynb #a4790e8c
-_known_code = '8a4b74011969d9b8' # the digest of what fastai does, and is done here in another way
+_known_code = 'a36d04c3a989c0b3' # the digest of what fastai does, and is done here in another way
 
 def fastai_code(
     cls:type=Learner, # A learner's class
