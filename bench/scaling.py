@@ -12,7 +12,7 @@ from fastai.callback.core import Callback, CancelEpochException, CancelFitExcept
 from harness import arguments, column, headline, ratios, save, spread, table, turns
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
-from tbptt_fastai.loaders.windows import SubWindows
+from tbptt_fastai.loaders.views import SubWindows
 
 BS,HIDDEN,SUB,WIN,N_WIN,WARM,LIMIT = 16,40,100,500,1000,50,1.05
 

@@ -20,7 +20,8 @@ from tbptt_fastai.state import stateful as rnn
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.state.carry import Carry
 from tbptt_fastai.speed.dispatch import LeanLearner
-from tbptt_fastai.loaders.windows import SubWindows, TbpttDL
+from tbptt_fastai.loaders.views import SubWindows
+from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.speed.optimizer import FusedAdam
 from tbptt_fastai.training.parts import SubWindowCheckCB
 from tbptt_fastai.speed.shortcuts import shortcuts

@@ -12,7 +12,8 @@ from tbptt_fastai.instruments.health import GradientHealth
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, scaling_from_data
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.loaders.streams import StreamDL
-from tbptt_fastai.loaders.windows import SubWindows, TbpttDL
+from tbptt_fastai.loaders.views import SubWindows
+from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.models.memories import CachedAttention, CausalConv, FastWeights, LRU, WorkingMemory
 from tbptt_fastai.models.sequence import SequenceRNN, Standardize
 from tbptt_fastai.models.text import TextRNN, sample_text

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .sequences.arrays import channel_stats
 from .training.callback import TbpttResetCB
 from .speed.dispatch import LeanLearner
-from .loaders.windows import first_item
+from .loaders.views import first_item
 from .speed.optimizer import FusedAdam
 from .training.parts import SubWindowCheckCB
 from .models.sequence import SequenceRNN, Standardize

@@ -16,7 +16,9 @@ from torch import nn
 from reference import train_any
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
-from tbptt_fastai.loaders.windows import SubWindows, TbpttDL, Window
+from tbptt_fastai.loaders.segment import Window
+from tbptt_fastai.loaders.views import SubWindows
+from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.state.stateful import StatefulRNN
 from hazards import BS, SUB, WIN, Watch, adam, fit, items, learner, loaders, noise, same, whole
 

@@ -14,7 +14,7 @@ import torch
 from fastai.torch_core import maybe_gather
 from fastcore.basics import patch
 import tbptt_fastai.instruments.find # it adds tbptt_find to Learner
-from ..loaders.windows import inner_loader, view_of
+from ..loaders.views import inner_loader, view_of
 from ..truncation.schemes import Overlap
 from ..truncation.plan import Truncation, check_steps
 

@@ -23,7 +23,7 @@ from ..state.carry import Carry
 from ..state.stateful import StatefulRNN
 from ..loaders.segment import Window
 from ..training.checks import resolve_truncation
-from ..loaders.windows import inner_loader, plain_batch
+from ..loaders.views import inner_loader, plain_batch
 from ..training.parts import compare_parts, difference, first_output, on_trial, run_in_parts
 from ..loaders.streams import StreamDL, transform_block
 from ..truncation.plan import check_steps

@@ -22,7 +22,7 @@ from ..training.callback import TbpttResetCB
 from ..state.carry import Carry, out_of_reach
 from ..training.checks import check_carries, check_states
 from ..loaders.segment import Window
-from ..loaders.windows import given_n_inp, inner_loader, plain_batch, view_of
+from ..loaders.views import given_n_inp, inner_loader, plain_batch, view_of
 from .activation import activation_memory
 from ..state.tree import batch_dims, state_leaves
 from ..truncation.plan import check_steps

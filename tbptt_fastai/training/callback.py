@@ -14,7 +14,7 @@ from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import find_bs
 from fastcore.basics import first, patch
 from .checks import check_carries, check_states, check_statistics, resolve_truncation
-from ..loaders.windows import SubWindows, given_n_inp, view_of
+from ..loaders.views import SubWindows, given_n_inp, view_of
 from ..state.carry import Carry
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss

@@ -9,7 +9,8 @@ __all__ = ['resolve_truncation', 'check_carries', 'check_statistics', 'check_sta
 import warnings
 from torch import nn
 from ..state.carry import Carry
-from ..loaders.windows import TbpttDL, inner_loader
+from ..loaders.views import inner_loader
+from ..loaders.windows import TbpttDL
 from ..state.tree import state_batch_size
 from ..truncation.plan import Fixed, Truncation, as_truncation, check_steps
 

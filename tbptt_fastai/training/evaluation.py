@@ -11,7 +11,7 @@ from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import Tensor
 from ..state.carry import Carry
-from ..loaders.windows import SubWindows, view_of
+from ..loaders.views import SubWindows, view_of
 from ..loaders.segment import Window
 from ..truncation.plan import Fixed, check_steps
 

@@ -10,7 +10,7 @@ from types import MethodType
 import torch
 from fastai.callback.core import Callback
 from ..loaders.segment import Segment
-from ..loaders.windows import SubWindows
+from ..loaders.views import SubWindows
 
 
 # %% ../../nbs/training/06_once.ipynb #9ae55fb8

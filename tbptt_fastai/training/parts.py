@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from .callback import TbpttResetCB
 from ..state.carry import Carry, out_of_reach
 from .checks import check_states
-from ..loaders.windows import SubWindows
+from ..loaders.views import SubWindows
 from ..loaders.segment import Window
 
 # %% ../../nbs/training/07_parts.ipynb #15da2350

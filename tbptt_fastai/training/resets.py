@@ -12,7 +12,7 @@ from fastai.callback.core import (Callback, CancelBackwardException, CancelBatch
                                   CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
 from fastai.torch_core import find_device
 from fastcore.basics import patch
-from ..loaders.windows import SubWindows, plain_batch
+from ..loaders.views import SubWindows, plain_batch
 from ..state.pieces import PieceCarry
 
 # %% ../../nbs/training/02_resets.ipynb #7f7ed874

@@ -15,7 +15,7 @@ from fastai.torch_core import num_distrib
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from .callback import TbpttResetCB
-from ..loaders.windows import SubWindows
+from ..loaders.views import SubWindows
 from ..loaders.segment import Window
 from .lr_search import without_hooks
 from .parts import on_trial
