@@ -13,7 +13,7 @@ from fastai.torch_core import get_model
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from ..state.carry import Carry, out_of_reach
+from ..state.carry import Carry, layer_of, out_of_reach
 from ..training.checks import check_states
 from ..state.stateful import StatefulRNN, learned_state
 from ..state.tree import state_batch_size
@@ -161,7 +161,7 @@ def _shapes(state): return tree_map_only(Tensor, lambda t: tuple(t.shape), state
 
 def _check_saved_layer(name, module, state, n):
     "The saved state of a layer is one of `n` streams; that of a layer of torch.nn has the shapes that the layer needs"
-    rnn = module.rnn if isinstance(module, StatefulRNN) else module
+    rnn = layer_of(module)
     if isinstance(rnn, nn.RNNBase): found,expected = _shapes(state),_shapes(learned_state(rnn)([None]*(n or 0)))
     else: found,expected = f'of {state_batch_size(state, module.batch_dim) or n} streams',f'of {n} streams'
     if found!=expected: raise ValueError(f"The saved state of {name or 'the model'} is {found}; expected {expected}.")

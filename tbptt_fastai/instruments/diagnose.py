@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from ..training.callback import TbpttResetCB
 from ..state.carry import Carry
-from ..state.stateful import StatefulRNN
 from ..loaders.segment import Window
 from ..training.checks import resolve_truncation
 from ..loaders.views import inner_loader, plain_batch
@@ -188,8 +187,7 @@ def _run_both_ways(model, window, groups, tol):
     alone = torch.cat([run(1, step(k)) for k in range(n)], 1)
     remembers = difference([alone], whole, n)>tol
     leaks = _leaks(model, window, groups, tol)
-    memories = {name:m for name,m in model.named_modules() if isinstance(m, StatefulRNN)}
-    cut = {name:_cut_within(model, m, window, groups, tol) for name,m in memories.items()}
+    cut = {name:_cut_within(model, m, window, groups, tol) for name,m in Carry(model).stateful.items()}
     single = run(1)
     carried = (difference([single], whole, n) or 0)<=1e-4
     return whole,single,dict(remembers=remembers, leaks=leaks, carried=carried, cut={k:o for k,o in cut.items() if o})

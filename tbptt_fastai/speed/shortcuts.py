@@ -8,6 +8,7 @@ __all__ = ['shortcuts', 'cast_batch', 'smooth', 'record', 'read_losses', 'clip_g
 
 # %% ../../nbs/speed/01_shortcuts.ipynb #615eff3f
 from bisect import bisect_right
+from functools import lru_cache
 import numpy as np
 import torch
 from fastai.callback.progress import ProgressCallback
@@ -97,7 +98,10 @@ def without_tensors(
     """A schedule by fastai's `combine_scheds` without tensors; others as they are
 
     `fit_flat_cos` and `fit_one_cycle` have such schedules."""
-    if not _is_combined(sched): return sched
+    return _shortened(sched) if _is_combined(sched) else sched
+
+@lru_cache(16)
+def _shortened(sched):
     parts = dict(zip(sched.__code__.co_freevars, (o.cell_contents for o in sched.__closure__)))
     pcts,scheds,last = parts['pcts'].numpy(),parts['scheds'],parts['pct_lim']
     bounds,widths = pcts.tolist(),np.diff(pcts)
@@ -112,10 +116,8 @@ def without_tensors(
 def set_hypers(cb):
     "For `ParamScheduler.before_batch`"
     if '_update_val' in vars(cb): return ParamScheduler.before_batch(cb)
-    learn,short = cb.learn,vars(cb).setdefault('_short', {})
-    for name,sched in cb.scheds.items():
-        if short.get(name, (None,))[0] is not sched: short[name] = sched,without_tensors(sched)
-        learn.opt.set_hyper(name, short[name][1](learn.pct_train))
+    learn = cb.learn
+    for name,sched in cb.scheds.items(): learn.opt.set_hyper(name, without_tensors(sched)(learn.pct_train))
 
 def record_hypers(cb):
     "For `ParamScheduler.after_batch`"

@@ -11,8 +11,7 @@ from fastai.learner import Learner
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from ..state.carry import Carry
-from ..state.stateful import StatefulRNN
+from ..state.carry import Carry, layer_of
 from ..state.tree import state_leaves
 
 # %% ../../nbs/speed/05_static.ipynb #a1c84128
@@ -75,7 +74,7 @@ def begins_at_zero(
     m:nn.Module, # A `StatefulRNN`, or a plain recurrent layer
 )->bool:
     "Is its first state known to be zero?"
-    rnn = m.rnn if isinstance(m, StatefulRNN) else m
+    rnn = layer_of(m)
     return isinstance(rnn, nn.RNNBase) and not hasattr(rnn, 'initial_state') and getattr(m, 'initial', None) is None
 
 # %% ../../nbs/speed/05_static.ipynb #65220343

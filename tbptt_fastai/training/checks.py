@@ -8,7 +8,7 @@ __all__ = ['resolve_truncation', 'check_carries', 'check_statistics', 'check_sta
 # %% ../../nbs/training/01_checks.ipynb #b3c69fbe
 import warnings
 from torch import nn
-from ..state.carry import Carry
+from ..state.carry import Carry, layer_of
 from ..loaders.views import inner_loader
 from ..loaders.windows import TbpttDL
 from ..state.tree import state_batch_size
@@ -90,5 +90,5 @@ def check_states(
             "a state of its own in every call, so none is carried from one sub-window to the next. "
             "Call them without a state, or give the model a `reset()` if it carries one by itself.")
     for name,state in states.items():
-        layer = getattr(carry.modules[name], 'rnn', carry.modules[name])
+        layer = layer_of(carry.modules[name])
         if isinstance(layer, nn.RNNBase): _check_layer(layer, state_batch_size(state, 1), bs, steps)
