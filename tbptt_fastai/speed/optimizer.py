@@ -52,18 +52,17 @@ class FusedAdam(Optimizer):
         super().step()
 
 # %% ../../nbs/speed/03_optimizer.ipynb #3153310a
+def _suits(o, dtype, shape): return o.dtype is dtype and o.shape==shape and o.is_contiguous()
+
 @patch
 def _row(self:FusedAdam, p, grad, state):
     "What the kernel needs of one parameter, or None if it cannot take it"
     dtype,shape = p.dtype,p.shape
-    if dtype is not torch.float32 and dtype is not torch.float64: return
-    if grad.dtype is not dtype or grad.shape!=shape: return
-    if not (p.is_cpu or p.is_cuda): return
-    if not (p.is_contiguous() and grad.is_contiguous()): return
+    if dtype not in (torch.float32, torch.float64) or not (p.is_cpu or p.is_cuda) or not p.is_contiguous(): return
+    if not _suits(grad, dtype, shape): return
     if (avg := state.get('grad_avg')) is None: avg = state['grad_avg'] = torch.zeros_like(grad)
     if (sqr_avg := state.get('sqr_avg')) is None: sqr_avg = state['sqr_avg'] = torch.zeros_like(grad)
-    if not (avg.dtype is sqr_avg.dtype is dtype and avg.shape==sqr_avg.shape==shape): return
-    if not (avg.is_contiguous() and sqr_avg.is_contiguous()): return
+    if not (_suits(avg, dtype, shape) and _suits(sqr_avg, dtype, shape)): return
     step = state.get('step', 0)
     if not isinstance(step, Tensor) or step.dtype is not torch.float32 or step.is_cuda is not p.is_cuda:
         step = state['step'] = torch.tensor(float(step), dtype=torch.float32, device=p.device)
