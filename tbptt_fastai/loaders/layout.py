@@ -106,6 +106,7 @@ def pieces(self:Block, seen):
     start = self.starts(seen)
     return [Piece(self.steps, start=start)] if self.plan is None else planned_pieces(self.plan, start)
 
+# %% ../../nbs/loaders/03_layout.ipynb #88ab330c
 @patch
 def real(self:Block, pred, yb): return tree_map(self.real_steps, (pred, yb))
 

@@ -80,6 +80,7 @@ def varies(self:StreamView): return self.truncation is not None and self.truncat
 @patch(as_prop=True)
 def block(self:StreamView): return self.truncation and self.truncation.block
 
+# %% ../../nbs/loaders/04_stream_view.ipynb #1b253913
 @patch
 def beginnings(self:StreamView, limit):
     "Of those sequences that are long enough"

@@ -77,6 +77,7 @@ TbpttResetCB.after_train = TbpttResetCB.before_epoch # if it was cancelled
 @patch
 def after_epoch(self:TbpttResetCB): back_to_method(self.learn, 'all_batches')
 
+# %% ../../nbs/training/04_callback.ipynb #337be673
 @patch
 def after_fit(self:TbpttResetCB):
     self.after_epoch()
