@@ -243,7 +243,7 @@ promises = [saves_the_best, stops_early, reduces_lr_on_plateau, reduces_no_lr_of
             draws_dropout_in_prediction, resets_by_its_own_protocol]
 
 @pytest.mark.parametrize('promise', promises, ids=lambda o: o.__name__)
-def test_promise(promise, make, request):
+def test_a_callback_keeps_its_promise(promise, make, request):
     promise(make, *[request.getfixturevalue(o) for o in promise.__code__.co_varnames[1:promise.__code__.co_argcount]])
 
 
@@ -261,7 +261,7 @@ def test_schedules_run_evenly_to_their_end(make, how, n, sched):
 
 
 @pytest.mark.parametrize('n_skip', [0,SUB])
-def test_lr_find(make, n_skip):
+def test_lr_find_leaves_the_model_as_it_was(make, n_skip):
     "`num_it` steps of rising learning rate, a suggestion, and the model as it was"
     learn = make(n_skip=n_skip)
     before = params(learn)
@@ -271,7 +271,7 @@ def test_lr_find(make, n_skip):
     fit(learn, 1)
 
 
-def test_train_metrics_of_a_ragged_tail(make):
+def test_train_metrics_weigh_a_ragged_tail_in_full_unless_they_sum_over_steps(make):
     """fastai's own, documented: with `train_metrics=True` an average metric weighs each step by its rows, so the 10 steps of the last sub-window count as
     much as the 25 of the others. A metric that sums over steps, such as StreamingRMSE, is exact. The washout is not counted"""
     for n_skip in (0,30):
@@ -290,7 +290,7 @@ def test_train_metrics_of_a_ragged_tail(make):
 
 # --- one draw per window
 
-def test_E2_mixup_mixes_whole_windows_if_told(make):
+def test_mixup_mixes_whole_windows_if_told(make):
     "The sub-windows of a window, put together, are one mixture of two windows"
     learn = make([once_per_window(MixUp())], shuffle=False)
     lams = []

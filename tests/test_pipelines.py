@@ -83,14 +83,14 @@ def check(dls, model, epochs, by_hand, cbs=None, fit=None, timed=(True,True), to
     return learn
 
 
-def test_01_TfmdDL_one_cycle_GradientClip_CSVLogger(xy):
+def test_TfmdDL_with_one_cycle_GradientClip_and_CSVLogger_equals_the_loop_by_hand(xy):
     "Schedule: to 1e-6"
     lr,mom = combined_cos(.25, LR/25, LR, LR/1e5),combined_cos(.25, .95, .85, .95)
     check(loaders(xy), Net(), epochs_of(xy), dict(clip=.1, hypers=lambda p: dict(lr=lr(p), betas=(mom(p),.999))),
           [GradientClip(.1), CSVLogger()], lambda o: o.fit_one_cycle(N_EPOCH, LR), tol=1e-6)
 
 
-def test_02_WeightedDL_SaveModel(xy):
+def test_WeightedDL_with_SaveModel_equals_the_loop_by_hand(xy):
     wgts = np.arange(len(xy[0]))+1.
     set_seed(SEED)
     drawn = [np.random.choice(len(wgts), len(wgts), p=wgts/wgts.sum()) for _ in range(N_EPOCH)]
@@ -100,7 +100,7 @@ def test_02_WeightedDL_SaveModel(xy):
 
 
 @pytest.mark.parametrize('per_step', [1,2])
-def test_03_torch_DataLoader_GradientAccumulation(xy, per_step):
+def test_a_torch_DataLoader_with_GradientAccumulation_equals_the_loop_by_hand(xy, per_step):
     "One step per window, and one for every two"
     items,n_acc = list(zip(*xy)),BS*3*per_step
     def loader(): return torch.utils.data.DataLoader(items, BS, shuffle=True, generator=torch.Generator().manual_seed(SEED))
@@ -115,13 +115,13 @@ def block(xy, **kwargs):
     items = list(range(len(xy[0])))
     return DataBlock((TransformBlock, TransformBlock), get_x=lambda i: xy[0][i], get_y=lambda i: xy[1][i], splitter=IndexSplitter(items[13:])).dataloaders(items, bs=BS, num_workers=0, **kwargs)
 
-def test_04_DataBlock_ReduceLROnPlateau(xy):
+def test_a_DataBlock_with_ReduceLROnPlateau_equals_the_loop_by_hand(xy):
     "... a training loader that drops its last, partial batch, and fastai's own Adam, whose arithmetic is its own: to 1e-6"
     check(block(xy), Net(), epochs_of([o[:13] for o in xy], drop_last=True), dict(hypers=lambda p: dict(lr=LR if p<.5 else LR/2), betas=(.9,.99), eps=1e-5),
           ReduceLROnPlateau(comp=np.greater, min_delta=np.inf, factor=2.), lambda o: o.fit(N_EPOCH, LR, wd=0.), tol=1e-6, opt_func=Adam)
 
 
-def test_05_DataBlock_by_dl_type_flat_cos(xy):
+def test_a_DataBlock_by_dl_type_with_flat_cos_equals_the_loop_by_hand(xy):
     "Schedule: to 1e-6"
     lr = combined_cos(.75, LR, LR, LR/1e5)
     dls = block(xy, dl_type=TbpttDL, sub_seq_len=SUB)
@@ -137,7 +137,7 @@ class Stream(torch.utils.data.IterableDataset):
     def __len__(self): return len(self.items)
 
 @pytest.mark.parametrize('DL', [TfmdDL, TbpttDL, torch.utils.data.DataLoader])
-def test_06_iterable_dataset_TerminateOnNaN(xy, DL):
+def test_an_iterable_dataset_with_TerminateOnNaN_equals_the_loop_by_hand(xy, DL):
     items = list(zip(*xy))
     def loader(items): return DL(Stream(items), BS, num_workers=0)
     epochs = [[[o[i:i+BS] for o in xy] for i in range(0, len(items), BS)]]*N_EPOCH
@@ -154,7 +154,7 @@ class Bf16(Net):
         assert pred.dtype==state[0].dtype==torch.bfloat16
         return pred.float(),state
 
-def test_07_typed_tensors_MixedPrecision(xy):
+def test_typed_tensors_with_MixedPrecision_equal_the_loop_by_hand(xy):
     "Tensors of fastai's own type, in bfloat16; MixedPrecision knows no CPU, so this is it with another device"
     typed = [TensorBase(o) for o in xy]
     class Watch(Callback):
@@ -173,7 +173,7 @@ class CPUHalf(CPUMixedPrecision):
         finally: self.learn.n_skipped += self.skipped
     def after_fit(self): pass # keep the scaler, to look at
 
-def test_07_float16_with_a_scaler_that_skips_steps(xy):
+def test_float16_with_a_scaler_that_skips_steps_equals_the_loop_by_hand(xy):
     "A step that overflows is skipped, and the state goes on; a GRU, whose head alone is in float16 on the CPU, as oneDNN trains no LSTM in it. The loop is written out: what is scaled and skipped are its steps"
     model = Net(nn.GRU)
     rnn,head = copy.deepcopy(model.rnn.rnn),copy.deepcopy(model.head)
@@ -201,7 +201,7 @@ def test_07_float16_with_a_scaler_that_skips_steps(xy):
     for a,b in zip(model.parameters(), params): assert torch.equal(a, b)
 
 
-def test_08_inputs_and_targets_static_features_sgdr_ActivationStats(xy):
+def test_inputs_targets_and_static_features_with_sgdr_and_ActivationStats_equal_the_loop_by_hand(xy):
     "Two signals and the features of a window in, two signals out. Schedule: to 1e-6"
     x,y = xy
     data = [x[...,:1], x[...,1:], x[:,:7,0].contiguous(), y, y.square()]
@@ -215,7 +215,7 @@ def test_08_inputs_and_targets_static_features_sgdr_ActivationStats(xy):
     assert len(learn.activation_stats.stats)==N_EPOCH*4*3
 
 
-def test_09_video_BnFreeze_GradientClip():
+def test_video_with_BnFreeze_and_GradientClip_equals_the_loop_by_hand():
     "Frames (batch, time, channel, height, width) through a CNN with frozen statistics and a GRU"
     torch.manual_seed(1)
     xy = torch.randn(8, 12, 1, 6, 6),torch.randn(8, 12, 1)
@@ -225,7 +225,7 @@ def test_09_video_BnFreeze_GradientClip():
     assert all(torch.equal(v, stats[k]) for k,v in model.cnn[1].state_dict().items())
 
 
-def test_10_one_label_per_window_CollectData(xy):
+def test_one_label_per_window_with_CollectData_equals_the_loop_by_hand(xy):
     "The loss counts in the last sub-window only; the state comes through all of them"
     labelled = xy[0],xy[1].mean((1,2))
     learn = check(loaders(labelled), Net(last=True), epochs_of(labelled), {}, CollectDataCallback(), timed=(True,False), loss_func=lambda p,y: l1(p[:,0], y))
@@ -234,7 +234,7 @@ def test_10_one_label_per_window_CollectData(xy):
 
 
 @pytest.mark.parametrize('first', [0,1])
-def test_11_windows_of_different_length_flat_cos(xy, first):
+def test_windows_of_different_length_with_flat_cos_equal_the_loop_by_hand(xy, first):
     "... from batch to batch, the first the shortest or the longest. Schedule: to 1e-6"
     lengths,lr = ((30,60,50,10) if first else (60,30,10,50)),combined_cos(.75, LR, LR, LR/1e5)
     batches = [tuple(o[4*i:4*i+4,:n] for o in xy) for i,n in enumerate(lengths)]
@@ -266,7 +266,7 @@ class Own(nn.Module):
         self.h = state
         return self(*xb),self.h
 
-def test_12_tokens_a_model_with_reset_ModelResetter_through_Datasets():
+def test_tokens_through_Datasets_and_a_model_with_ModelResetter_equal_the_loop_by_hand():
     torch.manual_seed(1)
     tokens = torch.randint(9, (13,WIN+1))
     xy = tokens[:,:-1],tokens[:,1:]

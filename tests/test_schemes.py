@@ -126,7 +126,7 @@ def test_lengths_have_the_mean_that_was_asked_for(alpha, block):
     assert np.mean(lengths)==pytest.approx(20, rel=.05)
 
 def test_the_mean_gradient_is_the_full_one():
-    "T2 in short: an error within three times of what as many draws have, for the scheme; far more without the factors, and for a fixed length"
+    "An error within three times of what as many draws have, for the scheme; far more without the factors, and for a fixed length"
     rng = np.random.default_rng(0)
     x,y = torch.from_numpy(rng.standard_normal((1, 40, 2))),torch.from_numpy(rng.standard_normal((1, 40, 1)))
     torch.manual_seed(0)
