@@ -2,21 +2,16 @@
 import numpy as np
 import pytest
 import torch
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from functools import partial
 from torch import nn
+from helpers import adam, loaders
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.models.text import TextRNN
 import tbptt_fastai.instruments.diagnose # noqa: it adds methods to Learner
 
-
-def loaders(signals, sub_seq_len=20, **kwargs):
-    set_seed(0)
-    u,y = signals
-    return SequenceDataLoaders.from_arrays(u, y, win_sz=100, sub_seq_len=sub_seq_len, bs=4, **kwargs)
 
 def lstm(**kwargs): return nn.Sequential(StatefulRNN(nn.LSTM(2, 6, batch_first=True)), nn.Linear(6, 1))
 
@@ -132,7 +127,7 @@ def test_nothing_is_left_behind(signals):
     def trained(look):
         torch.manual_seed(0)
         model = nn.Sequential(StatefulRNN(nn.LSTM(2, 6, num_layers=2, dropout=.5, batch_first=True)), nn.Linear(6, 1))
-        learn = TbpttLearner(loaders(signals), model, opt_func=partial(OptimWrapper, opt=torch.optim.Adam))
+        learn = TbpttLearner(loaders(signals), model, opt_func=adam)
         set_seed(1)
         with learn.no_bar(), learn.no_logging():
             learn.fit(1, 1e-2)

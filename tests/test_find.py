@@ -12,6 +12,7 @@ from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, get_worker_info
 from torch.utils._pytree import tree_leaves, tree_map
+from helpers import fit
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.instruments.find import decay_rate, relative_bias
 from tbptt_fastai.learner import TbpttLearner
@@ -30,7 +31,7 @@ def data(n=9, steps=14, n_in=2, dtype=torch.float64):
     set_seed(0)
     return torch.randn(n, steps, n_in, dtype=dtype),torch.randn(n, steps, 1, dtype=dtype)
 
-def loaders(x, y, bs=3, shuffle=False):
+def torch_loaders(x, y, bs=3, shuffle=False):
     dl = DataLoader(list(zip(x, y)), bs, shuffle=shuffle)
     return DataLoaders(dl, dl)
 
@@ -64,7 +65,7 @@ def test_phi_is_what_a_loop_by_hand_gives(make, step, stateful):
     if not stateful:
         model = Plain(rnn)
         model.head = head
-    learn = TbpttLearner(loaders(x, y), model, sub_seq_len=5, loss_func=nn.MSELoss())
+    learn = TbpttLearner(torch_loaders(x, y), model, sub_seq_len=5, loss_func=nn.MSELoss())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
         res = learn.tbptt_find(max_lag=6, step=step, n_batches=2, n_losses=99, show=False)
@@ -78,7 +79,7 @@ def test_a_complex_state_has_two_units_for_each_number():
     x,y = data()
     torch.manual_seed(0)
     rnn,head = LRU(2, 4).double(),nn.Linear(4, 1).double()
-    learn = TbpttLearner(loaders(x, y), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5, loss_func=nn.MSELoss())
+    learn = TbpttLearner(torch_loaders(x, y), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5, loss_func=nn.MSELoss())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
         res = learn.tbptt_find(max_lag=6, n_batches=2, n_losses=99, show=False)
@@ -107,7 +108,7 @@ def test_a_summed_loss_and_several_layers():
         return out,(h,hc)
     expected = phi_by_hand(both, model.head, x[:3], y[:3], range(1, 7), range(6, 12))
     for loss_func in (nn.MSELoss(), nn.MSELoss(reduction='sum'), nn.MSELoss(reduction='none')):
-        learn = TbpttLearner(loaders(x, y), model, sub_seq_len=5, loss_func=loss_func)
+        learn = TbpttLearner(torch_loaders(x, y), model, sub_seq_len=5, loss_func=loss_func)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)
             res = learn.tbptt_find(max_lag=6, n_batches=1, n_losses=6, show=False)
@@ -124,7 +125,7 @@ class Leaky(nn.Module):
 
 def leaky(rho, steps=200, sub_seq_len=5, **kwargs):
     x,y = data(6, steps, 1)
-    return TbpttLearner(loaders(x, y+1e30), nn.Sequential(StatefulRNN(Leaky(rho))), sub_seq_len=sub_seq_len, loss_func=nn.L1Loss(), **kwargs) # the loss is y-h, with gradient -1
+    return TbpttLearner(torch_loaders(x, y+1e30), nn.Sequential(StatefulRNN(Leaky(rho))), sub_seq_len=sub_seq_len, loss_func=nn.L1Loss(), **kwargs) # the loss is y-h, with gradient -1
 
 @pytest.mark.parametrize('rho', [.5, .9])
 def test_a_linear_network_in_closed_form(rho):
@@ -146,7 +147,7 @@ def test_gradients_that_cancel_make_the_estimate_larger():
     rho,k = -.9,np.arange(1, 101)
     learn = leaky(rho)
     x,y = data(6, 200, 1)[0],torch.tensor([1e30, 1e30, -1e30], dtype=torch.float64).repeat(2)[:,None,None].expand(6, 200, 1)
-    learn.dls = loaders(x, y)
+    learn.dls = torch_loaders(x, y)
     res = learn.tbptt_find(show=False)
     left,norm = .9**k/.1,np.abs(rho*(1-rho**k)/(1-rho))/3
     np.testing.assert_allclose(res.phi[0], .9**k, rtol=1e-9)
@@ -191,7 +192,7 @@ def test_estimates_by_hand():
 def test_losses_in_the_washout_do_not_count():
     x,y = data()
     rnn,head = nn.GRU(2, 4, batch_first=True).double(),nn.Linear(4, 1).double()
-    learn = TbpttLearner(loaders(x, y), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5, n_skip=11, loss_func=nn.MSELoss())
+    learn = TbpttLearner(torch_loaders(x, y), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5, n_skip=11, loss_func=nn.MSELoss())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
         res = learn.tbptt_find(max_lag=6, n_batches=1, n_losses=99, show=False)
@@ -209,7 +210,7 @@ def test_one_label_per_window(step):
     model = model.double()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
-        res = TbpttLearner(loaders(x, label), model, sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(n_batches=1, step=step, show=False)
+        res = TbpttLearner(torch_loaders(x, label), model, sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(n_batches=1, step=step, show=False)
     expected = phi_by_hand(model.rnn, model.head, x[:3], label[:3,None].expand(-1, 14, -1), res.lags, [13])
     np.testing.assert_allclose(res.phi[0], expected, rtol=1e-8)
 
@@ -250,7 +251,7 @@ def busy(kind):
     set_seed(3)
     model = Busy()
     x,y = data(12, 40, dtype=torch.float32)
-    if kind=='torch': dls = loaders(x, y, bs=4, shuffle=True)
+    if kind=='torch': dls = torch_loaders(x, y, bs=4, shuffle=True)
     elif kind in ('loader', 'sampler', 'batch_sampler'): dls = generator_in(kind, list(zip(x, y)))
     elif kind=='items': dls = DataLoaders(TfmdDL(list(zip(x, y)), 4, shuffle=True), TfmdDL(list(zip(x, y)), 4))
     else:
@@ -260,9 +261,6 @@ def busy(kind):
             dl = StreamDL(Sequences([u[:100],u[100:250],u[250:400]], [u[:100,:1],u[100:250,:1],u[250:400,:1]]), bs=2, sub_seq_len=10, shuffle=True)
             dls = DataLoaders(dl, dl)
     return TbpttLearner(dls, model, sub_seq_len=10, loss_func=nn.MSELoss())
-
-def fit(learn, n=2):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-2)
 
 def same_training(a, b):
     "Bit by bit"
@@ -307,7 +305,7 @@ def test_the_learner_stays_as_it_is(kind, interrupted, monkeypatch):
             assert before['vars'].keys()==vars(learn.dls.train).keys()
             assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules()) and 'carry_in_evaluation' not in vars(learn.model.rnn)
         learn.model.rnn.reset()
-        fit(learn)
+        fit(learn, 2)
         learns.append(learn)
     same_training(*learns)
 
@@ -342,13 +340,13 @@ def test_within_a_training(stateful):
         set_seed(0)
         rnn = nn.LSTM(2, 4, batch_first=True)
         model = nn.Sequential(StatefulRNN(rnn), nn.Linear(4, 1)) if stateful else Plain(rnn)
-        learn = TbpttLearner(loaders(x, y), model, sub_seq_len=5, loss_func=nn.MSELoss(), cbs=cbs)
+        learn = TbpttLearner(torch_loaders(x, y), model, sub_seq_len=5, loss_func=nn.MSELoss(), cbs=cbs)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)
             alone = learn.tbptt_find(max_lag=6, step=2, show=False)
             with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
             if cbs: np.testing.assert_allclose(learn.find_within.res.phi, alone.phi, rtol=1e-5)
-            fit(learn)
+            fit(learn, 2)
         learns.append(learn)
     same_training(*learns)
 
@@ -362,7 +360,7 @@ class Sum(nn.Module):
         return out,out[:,-1]
 
 @pytest.mark.parametrize('find,message', [
-    (lambda: TbpttLearner(loaders(*data()), nn.Linear(2, 1), sub_seq_len=None, loss_func=nn.MSELoss()).tbptt_find(), 'no recurrent layer'),
+    (lambda: TbpttLearner(torch_loaders(*data()), nn.Linear(2, 1), sub_seq_len=None, loss_func=nn.MSELoss()).tbptt_find(), 'no recurrent layer'),
     (lambda: leaky(.9, 1, None).tbptt_find(), 'window has 1 steps: too short for two lags'),
     (lambda: leaky(.9, 20).tbptt_find(max_lag=20), 'window has 20 steps: too short for max_lag=20'),
     (lambda: leaky(.9, 20).tbptt_find(step=6), 'or a smaller step'),
@@ -370,8 +368,8 @@ class Sum(nn.Module):
     (lambda: leaky(.9, 20).tbptt_find(bias=0), 'bias is 0'),
     (lambda: leaky(.9, 20).tbptt_find(n_batches=0), 'n_batches is 0'),
     (lambda: leaky(.9, 20).tbptt_find(tau=10), 'tau is 10'),
-    (lambda: TbpttLearner(loaders(*data()), GivesAState(nn.GRU(2, 4, batch_first=True)).double(), sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(), r'gives its recurrent layers \(rnn\) a state of its own'),
-    (lambda: TbpttLearner(loaders(*data(n_in=1)), nn.Sequential(StatefulRNN(Sum())), sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(), 'Sequential has 0 parameters'),
+    (lambda: TbpttLearner(torch_loaders(*data()), GivesAState(nn.GRU(2, 4, batch_first=True)).double(), sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(), r'gives its recurrent layers \(rnn\) a state of its own'),
+    (lambda: TbpttLearner(torch_loaders(*data(n_in=1)), nn.Sequential(StatefulRNN(Sum())), sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(), 'Sequential has 0 parameters'),
 ])
 def test_what_is_refused(find, message):
     with pytest.raises(ValueError, match=message): find()
@@ -407,7 +405,7 @@ class Cell(nn.Module):
 @pytest.mark.parametrize('cell,message', [(Cell, 'by itself, where no gradient can be followed'), (lambda: nn.GRU(1, 1, batch_first=True), 'No state of OwnState has a gradient')])
 def test_a_model_with_a_state_of_its_own_is_refused_and_keeps_it(cell, message):
     x,y = data(n_in=1, dtype=torch.float32)
-    learn = TbpttLearner(loaders(x, y), OwnState(cell()), sub_seq_len=5, loss_func=nn.MSELoss())
+    learn = TbpttLearner(torch_loaders(x, y), OwnState(cell()), sub_seq_len=5, loss_func=nn.MSELoss())
     learn.model.state,learn.model.n = (state := torch.ones(3, 1)),0
     with pytest.raises(ValueError, match=message): learn.tbptt_find()
     assert learn.model.state is state and learn.model.n==0 and learn.model.last is None and not hasattr(learn.model, 'added')
@@ -442,7 +440,7 @@ def test_the_estimate_is_conservative_on_the_copy_task():
     set_seed(0)
     rng = np.random.default_rng(0)
     x,y = copy_task(64, 80, 4, rng)
-    learn = TbpttLearner(loaders(x, y, bs=64), Copy(), sub_seq_len=20, loss_func=CrossEntropyLossFlat(), lr=1e-2)
+    learn = TbpttLearner(torch_loaders(x, y, bs=64), Copy(), sub_seq_len=20, loss_func=CrossEntropyLossFlat(), lr=1e-2)
     ks,table = (5,8,12,16,20,25,30),[]
     for n_epoch in (0, 60, 120):
         fit(learn, n_epoch) if n_epoch else None
@@ -484,7 +482,7 @@ def test_a_memory_that_ends_is_suggested_whole_though_its_gradients_grow():
     model = nn.Sequential(StatefulRNN(Shift()), nn.Linear(4, 1)).double()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        res = TbpttLearner(loaders(x, y), model, sub_seq_len=10, loss_func=nn.MSELoss()).tbptt_find(show=False)
+        res = TbpttLearner(torch_loaders(x, y), model, sub_seq_len=10, loss_func=nn.MSELoss()).tbptt_find(show=False)
     lags = res.lags[res.phi.mean(0)>0]
     assert res.beta>1 and lags.tolist()==[1, 2] and res.reached and res.suggestion==3 and res.delta[2]==0<res.delta[1]
     assert np.isinf(relative_bias(np.arange(1, 5), np.array([1., 2, 4, 8]), np.ones(4), 2.)).all()

@@ -13,12 +13,13 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastai.vision.augment import RandTransform
 from torch import nn
+from helpers import adam, fit
 from reference import train_any
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.loaders.windows import SubWindows, TbpttDL, Window
 from tbptt_fastai.state.stateful import StatefulRNN
-from hazards import BS, SUB, WIN, Watch, adam, fit, items, learner, loaders, noise, same, whole
+from small_windows import BS, SUB, WIN, Watch, items, noise, same, small_learner, small_loaders, whole
 
 
 # --- where to split
@@ -59,12 +60,12 @@ def test_every_sub_window_is_a_batch_of_its_own():
         depth = []
         def before_batch(self): self.depth.append(1)
         def after_loss(self): self.depth.pop()
-    learn = fit(learner(cbs=[Watch(), GradientAccumulation(10_000), Balance()]))
+    learn = fit(small_learner(cbs=[Watch(), GradientAccumulation(10_000), Balance()]))
     assert learn.watch.n==dict(before_batch=9, after_batch=9) and learn.watch.lens==[12,12,6]*3 and not Balance.depth
 
 def test_there_are_as_many_events_as_steps_and_the_share_done_ends_at_one():
     "A callback that calls `one_batch` again and cancels the first one would count twice"
-    learn = fit(learner(cbs=[Watch()]), 2)
+    learn = fit(small_learner(cbs=[Watch()]), 2)
     assert learn.watch.n['after_batch']==18 and learn.pct_train==pytest.approx(1) and learn.train_iter==18
 
 def test_transforms_may_iterate_the_loader_while_it_is_made():
@@ -78,8 +79,8 @@ def test_transforms_may_iterate_the_loader_while_it_is_made():
 def test_one_batch_is_a_whole_window():
     dl = TbpttDL(items(), bs=BS, sub_seq_len=SUB, num_workers=0)
     assert dl.one_batch()[0].shape==(BS,WIN,1)
-    dls = loaders(cls=TbpttDL, sub_seq_len=SUB)
-    assert f'{BS} x {WIN} x 1' in learner(dls, sub='dls').summary()
+    dls = small_loaders(cls=TbpttDL, sub_seq_len=SUB)
+    assert f'{BS} x {WIN} x 1' in small_learner(dls, sub='dls').summary()
 
 def test_looking_at_the_length_draws_nothing():
     "`one_batch` would change the order of the windows"
@@ -121,7 +122,7 @@ def test_inputs_without_time_pass_whole(n, first, timed):
     "... by their size, or because the user says so: features before the signal, or as many as its steps, cannot be told from a signal"
     torch.manual_seed(2)
     its = [((s,x,y) if first else (x,s,y)) for (x,y),s in zip(noise(), torch.randn(10, n))]
-    dls = loaders(its)
+    dls = small_loaders(its)
     for dl in dls.loaders: dl._n_inp = 2
     model = Static(n, first)
     hand = copy.deepcopy(model)
@@ -166,7 +167,7 @@ def test_no_window_of_an_iterable_dataset_is_lost(sub):
     its,seen = items(),[]
     class See(Callback):
         def before_batch(self): seen.extend((self.x[:,0,0]/100).tolist()) if self.training else None
-    fit(learner(DataLoaders(*[TfmdDL(Stream(its), BS, num_workers=0) for _ in 'tv']), sub=sub, cbs=[See()]), 1, 0.)
+    fit(small_learner(DataLoaders(*[TfmdDL(Stream(its), BS, num_workers=0) for _ in 'tv']), sub=sub, cbs=[See()]), 1, 0.)
     assert set(range(10))<=set(seen)
 
 
@@ -174,7 +175,7 @@ def test_no_window_of_an_iterable_dataset_is_lost(sub):
 
 def test_the_loader_at_work_is_asked_not_a_flag():
     "`get_preds` works on a copy, `validate(dl=dls.train)` on the other loader"
-    learn = fit(learner(loaders(cls=TbpttDL, sub_seq_len=SUB), sub='dls'))
+    learn = fit(small_learner(small_loaders(cls=TbpttDL, sub_seq_len=SUB), sub='dls'))
     expected = whole(learn)
     with learn.no_bar(): preds,loss = learn.get_preds(ds_idx=0)[0],learn.validate(dl=learn.dls.train)[0]
     torch.testing.assert_close(preds, expected)
@@ -193,10 +194,10 @@ def test_a_loader_is_known_by_its_type():
     "A fastai loader answers with the attributes of its dataset, a callback with those of the learner and the model"
     class Named(list): sub_idx,sub_window,sub_seq_len,dl = 3,3,3,3
     its = Named(noise())
-    dls = loaders(its)
+    dls = small_loaders(its)
     assert dls.train.sub_seq_len==3 # it does answer
-    with pytest.raises(ValueError, match='neither to the learner nor to its TfmdDL'): learner(dls, sub='dls')
-    learn = fit(learner(dls, sub=None, cbs=[Watch()]))
+    with pytest.raises(ValueError, match='neither to the learner nor to its TfmdDL'): small_learner(dls, sub='dls')
+    learn = fit(small_learner(dls, sub=None, cbs=[Watch()]))
     assert learn.watch.lens==[WIN]*3
 
 class Cancel(Callback):
@@ -208,17 +209,17 @@ class Cancel(Callback):
 @pytest.mark.parametrize('exc', [CancelFitException, CancelTrainException, CancelEpochException, KeyboardInterrupt])
 def test_a_cancelled_window_leaves_no_state(exc):
     "KeyboardInterrupt skips `after_fit`, so what comes next must not count on it"
-    learn,fresh = learner(),learner()
+    learn,fresh = small_learner(),small_learner()
     try: fit(learn, 1, 0., cbs=Cancel(exc('stop'), 4))
     except KeyboardInterrupt: pass
     learn.remove_cb(Cancel)
     assert learn.model[0].state is None
     with learn.no_bar(), fresh.no_bar(): assert list(learn.validate())==list(fresh.validate())
-    for o in (learn, fresh): o.dls,o.opt = loaders(),None
+    for o in (learn, fresh): o.dls,o.opt = small_loaders(),None
     assert same(fit(learn), fit(fresh))
 
 def test_a_skipped_last_epoch_leaves_nothing_on_the_learner():
-    learn = fit(learner(), 2, start_epoch=2)
+    learn = fit(small_learner(), 2, start_epoch=2)
     assert 'all_batches' not in vars(learn)
 
 def test_the_view_is_there_before_anyone_counts():
@@ -227,7 +228,7 @@ def test_the_view_is_there_before_anyone_counts():
     class Count(Callback):
         order = 70
         def before_batch(self): seen.append((self.training, self.n_iter, self.learn.progress.pbar.total))
-    learn = learner(cbs=[Count()])
+    learn = small_learner(cbs=[Count()])
     before = list(learn.dls.loaders),[len(dl) for dl in learn.dls.loaders],[{**vars(dl)}.keys() for dl in learn.dls.loaders]
     with learn.no_logging(): learn.fit(1)
     assert seen==[(True,9,9)]*9+[(False,2,2)]*2
@@ -237,7 +238,7 @@ def test_the_view_is_there_before_anyone_counts():
 def test_the_learning_rate_ends_low(lengths):
     "A loader that counted too few steps would let the cosine climb again"
     batches = [tuple(torch.randn(2, n, 1) for _ in 'xy') for n in lengths]
-    learn = learner(DataLoaders(*[TfmdDL(batches, bs=None, num_workers=0)]*2), cbs=[Watch()])
+    learn = small_learner(DataLoaders(*[TfmdDL(batches, bs=None, num_workers=0)]*2), cbs=[Watch()])
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
     lrs,n = learn.recorder.lrs,[-(-o//SUB) for o in lengths]*2
     assert len(lrs)==sum(n) and learn.pct_train==pytest.approx(1) and lrs[-1]<lrs[-2]<lrs[-3]<1e-2 and lrs[-1]<1e-3
@@ -249,5 +250,5 @@ def test_predictions_in_mid_epoch_end_its_training():
         order = 90
         def after_batch(self):
             if self.training and self.train_iter==4: self.learn.get_preds(inner=True)
-    learn = fit(learner(cbs=[Watch(), Peek()]), 2)
+    learn = fit(small_learner(cbs=[Watch(), Peek()]), 2)
     assert learn.watch.lens==[12,12,6,12] + [12,12,6]*3 and learn.model[0].state is None

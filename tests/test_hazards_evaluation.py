@@ -19,6 +19,7 @@ from fastai.text.learner import language_model_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.torch_core import set_seed
 from torch import nn
+from helpers import fit
 import tbptt_fastai
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.state.carry import Carry
@@ -27,13 +28,13 @@ from tbptt_fastai.learner import RNNLearner
 from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.models.sequence import SequenceRNN
-from hazards import BS, SUB, WIN, Watch, fit, items, learner, loaders, net, noise, same, whole
+from small_windows import BS, SUB, WIN, Watch, items, net, noise, same, small_learner, small_loaders, whole
 
 
 # --- losses and metrics
 
 @pytest.fixture
-def fitted(): return fit(learner(metrics=[rmse, mae]), 2)
+def fitted(): return fit(small_learner(metrics=[rmse, mae]), 2)
 
 def test_every_number_is_that_of_whole_windows(fitted):
     "A mean of the losses of sub-windows, or of their RMSE, is another number; a metric of all predictions is the same either way"
@@ -72,7 +73,7 @@ def test_a_short_last_sub_window_weighs_less():
     grads = []
     class Keep(Callback):
         def after_backward(self): grads.append(self.model.w.grad.item())
-    learn = fit(learner(model=Const(), cbs=[Keep()]), 1, 0.)
+    learn = fit(small_learner(model=Const(), cbs=[Keep()]), 1, 0.)
     for i,batch in enumerate(torch.stack([y for _,y in learn.dls.train_ds]).split(BS)):
         assert SUB/WIN*sum(grads[3*i:3*i+3])==pytest.approx(-2*batch.mean().item(), abs=1e-6)
 
@@ -81,21 +82,21 @@ def test_a_short_last_sub_window_weighs_less():
 
 def test_a_loader_that_cuts_loses_rows_without_the_callback():
     "fastai's own: it reorders as many rows as there are windows and says nothing. With TbpttResetCB all are there"
-    dls = loaders(items(8), TbpttDL, sub_seq_len=15)
+    dls = small_loaders(items(8), TbpttDL, sub_seq_len=15)
     bare = Learner(dls, nn.Sequential(nn.Linear(1, 1)), loss_func=MSELossFlat())
     with bare.no_bar(): assert bare.get_preds(ds_idx=0)[0].shape==(8,15,1) # of 16 halves
-    learn = learner(dls, sub='dls')
+    learn = small_learner(dls, sub='dls')
     with learn.no_bar(): assert learn.get_preds(ds_idx=0)[0].shape==(8,WIN,1)
 
 def test_interpretation_has_a_loss_for_every_window(fitted):
-    fitted.dls = loaders(cls=TbpttDL, sub_seq_len=15)
+    fitted.dls = small_loaders(cls=TbpttDL, sub_seq_len=15)
     fitted.tbptt_reset_cb.sub_seq_len = 15
     with fitted.no_bar(): losses,idxs = Interpretation.from_learner(fitted, ds_idx=0).top_losses()
     expected = (whole(fitted)-torch.stack([y for _,y in fitted.dls.train_ds])).square().mean((1,2))
     torch.testing.assert_close(losses, expected.sort(descending=True)[0])
 
 def test_predictions_from_a_shuffled_loader_come_in_the_order_of_the_data(fitted):
-    fitted.dls = loaders(shuffle=True)
+    fitted.dls = small_loaders(shuffle=True)
     with fitted.no_bar(): x,preds,y,dec,losses = fitted.get_preds(ds_idx=0, with_input=True, with_decoded=True, with_loss=True)
     expected,(xs,ys) = whole(fitted),(torch.stack(o) for o in zip(*fitted.dls.train_ds))
     assert torch.equal(x, xs) and torch.equal(y, ys)
@@ -107,7 +108,7 @@ def test_a_data_block_predicts_saves_exports_and_loads(native):
     data = noise()
     kwargs = dict(dl_type=TbpttDL, sub_seq_len=SUB) if native else {}
     dls = DataBlock((TransformBlock, TransformBlock), get_x=lambda i: data[i][0], get_y=lambda i: data[i][1], splitter=IndexSplitter([7,8,9])).dataloaders(list(range(10)), bs=BS, num_workers=0, **kwargs)
-    learn = fit(learner(dls, sub='dls' if native else SUB))
+    learn = fit(small_learner(dls, sub='dls' if native else SUB))
     expected = whole(learn, data)
     with learn.no_bar():
         test = dls.test_dl(list(range(10)))
@@ -135,7 +136,7 @@ def test_predict_takes_a_window(item, signals):
 def test_callbacks_that_only_watch_change_nothing():
     model = net()
     cbs = [ActivationStats(modules=[model[0].rnn]), CollectDataCallback(), CSVLogger(), FetchPredsCallback(), GradientClip(1e6), TerminateOnNaNCallback()]
-    assert same(fit(learner(model=model, cbs=cbs), 2), fit(learner(), 2))
+    assert same(fit(small_learner(model=model, cbs=cbs), 2), fit(small_learner(), 2))
 
 @pytest.mark.parametrize('kind', ['GradientAccumulation', 'RNNRegularizer'])
 @pytest.mark.parametrize('n_skip', [SUB,SUB+3])
@@ -145,7 +146,7 @@ def test_callbacks_that_change_the_loss_meet_no_step_without_one(kind, n_skip):
         def __init__(self): super().__init__(); self.net = net()
         def forward(self, x): o = self.net(x); return o,o,o
     accumulate = kind=='GradientAccumulation'
-    learn = learner(model=None if accumulate else Three(), cbs=[GradientAccumulation(8), Watch()] if accumulate else [RNNCallback(), RNNRegularizer(1., 1.), Watch()])
+    learn = small_learner(model=None if accumulate else Three(), cbs=[GradientAccumulation(8), Watch()] if accumulate else [RNNCallback(), RNNRegularizer(1., 1.), Watch()])
     learn.tbptt_reset_cb.n_skip = n_skip
     fit(learn)
     assert learn.watch.lens==[12,6]*3 and len(learn.recorder.losses)==6
@@ -178,7 +179,7 @@ def test_the_model_on_top_has_a_reset():
     "fastai's callbacks call `model.reset` and look no deeper"
     model = SequenceRNN(1, 1, hidden_size=3)
     model(torch.randn(2, 5, 1))
-    learn = Learner(loaders(), model, loss_func=MSELossFlat())
+    learn = Learner(small_loaders(), model, loss_func=MSELossFlat())
     assert model.rnn.state is not None
     learn._grab_cbs(TrainEvalCallback)[0].before_fit()
     assert model.rnn.state is None
@@ -194,14 +195,14 @@ def test_every_exception_we_raise_has_a_message():
     "fastai's own: in a callback, one without becomes an IndexError"
     class Mute(Callback):
         def before_fit(self): raise ValueError()
-    with pytest.raises(IndexError): fit(learner(cbs=[Mute()]))
+    with pytest.raises(IndexError): fit(small_learner(cbs=[Mute()]))
     package = Path(inspect.getfile(tbptt_fastai)).parent
     raised = [n.exc for f in package.rglob('*.py') for n in ast.walk(ast.parse(f.read_text())) if isinstance(n, ast.Raise) and n.exc]
     assert len(raised)>100 and all(isinstance(o, ast.Call) and o.args for o in raised)
 
 def test_fit_flat_cos_ignores_start_epoch():
     "fastai's own: `fit_flat_cos` ignores `start_epoch`"
-    learn = learner(cbs=[Watch()])
+    learn = small_learner(cbs=[Watch()])
     with learn.no_bar(), learn.no_logging():
         learn.fit_flat_cos(2, start_epoch=1)
         assert len(learn.recorder.losses)==18
@@ -210,13 +211,13 @@ def test_fit_flat_cos_ignores_start_epoch():
 
 def test_export_wants_a_dataset_that_can_be_emptied():
     "fastai's own; SequenceWindows can"
-    with pytest.raises(AttributeError, match='new_empty'): fit(learner()).export('a.pkl')
+    with pytest.raises(AttributeError, match='new_empty'): fit(small_learner()).export('a.pkl')
     x = np.zeros(300, np.float32)
-    learner(SequenceDataLoaders.from_arrays(x, x, win_sz=WIN, bs=BS)).export('b.pkl')
+    small_learner(SequenceDataLoaders.from_arrays(x, x, win_sz=WIN, bs=BS)).export('b.pkl')
 
 def test_only_the_word_callback_is_cut_off_a_name():
     "fastai's own: only the word Callback is cut off a name"
-    assert learner().tbptt_reset_cb.name=='tbptt_reset_cb' and TrainEvalCallback().name=='train_eval'
+    assert small_learner().tbptt_reset_cb.name=='tbptt_reset_cb' and TrainEvalCallback().name=='train_eval'
 
 
 # --- text

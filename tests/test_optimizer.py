@@ -33,16 +33,16 @@ class Net(nn.Module):
 
 def thirds(m): return L(params(m.rnn), params(m.norm)+params(m.bn), params(m.head)+[m.gain, m.empty, m.unused])
 
-def loaders(dtype=torch.float64):
+def label_loaders(dtype=torch.float64):
     g = torch.Generator().manual_seed(1)
     rows = [(torch.randn(7, 2, generator=g, dtype=dtype), torch.randn(1, generator=g, dtype=dtype)) for _ in range(24)]
     return DataLoaders(*[torch.utils.data.DataLoader(rows, 4)]*2)
 
 def mse(pred, y): return nn.functional.mse_loss(pred, y).float() # fastai's smoothed loss is of float32
 
-def learner(opt_func, dtype=torch.float64, **kwargs):
+def net_learner(opt_func, dtype=torch.float64, **kwargs):
     torch.manual_seed(0)
-    return Learner(loaders(dtype), Net().to(dtype), loss_func=mse, opt_func=opt_func, lr=1e-2, **kwargs)
+    return Learner(label_loaders(dtype), Net().to(dtype), loss_func=mse, opt_func=opt_func, lr=1e-2, **kwargs)
 
 def tensors(shapes=((3,2), (4,), (), (0,3)), dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
@@ -118,7 +118,7 @@ def test_one_call_per_group(calls):
 @pytest.mark.parametrize('dtype', TOL)
 @pytest.mark.parametrize('wd_bn_bias', [False, True])
 def test_a_learner_trains_the_same(dtype, wd_bn_bias):
-    learns = [learner(f, dtype, wd_bn_bias=wd_bn_bias) for f in BOTH]
+    learns = [net_learner(f, dtype, wd_bn_bias=wd_bn_bias) for f in BOTH]
     for learn in learns:
         with learn.no_bar(), learn.no_logging(): learn.fit(4, wd=.3)
     a,b = learns
@@ -128,7 +128,7 @@ def test_a_learner_trains_the_same(dtype, wd_bn_bias):
 
 
 def test_discriminative_rates_freezing_and_one_cycle():
-    learns = [learner(f, splitter=thirds, wd_bn_bias=False) for f in BOTH]
+    learns = [net_learner(f, splitter=thirds, wd_bn_bias=False) for f in BOTH]
     for learn in learns:
         learn.rates = []
         with learn.no_bar(), learn.no_logging():
@@ -212,7 +212,7 @@ def test_clear_state_keeps_what_fastai_keeps():
 @pytest.mark.parametrize('first,then', [(FusedAdam, Adam), (Adam, FusedAdam), (FusedAdam, FusedAdam)])
 def test_checkpoints_are_exchanged(first, then):
     "Trained by one, saved, loaded and trained by the other: as if one had done all"
-    whole,a,b = (learner(f, splitter=thirds, wd_bn_bias=False) for f in (Adam, first, then))
+    whole,a,b = (net_learner(f, splitter=thirds, wd_bn_bias=False) for f in (Adam, first, then))
     for learn in (whole, a):
         with learn.no_bar(), learn.no_logging(): learn.fit(2, slice(1e-3, 1e-2), wd=.2)
     a.save('half')

@@ -1,7 +1,6 @@
 "Each truncation scheme against a loop by hand, step by step, in float64 to 1e-10; alone, and with washout, ragged tails, streams and callbacks"
 import dataclasses
 import warnings
-from functools import partial
 from itertools import pairwise
 import numpy as np
 import pytest
@@ -10,9 +9,9 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.progress import ProgressCallback # noqa: with it comes Learner.no_bar
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
+from helpers import adam, fit_own_lr, sgd
 from reference import scaled_gradients, stream_by_hand, stream_of_sizes, train_overlap, train_scheme_on_stream
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
@@ -26,7 +25,6 @@ from tbptt_fastai.truncation.plan import Fixed, SubWindow, Truncation
 from tbptt_fastai.sequences.windows import Sequences
 
 f64 = dict(dtype=torch.float64)
-sgd = partial(OptimWrapper, opt=torch.optim.SGD)
 WIN = 23
 
 class Plain(nn.Module):
@@ -43,19 +41,15 @@ def data(n=9, steps=WIN):
     rng = np.random.default_rng(0)
     return torch.from_numpy(rng.standard_normal((n, steps, 2))),torch.from_numpy(rng.standard_normal((n, steps, 1)))
 
-def loaders(bs=4, steps=WIN, n=9):
+def scheme_loaders(bs=4, steps=WIN, n=9):
     x,y = data(n, steps)
     dl = TbpttDL(Sequences(list(x), list(y), **f64), bs=bs, shuffle=False, num_workers=0, device='cpu')
     return DataLoaders(dl, dl)
 
-def learner(dls, scheme, rnn, head, stateful=True, lr=.05, **kwargs):
+def scheme_learner(dls, scheme, rnn, head, stateful=True, lr=.05, **kwargs):
     model = nn.Sequential(StatefulRNN(rnn), head) if stateful else Plain(rnn, head)
     kwargs = {**dict(loss_func=nn.MSELoss(), opt_func=sgd, lr=lr), **kwargs}
     return TbpttLearner(dls, model, truncation=scheme, **kwargs)
-
-def fit(learn, n=1):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n)
-    return learn
 
 def same(model, *modules, tol=1e-10):
     mine,theirs = [p for p in model.parameters()],[p for m in modules for p in m.parameters()]
@@ -69,13 +63,13 @@ def batches(bs=4, n=9): return [list(range(i, min(i+bs, n))) for i in range(0, n
 @pytest.mark.parametrize('losses,n_skip', [('last', 0), ('all', 0), ('last', 8), ('all', 8)])
 def test_overlap(kind, stateful, k1, k2, losses, n_skip):
     x,y = data()
-    learn = fit(learner(loaders(), Overlap(k1, k2, losses), *parts(kind), stateful, n_skip=n_skip), 2)
+    learn = fit_own_lr(scheme_learner(scheme_loaders(), Overlap(k1, k2, losses), *parts(kind), stateful, n_skip=n_skip), 2)
     rnn,head = parts(kind)
     train_overlap(rnn, head, x, y, [batches()]*2, k1, k2, torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=.05), nn.functional.mse_loss, losses, n_skip)
     same(learn.model, rnn, head)
 
 def test_overlap_of_equal_lengths_is_the_fixed_scheme_bit_by_bit():
-    a,b = (fit(learner(loaders(steps=20), scheme, *parts()), 2) for scheme in (Overlap(5, 5), Fixed(5)))
+    a,b = (fit_own_lr(scheme_learner(scheme_loaders(steps=20), scheme, *parts()), 2) for scheme in (Overlap(5, 5), Fixed(5)))
     for p,q in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(p, q)
 
 
@@ -98,7 +92,7 @@ def test_unbiased(kind, stateful, alpha, block, n_skip):
     x,y = data()
     mean = 6
     scheme,plans,on = recorded(RandomUnbiased(mean, alpha, block))
-    learn = fit(learner(loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, cbs=on), 2)
+    learn = fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, cbs=on), 2)
     assert len(plans)==6 and any(o.cuts for p in plans for o in p) and any(len(p)>1 for p in plans)
     rnn,head = parts(kind)
     opt = torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=.05)
@@ -146,7 +140,7 @@ def test_the_mean_gradient_is_the_full_one():
         dl = TbpttDL(Sequences([x[0]]*n, [y[0]]*n, **f64), bs=1, shuffle=False, num_workers=0)
         summed = Sum()
         set_seed(1)
-        fit(TbpttLearner(DataLoaders(dl, dl), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=0., cbs=summed))
+        fit_own_lr(TbpttLearner(DataLoaders(dl, dl), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=0., cbs=summed))
         return summed.total/n,((summed.squares/n-(summed.total/n)**2).sum()/n)**.5
     full,_ = mean_gradient(None, 1)
     full = full*40/10 # a mean over 40 steps there, a sum over 10 here
@@ -167,7 +161,7 @@ def test_the_mean_gradient_is_the_full_one():
 def test_jittered(kind, stateful, n_skip, rescale):
     x,y = data()
     scheme,plans,on = recorded(Jittered(7, half=.3, std=2, least=2, longest=9, rescale=rescale))
-    learn = fit(learner(loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, cbs=on), 2)
+    learn = fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, cbs=on), 2)
     assert len(plans)==6 and len({tuple(o.start for o in p) for p in plans})>3
     assert learn.opt.hypers[0]['lr']==.05
     rnn,head = parts(kind)
@@ -191,7 +185,7 @@ def test_jittered(kind, stateful, n_skip, rescale):
 @pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False), ('gru', True)])
 @pytest.mark.parametrize('segment,n_skip', [(None, 0), (5, 0), (1, 0), (WIN, 0), (50, 0), (5, 8)])
 def test_exact_is_full_backpropagation(kind, stateful, segment, n_skip):
-    a,b = (fit(learner(loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, **kwargs), 2) for scheme,kwargs in ((Exact(segment), {}), (None, dict(sub_seq_len=None))))
+    a,b = (fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, **kwargs), 2) for scheme,kwargs in ((Exact(segment), {}), (None, dict(sub_seq_len=None))))
     for p,q in zip(a.model.parameters(), b.model.parameters()): assert (p-q).abs().max()<1e-12
 
 def test_exact_draws_the_same_dropout_again():
@@ -208,9 +202,9 @@ def test_exact_draws_the_same_dropout_again():
         torch.manual_seed(0)
         model = nn.Sequential(StatefulRNN(Dropping()), nn.Linear(3, 1)).double()
         set_seed(5)
-        learn = TbpttLearner(loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05, **kwargs)
+        learn = TbpttLearner(scheme_loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05, **kwargs)
         learn.remove_cb(SubWindowCheckCB)
-        return fit(learn)
+        return fit_own_lr(learn)
     for p,q in zip(trained(Exact(5)).model.parameters(), trained(None, sub_seq_len=None).model.parameters()): assert (p-q).abs().max()<1e-12
 
 def test_exact_needs_a_tenth_of_the_memory():
@@ -241,9 +235,9 @@ def test_exact_needs_a_tenth_of_the_memory():
                     del sizes[self.key]
                     if self.key not in held: live -= self.n
         sizes,watch = {},Watch()
-        learn = learner(DataLoaders(dl, dl), scheme, rnn, head, cbs=watch, **({} if scheme else dict(sub_seq_len=None)))
+        learn = scheme_learner(DataLoaders(dl, dl), scheme, rnn, head, cbs=watch, **({} if scheme else dict(sub_seq_len=None)))
         watch.name_of,held = name,{p.untyped_storage().data_ptr() for p in learn.model.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda o: o.t): fit(learn)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda o: o.t): fit_own_lr(learn)
         saved[name] = peak
     assert saved['exact']<.1*saved['plain']
     for a,b in zip(grads['exact'], grads['plain'], strict=True): assert (a-b).abs().max()<1e-10*max(b.abs().max(), 1)
@@ -258,7 +252,7 @@ def stream(scheme, bs, size, rnn, head, stateful, n_skip=0, n_epoch=2, cbs=None)
     dl = StreamDL(Sequences(xs, ys, **f64), bs=bs, sub_seq_len=size, device='cpu')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning) # some sequences may be all washout
-        return fit(learner(DataLoaders(dl, dl), scheme, rnn, head, stateful, n_skip=n_skip, cbs=cbs), n_epoch)
+        return fit_own_lr(scheme_learner(DataLoaders(dl, dl), scheme, rnn, head, stateful, n_skip=n_skip, cbs=cbs), n_epoch)
 
 @pytest.mark.parametrize('stateful', [True, False])
 @pytest.mark.parametrize('bs', [1, 2, 4])
@@ -301,7 +295,7 @@ def test_exact_on_streams_is_full_backpropagation(bs):
     same(a.model, b.model, tol=1e-12)
     xs,ys = sequences()
     dl = StreamDL(Sequences(xs, ys, **f64), bs=bs, device='cpu')
-    c = fit(learner(DataLoaders(dl, dl), None, *parts(), sub_seq_len=None), 2)
+    c = fit_own_lr(scheme_learner(DataLoaders(dl, dl), None, *parts(), sub_seq_len=None), 2)
     same(a.model, c.model, tol=1e-12)
 
 def test_what_a_stream_refuses():
@@ -337,7 +331,7 @@ def test_jittered_on_text():
         def before_batch(self):
             if self.training: seen.append(self.xb[0].shape[1])
     learn = TbpttLearner(dls, rnn_type='lstm', hidden_size=8, truncation=Jittered(20), cbs=Watch())
-    fit(learn)
+    fit_own_lr(learn)
     n = dls.train.dataset.lengths.max()
     assert sum(seen)==n and len(set(seen))>3
 
@@ -348,7 +342,7 @@ SCHEMES = [Fixed(6), Overlap(4, 10), Overlap(4, 10, 'all'), Jittered(7, std=2, l
 def test_every_number_a_user_reads_is_that_of_whole_windows(scheme, n_skip):
     "Rule 6: validation, predictions, and after training the state; the schedule ends where it should"
     rnn,head = parts()
-    learn = learner(loaders(), scheme, rnn, head, n_skip=n_skip, lr=1e-3, opt_func=partial(OptimWrapper, opt=torch.optim.Adam))
+    learn = scheme_learner(scheme_loaders(), scheme, rnn, head, n_skip=n_skip, lr=1e-3, opt_func=adam)
     with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(2, 1e-3)
     assert float(learn.pct_train)==pytest.approx(1) and learn.recorder.lrs[-1]<learn.recorder.lrs[0]
     x,y = data()
@@ -363,7 +357,7 @@ def test_every_number_a_user_reads_is_that_of_whole_windows(scheme, n_skip):
 def test_an_interrupted_fit_leaves_nothing_behind(scheme):
     def trained(interrupt):
         rnn,head = parts()
-        learn = learner(loaders(), scheme, rnn, head)
+        learn = scheme_learner(scheme_loaders(), scheme, rnn, head)
         if interrupt:
             class Stop(Callback):
                 order = 80
@@ -374,7 +368,7 @@ def test_an_interrupted_fit_leaves_nothing_behind(scheme):
             learn.model.load_state_dict(before)
             learn.create_opt()
         set_seed(0)
-        return list(fit(learn).model.parameters())
+        return list(fit_own_lr(learn).model.parameters())
     for a,b in zip(trained(True), trained(False), strict=True): assert torch.equal(a, b)
 
 @pytest.mark.parametrize('scheme', SCHEMES, ids=repr)
@@ -383,8 +377,8 @@ def test_other_callbacks(scheme):
     def trained(cbs):
         rnn,head = parts()
         set_seed(4)
-        learn = learner(loaders(), scheme, rnn, head, cbs=cbs)
-        return list(fit(learn).model.parameters())
+        learn = scheme_learner(scheme_loaders(), scheme, rnn, head, cbs=cbs)
+        return list(fit_own_lr(learn).model.parameters())
     class Evaluate(Callback):
         def after_batch(self):
             if not self.training or getattr(self, 'busy', False): return
@@ -411,7 +405,7 @@ def test_a_scheme_of_ones_own():
                 yield start,min(start+n, win_sz)
                 start,n = start+n,2*n
     x,y = data()
-    learn = fit(learner(loaders(), Doubling(3), *parts()))
+    learn = fit_own_lr(scheme_learner(scheme_loaders(), Doubling(3), *parts()))
     rnn,head = parts()
     for idxs in batches():
         state = None
@@ -434,12 +428,12 @@ class OwnState(nn.Module):
 
 def test_what_is_refused():
     rnn,head = parts()
-    with pytest.raises(ValueError, match='Two schemes'): learner(loaders(), Overlap(5, 10), rnn, head, sub_seq_len=5)
-    with pytest.raises(TypeError, match='truncation is 5; expected a scheme'): learner(loaders(), 5, rnn, head)
+    with pytest.raises(ValueError, match='Two schemes'): scheme_learner(scheme_loaders(), Overlap(5, 10), rnn, head, sub_seq_len=5)
+    with pytest.raises(TypeError, match='truncation is 5; expected a scheme'): scheme_learner(scheme_loaders(), 5, rnn, head)
     for scheme in (Overlap(5, 10), RandomUnbiased(6), Exact(4)):
         with pytest.raises(ValueError, match='OwnState carries a state by itself'):
-            fit(TbpttLearner(loaders(), OwnState().double(), truncation=scheme, loss_func=nn.MSELoss()))
-    fit(TbpttLearner(loaders(), OwnState().double(), truncation=Jittered(7), loss_func=nn.MSELoss()))
+            fit_own_lr(TbpttLearner(scheme_loaders(), OwnState().double(), truncation=scheme, loss_func=nn.MSELoss()))
+    fit_own_lr(TbpttLearner(scheme_loaders(), OwnState().double(), truncation=Jittered(7), loss_func=nn.MSELoss()))
     for make in (lambda: Overlap(0, 4), lambda: Overlap(5, 4), lambda: Overlap(4, 5, 'some'), lambda: Jittered(7, half=2), lambda: RandomUnbiased(1), lambda: RandomUnbiased(9, alpha=2), lambda: Exact(-1), lambda: Jittered(7, rescale='x')):
         with pytest.raises(ValueError, match='; expected|is needed|Use'): make()
 
@@ -452,7 +446,7 @@ def test_labels_of_windows():
     for scheme in (Overlap(5, 12), Exact(4), Jittered(7)):
         dl = torch.utils.data.DataLoader(list(zip(x, label)), 4)
         rnn,head = parts()
-        learn = fit(TbpttLearner(DataLoaders(dl, dl), Last(rnn, head), truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05))
+        learn = fit_own_lr(TbpttLearner(DataLoaders(dl, dl), Last(rnn, head), truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05))
         if isinstance(scheme, Jittered): continue
         rnn2,head2 = parts()
         params = [*rnn2.parameters(), *head2.parameters()]
@@ -476,7 +470,7 @@ def test_what_is_as_long_as_a_piece_is_not_cut():
         dls = DataLoaders(dl, dl)
         dls.n_inp = 2
         rnn,head = parts()
-        return list(fit(TbpttLearner(dls, Two(rnn, head), truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05, **kwargs)).model.parameters())
+        return list(fit_own_lr(TbpttLearner(dls, Two(rnn, head), truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05, **kwargs)).model.parameters())
     for a,b in zip(trained(Exact(10)), trained(None, sub_seq_len=None), strict=True): assert (a-b).abs().max()<1e-12
 
 
@@ -497,13 +491,13 @@ def test_one_prediction_per_window_is_not_joined():
             dl = torch.utils.data.DataLoader(list(zip(x, label)), 4)
             rnn,_ = parts()
             torch.manual_seed(1)
-            return list(fit(TbpttLearner(DataLoaders(dl, dl), Last(rnn, nn.Linear(3, n_out).double()), truncation=scheme, loss_func=loss, opt_func=sgd, lr=.05, **kwargs)).model.parameters())
+            return list(fit_own_lr(TbpttLearner(DataLoaders(dl, dl), Last(rnn, nn.Linear(3, n_out).double()), truncation=scheme, loss_func=loss, opt_func=sgd, lr=.05, **kwargs)).model.parameters())
         for a,b in zip(trained(Exact(n_out)), trained(None, sub_seq_len=None), strict=True): assert (a-b).abs().max()<1e-12
         trained(RandomUnbiased(8, 6))
 
 def test_a_sub_window_without_a_loss_is_run_in_its_turn():
     x,y = data()
-    learn = fit(learner(loaders(), Own(SubWindow(0, 8, 0), SubWindow(8, 16, 16), SubWindow(16, 0, 16)), *parts()))
+    learn = fit_own_lr(scheme_learner(scheme_loaders(), Own(SubWindow(0, 8, 0), SubWindow(8, 16, 16), SubWindow(16, 0, 16)), *parts()))
     rnn,head = parts()
     params = [*rnn.parameters(), *head.parameters()]
     for idxs in batches():
@@ -521,7 +515,7 @@ def test_a_sub_window_without_a_loss_is_run_in_its_turn():
 def test_what_is_computed_again_is_part_of_any_plan(stateful):
     "Several sub-windows, with states kept in the middle and gradients scaled: the same with and without"
     plan = SubWindow(0, 9, 0, carry=4, cuts=((2, 1.), (6, .5))),SubWindow(4, 15, 7, cuts=((10, 2.), (12, 1.))),SubWindow(15, 0, 15, cuts=((20, .3),))
-    a,b = (fit(learner(loaders(), Own(*plan, recompute=o), *parts(), stateful), 2) for o in (True, False))
+    a,b = (fit_own_lr(scheme_learner(scheme_loaders(), Own(*plan, recompute=o), *parts(), stateful), 2) for o in (True, False))
     for p,q in zip(a.model.parameters(), b.model.parameters(), strict=True): assert (p-q).abs().max()<1e-13
 
 def test_exact_on_streams_needs_less_memory():
@@ -531,7 +525,7 @@ def test_exact_on_streams_needs_less_memory():
     rnn.register_forward_pre_hook(lambda m,args: seen.append(args[0].shape[1]) if torch.is_grad_enabled() else None)
     x,y = data(2, 30)
     dl = StreamDL(Sequences(list(x), list(y), **f64), bs=2)
-    fit(learner(DataLoaders(dl, dl), Exact(10), rnn, head))
+    fit_own_lr(scheme_learner(DataLoaders(dl, dl), Exact(10), rnn, head))
     assert seen==[10]*5
 
 def test_pieces_of_a_cancelled_batch_are_not_those_of_the_next():
@@ -540,15 +534,15 @@ def test_pieces_of_a_cancelled_batch_are_not_those_of_the_next():
         def before_batch(self):
             if self.training and self.train_iter%2==0: raise CancelBatchException()
     scheme = Own(SubWindow(0, 10, 0, cuts=((5, 2.),)), SubWindow(10, 0, 10))
-    fit(learner(loaders(), scheme, *parts(), cbs=Skip()))
-    fit(learner(loaders(), RandomUnbiased(4, 6), *parts(), cbs=Skip()))
+    fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(), cbs=Skip()))
+    fit_own_lr(scheme_learner(scheme_loaders(), RandomUnbiased(4, 6), *parts(), cbs=Skip()))
 
 def test_an_interrupted_step_leaves_the_learning_rate_as_it_was():
     class Stop(Callback):
         order = 90
         def before_step(self):
             if self.train_iter==1: raise RuntimeError('stop')
-    learn = learner(loaders(), Jittered(7, std=3, least=2, rescale='lr'), *parts())
+    learn = scheme_learner(scheme_loaders(), Jittered(7, std=3, least=2, rescale='lr'), *parts())
     with pytest.raises(RuntimeError, match='stop'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop())
     assert learn.opt.hypers[0]['lr']==.05
     seen = []
@@ -565,12 +559,12 @@ def test_plans_of_long_windows(scheme): # a hundred times as long took ten thous
 def test_a_layer_with_statistics_is_warned_about():
     rnn,head = parts()
     model = nn.Sequential(StatefulRNN(rnn), nn.BatchNorm1d(WIN).double(), head)
-    with pytest.warns(UserWarning, match=r'BatchNorm1d \(1\) takes the statistics of a segment'): TbpttLearner(loaders(), model, truncation=Exact(5), loss_func=nn.MSELoss())
+    with pytest.warns(UserWarning, match=r'BatchNorm1d \(1\) takes the statistics of a segment'): TbpttLearner(scheme_loaders(), model, truncation=Exact(5), loss_func=nn.MSELoss())
 
 def test_the_smoothed_loss_weighs_sub_windows_by_their_steps():
     x,y = data()
-    learn = learner(loaders(bs=9), Own(SubWindow(0, 20, 0), SubWindow(20, 0, 20)), *parts(), lr=0.)
-    fit(learn)
+    learn = scheme_learner(scheme_loaders(bs=9), Own(SubWindow(0, 20, 0), SubWindow(20, 0, 20)), *parts(), lr=0.)
+    fit_own_lr(learn)
     with torch.no_grad(): errors = (learn.model(x)-y).square() if not learn.model.train(False).training else None
     beta = learn.recorder.smooth_loss.beta
     a,b = errors[:,:20].mean(),errors[:,20:].mean()
@@ -590,7 +584,7 @@ def test_a_state_may_be_infinite():
             return torch.stack(out, 1),(mean, log_sum)
     torch.manual_seed(0)
     model = nn.Sequential(StatefulRNN(LogSum()), nn.Linear(3, 1)).double()
-    fit(TbpttLearner(loaders(), model, truncation=RandomUnbiased(8, block=2), loss_func=nn.MSELoss(), opt_func=sgd, lr=.05))
+    fit_own_lr(TbpttLearner(scheme_loaders(), model, truncation=RandomUnbiased(8, block=2), loss_func=nn.MSELoss(), opt_func=sgd, lr=.05))
     assert all(p.isfinite().all() for p in model.parameters())
 
 @pytest.mark.parametrize('plan,error', [
@@ -615,7 +609,7 @@ def test_a_block_that_is_none():
 
 @pytest.mark.parametrize('scheme', [Overlap(50, 100), Jittered(500), RandomUnbiased(500)], ids=repr)
 def test_windows_that_are_too_short(scheme):
-    with pytest.raises(ValueError, match='is for windows of (50|500) steps or more, but a window has 23'): learner(loaders(), scheme, *parts())
+    with pytest.raises(ValueError, match='is for windows of (50|500) steps or more, but a window has 23'): scheme_learner(scheme_loaders(), scheme, *parts())
 
 def test_the_lengths_of_jittered_are_those_of_awd_lstm():
     "b = k with probability .95, else k/2; max(5, int(N(b, 5)))"
@@ -638,7 +632,7 @@ def test_an_evaluation_in_the_middle_of_training(scheme):
                     learn.model.train()
         set_seed(4)
         rnn,head = parts()
-        return list(fit(learner(loaders(), scheme, rnn, head, cbs=Evaluate())).model.parameters())
+        return list(fit_own_lr(scheme_learner(scheme_loaders(), scheme, rnn, head, cbs=Evaluate())).model.parameters())
     for a,b in zip(trained(True), trained(False), strict=True): assert torch.equal(a, b)
 
 def test_groups_of_a_stream():
@@ -648,7 +642,7 @@ def test_groups_of_a_stream():
     dl = StreamDL(Sequences(xs, ys, groups=names, **f64), bs=2, sub_seq_len=5)
     first = learned_state(rnn, names)
     learn = TbpttLearner(DataLoaders(dl, dl), nn.Sequential(StatefulRNN(rnn, initial=first), head), truncation=Overlap(5, 15), n_skip=2, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05)
-    fit(learn)
+    fit_own_lr(learn)
     assert all((p!=0).any() for p in first.parameters()) and float(learn.pct_train)==pytest.approx(1)
     assert 'keep_graph' not in vars(learn.model[0])
 
@@ -667,9 +661,9 @@ def test_states_in_a_dataclass_that_was_not_met_before(scheme):
         torch.manual_seed(0)
         model = nn.Sequential(StatefulRNN(Core()), nn.Linear(3, 1)).double()
         set_seed(1)
-        learn = TbpttLearner(loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05)
+        learn = TbpttLearner(scheme_loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05)
         learn.remove_cb(SubWindowCheckCB) # which would meet it
-        return list(fit(learn).model.parameters())
+        return list(fit_own_lr(learn).model.parameters())
     State = dataclasses.make_dataclass('State', ['h'])
     for a,b in zip(trained(State, lambda o: o.h), trained(lambda h: {'h': h}, lambda o: o['h']), strict=True): assert torch.equal(a, b)
 
