@@ -1,4 +1,4 @@
-"Ten windows of 30 steps that know their place, a small model, and a learner of both; each step of a training is watched"
+"Ten windows of 30 steps, a small model, a learner of both, and what each of its training steps saw"
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import TfmdDL

@@ -45,7 +45,8 @@ def adaptive_loaders(stream=False):
 def adaptive_learner(scheme, core=None, stream=False, **kwargs):
     torch.manual_seed(0)
     model = nn.Sequential(StatefulRNN(core or nn.GRU(1, 3, batch_first=True).double()), nn.Linear(1 if core else 3, 1).double())
-    return TbpttLearner(adaptive_loaders(stream), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.1, **kwargs)
+    return TbpttLearner(adaptive_loaders(stream), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.1,
+                        **kwargs)
 
 @pytest.mark.parametrize('stream', [False, True])
 def test_it_is_overlap_with_the_length_of_each_epoch(stream):
@@ -101,7 +102,8 @@ def test_every_few_epochs_and_again_in_a_second_fit():
 def test_settings_that_make_no_sense():
     for kwargs in (dict(delta=0), dict(k_max=0), dict(k_min=5, k_max=4), dict(every=0)):
         with pytest.raises(ValueError, match='; expected'): Adaptive(**kwargs)
-    with pytest.raises(ValueError, match='too short to see gradients fall'): fit_own_lr(adaptive_learner(Adaptive(k_max=400, step=20)), 3)
+    with pytest.raises(ValueError, match='too short to see gradients fall'):
+        fit_own_lr(adaptive_learner(Adaptive(k_max=400, step=20)), 3)
 
 def test_it_is_its_scheme_in_all():
     scheme = Adaptive(k_max=10, scheme=lambda k: RandomUnbiased(5, 6))

@@ -98,7 +98,8 @@ def test_a_layer_in_two_roles_is_refused_in_a_compiled_model(signals):
             super().__init__()
             self.rnn,self.head = StatefulRNN(Steps()),nn.Linear(4, 1)
         def forward(self, x): return self.head(self.rnn(x)+self.rnn(x.flip(1)))
-    with pytest.raises(Exception, match='called twice'): trained(signals, Twice, windows, lambda m: compiled(m, 'torch.compile', backend='eager'))
+    with pytest.raises(Exception, match='called twice'):
+        trained(signals, Twice, windows, lambda m: compiled(m, 'torch.compile', backend='eager'))
 
 def test_a_compiled_model_used_by_itself_carries_until_reset():
     torch._dynamo.reset()

@@ -49,7 +49,8 @@ def test_equals_the_loop_by_hand(signals, rnn_type, num_layers, sub_seq_len, num
 @pytest.mark.parametrize('n_skip,clip', [(0,.05), (20,None), (50,None), (70,None)]) # within, all of, and beyond the first sub-window
 def test_washout_and_clipping_equal_the_loop_by_hand(signals, n_skip, clip):
     rnn,head = recurrent_and_head('lstm', 1)
-    learn = TbpttLearner(split_loaders(signals, **WINDOWS), nn.Sequential(StatefulRNN(copy.deepcopy(rnn)), copy.deepcopy(head)),
+    learn = TbpttLearner(split_loaders(signals, **WINDOWS),
+                         nn.Sequential(StatefulRNN(copy.deepcopy(rnn)), copy.deepcopy(head)),
                          sub_seq_len=50, n_skip=n_skip, grad_clip=clip, opt_func=adam)
     fit(learn, N_EPOCH)
     train_tbptt(rnn, head, *by_hand(signals), 50, LR, nn.functional.l1_loss, n_skip=n_skip, clip=clip)
@@ -58,7 +59,8 @@ def test_washout_and_clipping_equal_the_loop_by_hand(signals, n_skip, clip):
 
 @pytest.mark.parametrize('rnn_type', rnn_types)
 def test_built_model_equals_the_loop_by_hand(signals, rnn_type):
-    learn = RNNLearner(split_loaders(signals, **WINDOWS, sub_seq_len=50), rnn_type=rnn_type, hidden_size=6, opt_func=adam)
+    learn = RNNLearner(split_loaders(signals, **WINDOWS, sub_seq_len=50), rnn_type=rnn_type, hidden_size=6,
+                       opt_func=adam)
     start = copy.deepcopy(learn.model)
     fit(learn, N_EPOCH)
     u,y = (torch.from_numpy(o[:900]).double() for o in signals)
@@ -71,7 +73,8 @@ def test_built_model_equals_the_loop_by_hand(signals, rnn_type):
 
 def test_float64_equals_the_loop_by_hand(signals):
     rnn,head = recurrent_and_head('lstm', 1, torch.float64)
-    learn = TbpttLearner(split_loaders(signals, **WINDOWS, dtype=torch.float64, sub_seq_len=50), nn.Sequential(StatefulRNN(copy.deepcopy(rnn)), copy.deepcopy(head)), opt_func=adam)
+    learn = TbpttLearner(split_loaders(signals, **WINDOWS, dtype=torch.float64, sub_seq_len=50),
+                         nn.Sequential(StatefulRNN(copy.deepcopy(rnn)), copy.deepcopy(head)), opt_func=adam)
     fit(learn, N_EPOCH)
     x,y,epochs = by_hand(signals)
     train_tbptt(rnn, head, x.double(), y.double(), epochs, 50, LR, nn.functional.l1_loss)
@@ -99,6 +102,7 @@ def test_whole_window_is_full_backpropagation(signals, of_loader, of_learner):
     fit(plain, N_EPOCH)
     assert_same(plain.model, *by_loop)
 
-    learn = TbpttLearner(split_loaders(signals, **WINDOWS, sub_seq_len=of_loader), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=of_learner, opt_func=adam)
+    learn = TbpttLearner(split_loaders(signals, **WINDOWS, sub_seq_len=of_loader),
+                         nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=of_learner, opt_func=adam)
     fit(learn, N_EPOCH)
     assert_same(learn.model, *by_loop)

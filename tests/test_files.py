@@ -160,7 +160,8 @@ def test_integers_in_files_as_tokens_and_classes():
         set_seed(3)
         ds = Sequences([x[:333], x[333:]], [y[:333], y[333:]])
         dl = StreamDL(ds, bs=2, sub_seq_len=SUB, shuffle=True)
-        return list(fit(TbpttLearner(DataLoaders(dl, dl), Tagger(), loss_func=nn.CrossEntropyLoss()), 2).model.parameters())
+        learn = TbpttLearner(DataLoaders(dl, dl), Tagger(), loss_func=nn.CrossEntropyLoss())
+        return list(fit(learn, 2).model.parameters())
     same(params(memmap(tokens, 'x.bin', '>i4'), memmap(tokens%3, 'y.bin', '>i8')), params(tokens.astype(np.int32), tokens%3))
 
 
@@ -420,7 +421,8 @@ def windows(signals, cls=StreamDL, bs=3, stp_sz=100, **kwargs):
 def test_a_deterministic_transform_gives_what_it_gives_for_whole_windows(signals, shuffle):
     def params(cls):
         set_seed(3)
-        learn = fit(TbpttLearner(windows(signals, cls, bs=4, stp_sz=150, shuffle=shuffle, after_batch=[Double()], num_workers=0), Net()), 2)
+        dls = windows(signals, cls, bs=4, stp_sz=150, shuffle=shuffle, after_batch=[Double()], num_workers=0)
+        learn = fit(TbpttLearner(dls, Net()), 2)
         return [*learn.model.parameters()]
     dls = windows(signals, bs=4, stp_sz=150, after_batch=[Double()])
     whole = windows(signals, TbpttDL, bs=4, stp_sz=150, after_batch=[Double()], num_workers=0).train.one_batch()

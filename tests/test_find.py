@@ -79,7 +79,8 @@ def test_a_complex_state_has_two_units_for_each_number():
     x,y = data()
     torch.manual_seed(0)
     rnn,head = LRU(2, 4).double(),nn.Linear(4, 1).double()
-    learn = TbpttLearner(torch_loaders(x, y), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5, loss_func=nn.MSELoss())
+    learn = TbpttLearner(torch_loaders(x, y), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5,
+                         loss_func=nn.MSELoss())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
         res = learn.tbptt_find(max_lag=6, n_batches=2, n_losses=99, show=False)
@@ -125,7 +126,9 @@ class Leaky(nn.Module):
 
 def leaky(rho, steps=200, sub_seq_len=5, **kwargs):
     x,y = data(6, steps, 1)
-    return TbpttLearner(torch_loaders(x, y+1e30), nn.Sequential(StatefulRNN(Leaky(rho))), sub_seq_len=sub_seq_len, loss_func=nn.L1Loss(), **kwargs) # the loss is y-h, with gradient -1
+    # the loss is y-h, with gradient -1
+    return TbpttLearner(torch_loaders(x, y+1e30), nn.Sequential(StatefulRNN(Leaky(rho))), sub_seq_len=sub_seq_len,
+                        loss_func=nn.L1Loss(), **kwargs)
 
 @pytest.mark.parametrize('rho', [.5, .9])
 def test_a_linear_network_in_closed_form(rho):
@@ -192,7 +195,8 @@ def test_estimates_by_hand():
 def test_losses_in_the_washout_do_not_count():
     x,y = data()
     rnn,head = nn.GRU(2, 4, batch_first=True).double(),nn.Linear(4, 1).double()
-    learn = TbpttLearner(torch_loaders(x, y), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5, n_skip=11, loss_func=nn.MSELoss())
+    learn = TbpttLearner(torch_loaders(x, y), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5, n_skip=11,
+                         loss_func=nn.MSELoss())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
         res = learn.tbptt_find(max_lag=6, n_batches=1, n_losses=99, show=False)
@@ -210,7 +214,8 @@ def test_one_label_per_window(step):
     model = model.double()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
-        res = TbpttLearner(torch_loaders(x, label), model, sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(n_batches=1, step=step, show=False)
+        res = TbpttLearner(torch_loaders(x, label), model, sub_seq_len=5,
+                           loss_func=nn.MSELoss()).tbptt_find(n_batches=1, step=step, show=False)
     expected = phi_by_hand(model.rnn, model.head, x[:3], label[:3,None].expand(-1, 14, -1), res.lags, [13])
     np.testing.assert_allclose(res.phi[0], expected, rtol=1e-8)
 
@@ -360,7 +365,8 @@ class Sum(nn.Module):
         return out,out[:,-1]
 
 @pytest.mark.parametrize('find,message', [
-    (lambda: TbpttLearner(torch_loaders(*data()), nn.Linear(2, 1), sub_seq_len=None, loss_func=nn.MSELoss()).tbptt_find(), 'no recurrent layer'),
+    (lambda: TbpttLearner(torch_loaders(*data()), nn.Linear(2, 1), sub_seq_len=None,
+                          loss_func=nn.MSELoss()).tbptt_find(), 'no recurrent layer'),
     (lambda: leaky(.9, 1, None).tbptt_find(), 'window has 1 steps: too short for two lags'),
     (lambda: leaky(.9, 20).tbptt_find(max_lag=20), 'window has 20 steps: too short for max_lag=20'),
     (lambda: leaky(.9, 20).tbptt_find(step=6), 'or a smaller step'),
@@ -368,8 +374,11 @@ class Sum(nn.Module):
     (lambda: leaky(.9, 20).tbptt_find(bias=0), 'bias is 0'),
     (lambda: leaky(.9, 20).tbptt_find(n_batches=0), 'n_batches is 0'),
     (lambda: leaky(.9, 20).tbptt_find(tau=10), 'tau is 10'),
-    (lambda: TbpttLearner(torch_loaders(*data()), GivesAState(nn.GRU(2, 4, batch_first=True)).double(), sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(), r'gives its recurrent layers \(rnn\) a state of its own'),
-    (lambda: TbpttLearner(torch_loaders(*data(n_in=1)), nn.Sequential(StatefulRNN(Sum())), sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(), 'Sequential has 0 parameters'),
+    (lambda: TbpttLearner(torch_loaders(*data()), GivesAState(nn.GRU(2, 4, batch_first=True)).double(), sub_seq_len=5,
+                          loss_func=nn.MSELoss()).tbptt_find(),
+     r'gives its recurrent layers \(rnn\) a state of its own'),
+    (lambda: TbpttLearner(torch_loaders(*data(n_in=1)), nn.Sequential(StatefulRNN(Sum())), sub_seq_len=5,
+                          loss_func=nn.MSELoss()).tbptt_find(), 'Sequential has 0 parameters'),
 ])
 def test_what_is_refused(find, message):
     with pytest.raises(ValueError, match=message): find()

@@ -1,4 +1,5 @@
-"Where fastai and sub-windows collide, in loaders and in the training loop: a test for every known hazard. fastai's own flaws are tested as they are today"
+"""Where fastai and sub-windows collide, in loaders and in the training loop: a test for every known hazard.
+fastai's own flaws are tested as they are today"""
 import copy, inspect, io, os, random
 import numpy as np
 import pytest
@@ -167,7 +168,8 @@ def test_no_window_of_an_iterable_dataset_is_lost(sub):
     its,seen = items(),[]
     class See(Callback):
         def before_batch(self): seen.extend((self.x[:,0,0]/100).tolist()) if self.training else None
-    fit(small_learner(DataLoaders(*[TfmdDL(Stream(its), BS, num_workers=0) for _ in 'tv']), sub=sub, cbs=[See()]), 1, 0.)
+    dls = DataLoaders(*[TfmdDL(Stream(its), BS, num_workers=0) for _ in 'tv'])
+    fit(small_learner(dls, sub=sub, cbs=[See()]), 1, 0.)
     assert set(range(10))<=set(seen)
 
 

@@ -1,4 +1,5 @@
-"Where fastai and sub-windows collide, in evaluation, other callbacks and text: a test for every known hazard. fastai's own flaws are tested as they are today"
+"""Where fastai and sub-windows collide, in evaluation, other callbacks and text: a test for every known hazard.
+fastai's own flaws are tested as they are today"""
 import ast, copy, inspect
 from pathlib import Path
 import numpy as np
@@ -146,7 +147,8 @@ def test_callbacks_that_change_the_loss_meet_no_step_without_one(kind, n_skip):
         def __init__(self): super().__init__(); self.net = net()
         def forward(self, x): o = self.net(x); return o,o,o
     accumulate = kind=='GradientAccumulation'
-    learn = small_learner(model=None if accumulate else Three(), cbs=[GradientAccumulation(8), Watch()] if accumulate else [RNNCallback(), RNNRegularizer(1., 1.), Watch()])
+    cbs = [GradientAccumulation(8), Watch()] if accumulate else [RNNCallback(), RNNRegularizer(1., 1.), Watch()]
+    learn = small_learner(model=None if accumulate else Three(), cbs=cbs)
     learn.tbptt_reset_cb.n_skip = n_skip
     fit(learn)
     assert learn.watch.lens==[12,6]*3 and len(learn.recorder.losses)==6

@@ -71,8 +71,10 @@ def test_one_warning(signals, by, every, kind):
         assert len(ours)==1 and kind in ours[0] and 'at step 0' in ours[0]
 
 def test_thresholds_are_arguments(signals):
-    with pytest.warns(UserWarning, match='above high=1e-05'): fit_own_lr(health_learner(signals, GradientHealth(high=1e-5, low=0.)), 1)
-    with pytest.warns(UserWarning, match='below low=1e\\+06'): fit_own_lr(health_learner(signals, GradientHealth(low=1e6, high=1e9)), 1)
+    with pytest.warns(UserWarning, match='above high=1e-05'):
+        fit_own_lr(health_learner(signals, GradientHealth(high=1e-5, low=0.)), 1)
+    with pytest.warns(UserWarning, match='below low=1e\\+06'):
+        fit_own_lr(health_learner(signals, GradientHealth(low=1e6, high=1e9)), 1)
     fit_own_lr(health_learner(signals, GradientHealth()), 1) # no warning, which would be an error
 
 def test_the_host_waits_once_in_many_steps(signals, monkeypatch):
@@ -130,7 +132,8 @@ class StopAt(Callback):
         if self.train_iter==3: raise CancelFitException
 
 def test_a_fit_that_was_stopped_warns_at_its_end(signals):
-    with pytest.warns(UserWarning, match='vanishing'): fit_own_lr(health_learner(signals, GradientHealth(), Scale(1e-12), StopAt()), 1)
+    with pytest.warns(UserWarning, match='vanishing'):
+        fit_own_lr(health_learner(signals, GradientHealth(), Scale(1e-12), StopAt()), 1)
 
 def test_warnings_wait_no_longer_than_an_epoch(signals):
     learn = health_learner(signals, GradientHealth(every=1000), Scale(1e-12))

@@ -1,4 +1,5 @@
-"A parameter whose short gradients have the wrong sign. It pushes ten units of a chain up and thirteen down, and the first unit is seen; after Tallec and Ollivier 2017 (arXiv 1705.08209)"
+"""A parameter whose short gradients have the wrong sign. It pushes ten units of a chain up and thirteen down, and the
+first unit is seen; after Tallec and Ollivier 2017 (arXiv 1705.08209)"""
 import statistics
 import pytest
 import torch

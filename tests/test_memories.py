@@ -139,7 +139,8 @@ def test_gradient_of_a_whole_window_is_full_backpropagation(signals, kind, dtype
     "... through a chain of single steps, whose states are not detached"
     core,head = memory_and_head(kind, dtype)
     seen = Gradients()
-    fit(TbpttLearner(split_loaders(signals, **WINDOWS, dtype=dtype, sub_seq_len=WIN), stateful(core, head), opt_func=adam, cbs=seen), 1)
+    fit(TbpttLearner(split_loaders(signals, **WINDOWS, dtype=dtype, sub_seq_len=WIN), stateful(core, head),
+                     opt_func=adam, cbs=seen), 1)
     x,y = batches(signals, dtype)[0][0]
     state,outs = None,[]
     for t in range(WIN):
@@ -153,7 +154,8 @@ def test_gradient_of_a_whole_window_is_full_backpropagation(signals, kind, dtype
 @each_memory
 def test_training_equals_the_loop_by_hand(signals, kind, sub_seq_len):
     core,head = memory_and_head(kind)
-    learn = TbpttLearner(split_loaders(signals, **WINDOWS, sub_seq_len=sub_seq_len), stateful(core, head), opt_func=adam)
+    learn = TbpttLearner(split_loaders(signals, **WINDOWS, sub_seq_len=sub_seq_len), stateful(core, head),
+                         opt_func=adam)
     fit(learn, N_EPOCH)
     def forward(inputs, state):
         out,state = core(*inputs, state)

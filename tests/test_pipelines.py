@@ -69,7 +69,8 @@ def seeded_loaders(xy, train=TfmdDL, **kwargs):
     set_seed(SEED)
     return item_loaders(list(zip(*xy)), 5, BS, train, shuffle=True, **kwargs)
 
-def check(dls, model, epochs, by_hand, cbs=None, run=None, timed=(True,True), tol=0, loss_func=l1, sub=SUB, opt_func=adam):
+def check(dls, model, epochs, by_hand, cbs=None, run=None, timed=(True,True), tol=0, loss_func=l1, sub=SUB,
+          opt_func=adam):
     "Train both ways from the same weights and compare; `by_hand` are settings of the loop"
     other = copy.deepcopy(model)
     learn = TbpttLearner(dls, model, sub, loss_func=loss_func, opt_func=opt_func, cbs=cbs)
@@ -94,7 +95,8 @@ def test_WeightedDL_with_SaveModel_equals_the_loop_by_hand(xy):
     set_seed(SEED)
     drawn = [np.random.choice(len(wgts), len(wgts), p=wgts/wgts.sum()) for _ in range(N_EPOCH)]
     epochs = [[[o[i] for o in xy] for i in torch.from_numpy(d).split(BS)] for d in drawn]
-    learn = check(seeded_loaders(xy, WeightedDL, wgts=wgts), Net(nn.GRU), epochs, {}, SaveModelCallback(every_epoch=True, fname='m'))
+    learn = check(seeded_loaders(xy, WeightedDL, wgts=wgts), Net(nn.GRU), epochs, {},
+                  SaveModelCallback(every_epoch=True, fname='m'))
     assert sorted(p.name for p in (learn.path/'models').iterdir())==['m_0.pth','m_1.pth']
 
 
@@ -125,7 +127,8 @@ def test_a_DataBlock_by_dl_type_with_flat_cos_equals_the_loop_by_hand(xy):
     lr = combined_cos(.75, LR, LR, LR/1e5)
     dls = block(xy, dl_type=TbpttDL, sub_seq_len=SUB)
     assert len(dls.train)==3*3 and len(dls.valid)==1
-    check(dls, Net(nn.RNN), epochs_of([o[:13] for o in xy], drop_last=True), dict(hypers=lambda p: dict(lr=lr(p))), run=lambda o: o.fit_flat_cos(N_EPOCH, LR), tol=1e-6)
+    check(dls, Net(nn.RNN), epochs_of([o[:13] for o in xy], drop_last=True), dict(hypers=lambda p: dict(lr=lr(p))),
+          run=lambda o: o.fit_flat_cos(N_EPOCH, LR), tol=1e-6)
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -227,7 +230,8 @@ def test_video_with_BnFreeze_and_GradientClip_equals_the_loop_by_hand():
 def test_one_label_per_window_with_CollectData_equals_the_loop_by_hand(xy):
     "The loss counts in the last sub-window only; the state comes through all of them"
     labelled = xy[0],xy[1].mean((1,2))
-    learn = check(seeded_loaders(labelled), Net(last=True), epochs_of(labelled), {}, CollectDataCallback(), timed=(True,False), loss_func=lambda p,y: l1(p[:,0], y))
+    learn = check(seeded_loaders(labelled), Net(last=True), epochs_of(labelled), {}, CollectDataCallback(),
+                  timed=(True,False), loss_func=lambda p,y: l1(p[:,0], y))
     assert len(learn.recorder.losses)==N_EPOCH*4
     assert [(xb[0].shape[1],len(yb)) for xb,yb,*_ in learn.collect_data.data[:4]]==[(WIN-2*SUB,1)]*4 # only what is a step
 

@@ -63,13 +63,15 @@ def batches(bs=4, n=9): return [list(range(i, min(i+bs, n))) for i in range(0, n
 @pytest.mark.parametrize('losses,n_skip', [('last', 0), ('all', 0), ('last', 8), ('all', 8)])
 def test_overlap(kind, stateful, k1, k2, losses, n_skip):
     x,y = data()
-    learn = fit_own_lr(scheme_learner(scheme_loaders(), Overlap(k1, k2, losses), *parts(kind), stateful, n_skip=n_skip), 2)
+    scheme = Overlap(k1, k2, losses)
+    learn = fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(kind), stateful, n_skip=n_skip), 2)
     rnn,head = parts(kind)
     train_overlap(rnn, head, x, y, [batches()]*2, k1, k2, torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=.05), nn.functional.mse_loss, losses, n_skip)
     same(learn.model, rnn, head)
 
 def test_overlap_of_equal_lengths_is_the_fixed_scheme_bit_by_bit():
-    a,b = (fit_own_lr(scheme_learner(scheme_loaders(steps=20), scheme, *parts()), 2) for scheme in (Overlap(5, 5), Fixed(5)))
+    a,b = (fit_own_lr(scheme_learner(scheme_loaders(steps=20), scheme, *parts()), 2)
+           for scheme in (Overlap(5, 5), Fixed(5)))
     for p,q in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(p, q)
 
 
@@ -120,7 +122,7 @@ def test_lengths_have_the_mean_that_was_asked_for(alpha, block):
     assert np.mean(lengths)==pytest.approx(20, rel=.05)
 
 def test_the_mean_gradient_is_the_full_one():
-    "An error within three times of what as many draws have, for the scheme; far more without the factors, and for a fixed length"
+    "An error within three times of what as many draws have; far more without the factors, and for a fixed length"
     rng = np.random.default_rng(0)
     x,y = torch.from_numpy(rng.standard_normal((1, 40, 2))),torch.from_numpy(rng.standard_normal((1, 40, 1)))
     torch.manual_seed(0)
@@ -140,7 +142,8 @@ def test_the_mean_gradient_is_the_full_one():
         dl = TbpttDL(Sequences([x[0]]*n, [y[0]]*n, **f64), bs=1, shuffle=False, num_workers=0)
         summed = Sum()
         set_seed(1)
-        fit_own_lr(TbpttLearner(DataLoaders(dl, dl), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=0., cbs=summed))
+        fit_own_lr(TbpttLearner(DataLoaders(dl, dl), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd,
+                                lr=0., cbs=summed))
         return summed.total/n,((summed.squares/n-(summed.total/n)**2).sum()/n)**.5
     full,_ = mean_gradient(None, 1)
     full = full*40/10 # a mean over 40 steps there, a sum over 10 here
@@ -185,7 +188,8 @@ def test_jittered(kind, stateful, n_skip, rescale):
 @pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False), ('gru', True)])
 @pytest.mark.parametrize('segment,n_skip', [(None, 0), (5, 0), (1, 0), (WIN, 0), (50, 0), (5, 8)])
 def test_exact_is_full_backpropagation(kind, stateful, segment, n_skip):
-    a,b = (fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, **kwargs), 2) for scheme,kwargs in ((Exact(segment), {}), (None, dict(sub_seq_len=None))))
+    a,b = (fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, **kwargs), 2)
+           for scheme,kwargs in ((Exact(segment), {}), (None, dict(sub_seq_len=None))))
     for p,q in zip(a.model.parameters(), b.model.parameters()): assert (p-q).abs().max()<1e-12
 
 def test_exact_draws_the_same_dropout_again():
@@ -202,7 +206,8 @@ def test_exact_draws_the_same_dropout_again():
         torch.manual_seed(0)
         model = nn.Sequential(StatefulRNN(Dropping()), nn.Linear(3, 1)).double()
         set_seed(5)
-        learn = TbpttLearner(scheme_loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05, **kwargs)
+        learn = TbpttLearner(scheme_loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05,
+                             **kwargs)
         learn.remove_cb(SubWindowCheckCB)
         return fit_own_lr(learn)
     for p,q in zip(trained(Exact(5)).model.parameters(), trained(None, sub_seq_len=None).model.parameters()): assert (p-q).abs().max()<1e-12
@@ -235,7 +240,8 @@ def test_exact_needs_a_tenth_of_the_memory():
                     del sizes[self.key]
                     if self.key not in held: live -= self.n
         sizes,watch = {},Watch()
-        learn = scheme_learner(DataLoaders(dl, dl), scheme, rnn, head, cbs=watch, **({} if scheme else dict(sub_seq_len=None)))
+        learn = scheme_learner(DataLoaders(dl, dl), scheme, rnn, head, cbs=watch,
+                               **({} if scheme else dict(sub_seq_len=None)))
         watch.name_of,held = name,{p.untyped_storage().data_ptr() for p in learn.model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda o: o.t): fit_own_lr(learn)
         saved[name] = peak
@@ -252,7 +258,8 @@ def stream(scheme, bs, size, rnn, head, stateful, n_skip=0, n_epoch=2, cbs=None)
     dl = StreamDL(Sequences(xs, ys, **f64), bs=bs, sub_seq_len=size, device='cpu')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning) # some sequences may be all washout
-        return fit_own_lr(scheme_learner(DataLoaders(dl, dl), scheme, rnn, head, stateful, n_skip=n_skip, cbs=cbs), n_epoch)
+        learn = scheme_learner(DataLoaders(dl, dl), scheme, rnn, head, stateful, n_skip=n_skip, cbs=cbs)
+        return fit_own_lr(learn, n_epoch)
 
 @pytest.mark.parametrize('stateful', [True, False])
 @pytest.mark.parametrize('bs', [1, 2, 4])
@@ -428,8 +435,10 @@ class OwnState(nn.Module):
 
 def test_what_is_refused():
     rnn,head = parts()
-    with pytest.raises(ValueError, match='Two schemes'): scheme_learner(scheme_loaders(), Overlap(5, 10), rnn, head, sub_seq_len=5)
-    with pytest.raises(TypeError, match='truncation is 5; expected a scheme'): scheme_learner(scheme_loaders(), 5, rnn, head)
+    with pytest.raises(ValueError, match='Two schemes'):
+        scheme_learner(scheme_loaders(), Overlap(5, 10), rnn, head, sub_seq_len=5)
+    with pytest.raises(TypeError, match='truncation is 5; expected a scheme'):
+        scheme_learner(scheme_loaders(), 5, rnn, head)
     for scheme in (Overlap(5, 10), RandomUnbiased(6), Exact(4)):
         with pytest.raises(ValueError, match='OwnState carries a state by itself'):
             fit_own_lr(TbpttLearner(scheme_loaders(), OwnState().double(), truncation=scheme, loss_func=nn.MSELoss()))
@@ -446,7 +455,8 @@ def test_labels_of_windows():
     for scheme in (Overlap(5, 12), Exact(4), Jittered(7)):
         dl = torch.utils.data.DataLoader(list(zip(x, label)), 4)
         rnn,head = parts()
-        learn = fit_own_lr(TbpttLearner(DataLoaders(dl, dl), Last(rnn, head), truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05))
+        learn = fit_own_lr(TbpttLearner(DataLoaders(dl, dl), Last(rnn, head), truncation=scheme, loss_func=nn.MSELoss(),
+                                        opt_func=sgd, lr=.05))
         if isinstance(scheme, Jittered): continue
         rnn2,head2 = parts()
         params = [*rnn2.parameters(), *head2.parameters()]
@@ -470,7 +480,9 @@ def test_what_is_as_long_as_a_piece_is_not_cut():
         dls = DataLoaders(dl, dl)
         dls.n_inp = 2
         rnn,head = parts()
-        return list(fit_own_lr(TbpttLearner(dls, Two(rnn, head), truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05, **kwargs)).model.parameters())
+        model = Two(rnn, head)
+        fit_own_lr(TbpttLearner(dls, model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05, **kwargs))
+        return list(model.parameters())
     for a,b in zip(trained(Exact(10)), trained(None, sub_seq_len=None), strict=True): assert (a-b).abs().max()<1e-12
 
 
@@ -491,13 +503,17 @@ def test_one_prediction_per_window_is_not_joined():
             dl = torch.utils.data.DataLoader(list(zip(x, label)), 4)
             rnn,_ = parts()
             torch.manual_seed(1)
-            return list(fit_own_lr(TbpttLearner(DataLoaders(dl, dl), Last(rnn, nn.Linear(3, n_out).double()), truncation=scheme, loss_func=loss, opt_func=sgd, lr=.05, **kwargs)).model.parameters())
+            model = Last(rnn, nn.Linear(3, n_out).double())
+            fit_own_lr(TbpttLearner(DataLoaders(dl, dl), model, truncation=scheme, loss_func=loss, opt_func=sgd, lr=.05,
+                                    **kwargs))
+            return list(model.parameters())
         for a,b in zip(trained(Exact(n_out)), trained(None, sub_seq_len=None), strict=True): assert (a-b).abs().max()<1e-12
         trained(RandomUnbiased(8, 6))
 
 def test_a_sub_window_without_a_loss_is_run_in_its_turn():
     x,y = data()
-    learn = fit_own_lr(scheme_learner(scheme_loaders(), Own(SubWindow(0, 8, 0), SubWindow(8, 16, 16), SubWindow(16, 0, 16)), *parts()))
+    learn = fit_own_lr(scheme_learner(scheme_loaders(),
+                                      Own(SubWindow(0, 8, 0), SubWindow(8, 16, 16), SubWindow(16, 0, 16)), *parts()))
     rnn,head = parts()
     params = [*rnn.parameters(), *head.parameters()]
     for idxs in batches():
@@ -515,7 +531,8 @@ def test_a_sub_window_without_a_loss_is_run_in_its_turn():
 def test_what_is_computed_again_is_part_of_any_plan(stateful):
     "Several sub-windows, with states kept in the middle and gradients scaled: the same with and without"
     plan = SubWindow(0, 9, 0, carry=4, cuts=((2, 1.), (6, .5))),SubWindow(4, 15, 7, cuts=((10, 2.), (12, 1.))),SubWindow(15, 0, 15, cuts=((20, .3),))
-    a,b = (fit_own_lr(scheme_learner(scheme_loaders(), Own(*plan, recompute=o), *parts(), stateful), 2) for o in (True, False))
+    a,b = (fit_own_lr(scheme_learner(scheme_loaders(), Own(*plan, recompute=o), *parts(), stateful), 2)
+           for o in (True, False))
     for p,q in zip(a.model.parameters(), b.model.parameters(), strict=True): assert (p-q).abs().max()<1e-13
 
 def test_exact_on_streams_needs_less_memory():
@@ -559,7 +576,8 @@ def test_plans_of_long_windows(scheme): # a hundred times as long took ten thous
 def test_a_layer_with_statistics_is_warned_about():
     rnn,head = parts()
     model = nn.Sequential(StatefulRNN(rnn), nn.BatchNorm1d(WIN).double(), head)
-    with pytest.warns(UserWarning, match=r'BatchNorm1d \(1\) takes the statistics of a segment'): TbpttLearner(scheme_loaders(), model, truncation=Exact(5), loss_func=nn.MSELoss())
+    with pytest.warns(UserWarning, match=r'BatchNorm1d \(1\) takes the statistics of a segment'):
+        TbpttLearner(scheme_loaders(), model, truncation=Exact(5), loss_func=nn.MSELoss())
 
 def test_the_smoothed_loss_weighs_sub_windows_by_their_steps():
     x,y = data()
@@ -584,7 +602,8 @@ def test_a_state_may_be_infinite():
             return torch.stack(out, 1),(mean, log_sum)
     torch.manual_seed(0)
     model = nn.Sequential(StatefulRNN(LogSum()), nn.Linear(3, 1)).double()
-    fit_own_lr(TbpttLearner(scheme_loaders(), model, truncation=RandomUnbiased(8, block=2), loss_func=nn.MSELoss(), opt_func=sgd, lr=.05))
+    fit_own_lr(TbpttLearner(scheme_loaders(), model, truncation=RandomUnbiased(8, block=2), loss_func=nn.MSELoss(),
+                            opt_func=sgd, lr=.05))
     assert all(p.isfinite().all() for p in model.parameters())
 
 @pytest.mark.parametrize('plan,error', [
@@ -609,7 +628,8 @@ def test_a_block_that_is_none():
 
 @pytest.mark.parametrize('scheme', [Overlap(50, 100), Jittered(500), RandomUnbiased(500)], ids=repr)
 def test_windows_that_are_too_short(scheme):
-    with pytest.raises(ValueError, match='is for windows of (50|500) steps or more, but a window has 23'): scheme_learner(scheme_loaders(), scheme, *parts())
+    with pytest.raises(ValueError, match='is for windows of (50|500) steps or more, but a window has 23'):
+        scheme_learner(scheme_loaders(), scheme, *parts())
 
 def test_the_lengths_of_jittered_are_those_of_awd_lstm():
     "b = k with probability .95, else k/2; max(5, int(N(b, 5)))"

@@ -185,7 +185,8 @@ def test_plain_layers_of_an_existing_learner_equal_the_loop_by_hand():
         def forward(self, x): return self.head(self.rnn(x)[0])
     xs,ys = sequences(LENGTHS)
     rnn,head = recurrent_and_head()
-    learn = Learner(stream_loaders(xs, ys), Plain(copy.deepcopy(rnn), copy.deepcopy(head)), loss_func=nn.L1Loss(), opt_func=adam)
+    learn = Learner(stream_loaders(xs, ys), Plain(copy.deepcopy(rnn), copy.deepcopy(head)), loss_func=nn.L1Loss(),
+                    opt_func=adam)
     learn.add_cb(TbpttResetCB())
     fit(learn, N_EPOCH)
     train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 3, 7, LR, nn.functional.l1_loss)
@@ -291,7 +292,8 @@ def test_single_rows_of_a_module_of_ones_own_need_a_first_state():
     learn = stream_learner(stream_loaders(xs, ys), nn.Sequential(StatefulRNN(Leaky()), nn.Linear(2, 1)))
     with pytest.raises(ValueError, match='first state of a Leaky is not known'): fit(learn, N_EPOCH)
     leaky,head = Leaky(),nn.Linear(2, 1)
-    learn = stream_learner(stream_loaders(xs, ys), nn.Sequential(StatefulRNN(leaky, initial=lambda groups: (torch.ones(len(groups), 2),0)), head))
+    rnn = StatefulRNN(leaky, initial=lambda groups: (torch.ones(len(groups), 2),0))
+    learn = stream_learner(stream_loaders(xs, ys), nn.Sequential(rnn, head))
     with learn.no_bar(), torch.no_grad():
         for p,x in zip(learn.dls.valid.by_sequence(learn.get_preds()[0]), xs): torch.testing.assert_close(p, head(leaky(x[None])[0])[0], rtol=0, atol=1e-6)
 
@@ -376,7 +378,8 @@ def test_a_cancelled_batch_resets_no_row_too_many_and_none_too_few():
 def test_losses_and_metrics_are_means_over_real_steps():
     xs,ys = sequences(LENGTHS)
     rnn,head = recurrent_and_head()
-    learn = stream_learner(stream_loaders(xs, ys, n_valid=4), stateful(rnn, head), metrics=[fun_rmse, rmse, mae], loss_func=nn.MSELoss())
+    learn = stream_learner(stream_loaders(xs, ys, n_valid=4), stateful(rnn, head), metrics=[fun_rmse, rmse, mae],
+                           loss_func=nn.MSELoss())
     learn.recorder.train_metrics = True
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
     names,values = list(learn.recorder.metric_names)[1:-1],list(learn.recorder.log)[1:-1]
@@ -396,7 +399,8 @@ def test_gradient_accumulation_counts_steps(n_skip):
     rnn,head = recurrent_and_head(nn.GRU)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*not longer than n_skip')
-        learn = stream_learner(stream_loaders(xs, ys, shuffle=False), stateful(rnn, head), cbs=GradientAccumulation(40), n_skip=n_skip, opt_func=sgd)
+        learn = stream_learner(stream_loaders(xs, ys, shuffle=False), stateful(rnn, head), cbs=GradientAccumulation(40),
+                               n_skip=n_skip, opt_func=sgd)
         fit(learn, 1, .1)
     params = [*rnn.parameters(), *head.parameters()]
     opt,count,states = torch.optim.SGD(params, lr=.1),0,{}
@@ -541,25 +545,32 @@ def test_refused():
         'sub_seq_len is 47, but the longest sequence has 46': lambda: StreamDL(ds, sub_seq_len=47),
         'bs is 0': lambda: StreamDL(ds, bs=0),
         'reads sub-windows, not items': lambda: StreamDL(ds, after_item=lambda o: o),
-        'n_skip is 46, the longest': lambda: stream_learner(stream_loaders(xs, ys), stateful(*recurrent_and_head()), n_skip=46),
+        'n_skip is 46, the longest': lambda: stream_learner(stream_loaders(xs, ys), stateful(*recurrent_and_head()),
+                                                            n_skip=46),
         '2 sequences and 3 groups': lambda: Sequences(xs[:2], groups=list('abc')),
         'n is given, but a StreamDL reads all': lambda: StreamDL(ds, n=3),
         'get_idxs is given': lambda: StreamDL(ds, get_idxs=lambda: [0]),
         'y is None': lambda: SequenceDataLoaders.from_arrays(xs, None),
         'give win_sz as well': lambda: SequenceDataLoaders.from_arrays(xs, ys, stp_sz=3),
-        'bidirectional': lambda: stream_learner(stream_loaders(xs, ys), nn.LSTM(2, 1, bidirectional=True, batch_first=True)),
+        'bidirectional': lambda: stream_learner(stream_loaders(xs, ys),
+                                                nn.LSTM(2, 1, bidirectional=True, batch_first=True)),
     }.items():
         with pytest.raises((ValueError,TypeError), match=match): make()
-    with pytest.warns(UserWarning, match=r'2 of 7 sequences are not longer than n_skip=12.*\[4, 5\]'): stream_learner(stream_loaders(xs, ys), stateful(*recurrent_and_head()), n_skip=12)
+    with pytest.warns(UserWarning, match=r'2 of 7 sequences are not longer than n_skip=12.*\[4, 5\]'):
+        stream_learner(stream_loaders(xs, ys), stateful(*recurrent_and_head()), n_skip=12)
 
 
 def test_a_model_that_resets_all_rows_only():
     xs,ys = sequences(LENGTHS)
-    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'): stream_learner(stream_loaders(xs, ys), OwnState(*recurrent_and_head(nn.GRU)))
-    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'): stream_learner(stream_loaders(xs, ys), OwnState(*recurrent_and_head(nn.GRU)), sub_seq_len=None) # validation goes by sub-windows
+    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'):
+        stream_learner(stream_loaders(xs, ys), OwnState(*recurrent_and_head(nn.GRU)))
+    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'):
+        # validation goes by sub-windows
+        stream_learner(stream_loaders(xs, ys), OwnState(*recurrent_and_head(nn.GRU)), sub_seq_len=None)
     learn = stream_learner(stream_loaders(xs, ys, bs=7), OwnState(*recurrent_and_head(nn.GRU)))
     with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'), learn.no_bar(): learn.get_preds(dl=learn.dls.valid.new(bs=3))
-    learn = stream_learner(stream_loaders(xs, ys, bs=7), OwnState(*recurrent_and_head(nn.GRU))) # as many rows as sequences
+    # as many rows as sequences
+    learn = stream_learner(stream_loaders(xs, ys, bs=7), OwnState(*recurrent_and_head(nn.GRU)))
     rnn,head = recurrent_and_head(nn.GRU)
     fit(learn, N_EPOCH)
     train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 7, 7, LR, nn.functional.l1_loss)
@@ -572,7 +583,8 @@ def test_a_learner_without_the_callback_is_warned():
     class Plain(nn.Module):
         def __init__(self): super().__init__(); self.rnn = nn.GRU(2, 1, batch_first=True)
         def forward(self, x): return self.rnn(x)[0]
-    with pytest.warns(UserWarning, match='A Learner needs a TbpttResetCB'): fit(Learner(stream_loaders(xs, ys), Plain(), loss_func=nn.L1Loss()), 1)
+    with pytest.warns(UserWarning, match='A Learner needs a TbpttResetCB'):
+        fit(Learner(stream_loaders(xs, ys), Plain(), loss_func=nn.L1Loss()), 1)
 
 
 def test_validation_sequences_have_names_of_their_own():
@@ -601,7 +613,8 @@ def test_mixup_draws_once_for_windows_of_a_stream():
     for n_skip in (0, 16):
         dl = StreamDL(ds, bs=2, sub_seq_len=8)
         note = Callback(after_pred=lambda self: drawn.append(self.learn.mix_up.lam[:1].tolist()) if self.training else None)
-        learn = stream_learner(DataLoaders(dl, dl), stateful(*recurrent_and_head(nn.GRU)), n_skip=n_skip, cbs=[once_per_window(MixUp()), note])
+        learn = stream_learner(DataLoaders(dl, dl), stateful(*recurrent_and_head(nn.GRU)), n_skip=n_skip,
+                               cbs=[once_per_window(MixUp()), note])
         fit(learn, 1)
     first,second,third,fourth = drawn[:4],drawn[4:8],drawn[8:10],drawn[10:]
     for window in (first, second, third, fourth): assert all(o==window[0] for o in window)
@@ -614,8 +627,11 @@ def test_refused_in_use():
     with learn.no_bar():
         with pytest.raises(ValueError, match='leave out with_input'): learn.get_preds(with_input=True)
         with pytest.raises(ValueError, match='evaluated in sub-windows by itself'): learn.validate(cbs=SubWindowEvalCB(3))
-        with pytest.raises(ValueError, match='begin their sequences at different times'), learn.added_cbs(once_per_window(MixUp())): fit(learn, N_EPOCH)
+        with (pytest.raises(ValueError, match='begin their sequences at different times'),
+              learn.added_cbs(once_per_window(MixUp()))): fit(learn, N_EPOCH)
     class LastOnly(nn.Module):
         def __init__(self): super().__init__(); self.rnn = nn.GRU(2, 1, batch_first=True)
         def forward(self, x): return self.rnn(x)[0][:,-1]
-    with pytest.raises(TypeError, match=r'predictions and targets for every step, \(3, 7, ...\), not of shape \(3, 1\)'): fit(stream_learner(stream_loaders(xs, ys), LastOnly()), N_EPOCH)
+    error = r'predictions and targets for every step, \(3, 7, ...\), not of shape \(3, 1\)'
+    with pytest.raises(TypeError, match=error):
+        fit(stream_learner(stream_loaders(xs, ys), LastOnly()), N_EPOCH)
