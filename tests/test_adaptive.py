@@ -88,7 +88,7 @@ def test_without_a_decay_the_longest_length_is_used():
     assert ax.get_legend_handles_labels()[1]==['longest, as none was']
     plt.close('all')
 
-def test_every_few_epochs_and_again_in_a_second_fit():
+def test_it_measures_every_few_epochs_and_anew_in_a_second_fit():
     scheme = Adaptive(delta=.3, k_max=20, every=2)
     calls = []
     learn = adaptive_learner(scheme)
@@ -99,19 +99,19 @@ def test_every_few_epochs_and_again_in_a_second_fit():
     fit_own_lr(learn, 1)
     assert len(scheme.trace)==1
 
-def test_settings_that_make_no_sense():
+def test_settings_that_make_no_sense_are_refused():
     for kwargs in (dict(delta=0), dict(k_max=0), dict(k_min=5, k_max=4), dict(every=0)):
         with pytest.raises(ValueError, match='; expected'): Adaptive(**kwargs)
     with pytest.raises(ValueError, match='too short to see gradients fall'):
         fit_own_lr(adaptive_learner(Adaptive(k_max=400, step=20)), 3)
 
-def test_it_is_its_scheme_in_all():
+def test_it_plans_draws_and_recomputes_as_its_scheme_does():
     scheme = Adaptive(k_max=10, scheme=lambda k: RandomUnbiased(5, 6))
     own = RandomUnbiased(5, 6)
     assert scheme.random and scheme.sub_windows(30, rng=Random(1))==own.sub_windows(30, rng=Random(1)) and not scheme.recompute
     assert Adaptive(scheme=Exact).recompute and Adaptive(k_max=10, scheme=lambda k: Jittered(7)).sub_windows(30, rng=Random(2))==Jittered(7).sub_windows(30, rng=Random(2))
 
-def test_a_fit_that_begins_later():
+def test_a_fit_that_begins_at_a_later_epoch_measures_all_the_same():
     scheme = Adaptive(delta=.3, k_max=20, every=2)
     learn = adaptive_learner(scheme)
     with learn.no_bar(), learn.no_logging(): learn.fit(4, start_epoch=1)

@@ -340,7 +340,7 @@ def test_the_warm_up_of_a_washout_needs_no_graph(xy):
     assert seen[:3]==[(50,False,True), (50,True,True), (20,True,True)]
 
 
-def test_inputs_are_told_by_the_loaders(xy):
+def test_the_loaders_tell_inputs_from_targets(xy):
     "`dls.n_inp`, as fastai's own split has it"
     x,y = xy
     dls = DataLoaders(*[torch.utils.data.DataLoader(list(zip(x, y, torch.arange(len(x)))), BS)]*2)

@@ -19,7 +19,7 @@ def heeds_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL) # what runs in 
 def shell(*args): return subprocess.run([COMMAND, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def test_table_and_figure(tmp_path):
+def test_a_run_prints_its_table_and_writes_its_figure(tmp_path):
     res = shell(*SMALL, '--n-epoch', '1', '--rnn-type', 'gru', '--sub-seq-len', '150', '--seed', '3', '--out', 'figure.png')
     assert res.returncode==0, res.stderr
     assert (tmp_path/'figure.png').read_bytes().startswith(b'\x89PNG') and f"Figure: {tmp_path/'figure.png'}" in res.stdout
@@ -116,9 +116,10 @@ def test_a_wrong_choice_is_refused():
 
 def test_the_choices_are_those_of_the_library(): assert {str(o) for o in cli.RNN}==set(rnn_types)
 
-def test_the_formats_can_be_written(): assert all(o[1:] in plt.gcf().canvas.get_supported_filetypes() for o in cli.FIGURES)
+def test_every_format_of_a_figure_can_be_written():
+    assert all(o[1:] in plt.gcf().canvas.get_supported_filetypes() for o in cli.FIGURES)
 
-def test_the_version():
+def test_the_version_is_printed():
     res = shell('--version')
     assert res.returncode==0 and res.stdout.strip()==f'tbptt_fastai {__version__}'
 
@@ -169,7 +170,7 @@ def test_what_is_finished_is_shown_when_the_rest_is_interrupted(monkeypatch, cap
     assert e.value.code==130 and 'full backpropagation' in out.splitlines()[-1] and err.strip().endswith('interrupted in TBPTT, sub-windows of 100')
 
 
-def test_the_recording(data_dir):
+def test_a_run_on_the_recording_succeeds(data_dir):
     pytest.importorskip('nonlinear_benchmarks')
     res = shell('--data', 'silverbox', '--path', str(data_dir/'nlb_cache'), '--n-epoch', '1', '--stp-sz', '1000', '--hidden-size', '4')
     assert res.returncode==0, res.stderr

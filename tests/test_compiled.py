@@ -72,7 +72,7 @@ def test_parameters_losses_and_predictions_are_those_of_the_eager_model(signals,
 @pytest.mark.parametrize('how', ['torch.compile', 'model.compile'])
 @pytest.mark.parametrize('scheme', [Overlap(10, 20), Exact(20)], ids=['overlap', 'exact'])
 @pytest.mark.parametrize('make', [models['steps'], Plain], ids=['steps', 'plain'])
-def test_schemes_that_run_a_sub_window_in_pieces(signals, make, scheme, how):
+def test_schemes_that_run_a_sub_window_in_pieces_give_what_the_eager_model_gives(signals, make, scheme, how):
     res = trained(signals, make, windows, lambda m: compiled(m, how, backend='eager'), truncation=scheme)
     assert all(map(torch.equal, res, trained(signals, make, windows, lambda m: m, truncation=scheme)))
 

@@ -67,7 +67,7 @@ def test_predictions_are_whole_windows_in_the_order_of_the_data(fitted, sub_seq_
         np.testing.assert_allclose(loss, np.abs(expected-targ.numpy())[:,130:].mean((1,2)), atol=1e-6) # one per window, washout left out
 
 
-def test_predictions_with_a_loader_that_is_cut(data):
+def test_predictions_with_a_loader_that_is_cut_are_of_whole_windows(data):
     "`get_preds` copies the loader, with its sub_seq_len; the callback gives it whole windows all the same"
     set_seed(0)
     u,y = data
@@ -78,7 +78,7 @@ def test_predictions_with_a_loader_that_is_cut(data):
     np.testing.assert_allclose(preds, by_numpy(learn, dls.train_ds)[0], atol=1e-6)
 
 
-def test_new_data_without_targets(fitted, data):
+def test_new_data_without_targets_is_predicted(fitted, data):
     u,_ = data
     dl = fitted.dls.test_dl(SequenceWindows(u[:2000], win_sz=1000))
     with fitted.no_bar(): preds,targs = fitted.get_preds(dl=dl)
@@ -194,7 +194,7 @@ def test_evaluation_between_epochs_changes_nothing(data):
     for p,q in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(p, q)
 
 
-def test_lr_find_show_results_summary_and_export(fitted, tmp_path):
+def test_lr_find_show_results_summary_and_export_leave_the_model_as_it_was(fitted, tmp_path):
     learn = copy.deepcopy(fitted)
     learn.tbptt_reset_cb.n_skip = 20
     before = copy.deepcopy(learn.model.state_dict())
@@ -212,7 +212,7 @@ def test_lr_find_show_results_summary_and_export(fitted, tmp_path):
     assert (tmp_path/'model.pkl').stat().st_size < 100_000 and learn.tbptt_reset_cb._whole is None
 
 
-def test_a_partial_batch_and_a_second_fit(data):
+def test_a_partial_batch_and_a_second_fit_meet_no_state(data):
     "The state of a full batch never meets a partial one; a second fit goes on like the first"
     learn = evaluated_learner(data, bs=7)
     assert len(learn.dls.train_ds)%7

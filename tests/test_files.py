@@ -140,7 +140,7 @@ def torch_adam(params, lr):
 
 
 @pytest.mark.parametrize('dtype,expected', [('u1',torch.uint8), ('?',torch.bool), ('>i2',torch.int16), ('>i4',torch.int32), ('>i8',torch.int64), ('>f2',torch.float32), ('>f8',torch.float32)])
-def test_types_and_byte_orders(dtype, expected):
+def test_types_and_byte_orders_become_those_of_torch(dtype, expected):
     a = (np.arange(60)%2).astype(dtype)
     for kind in (memmap(a), Source(a), hdf5(a, 'a.h5')):
         x, = Sequences(kind).read([0, 0], [3, 50], [5, 10])
@@ -148,7 +148,7 @@ def test_types_and_byte_orders(dtype, expected):
         assert (x[0,:5].flatten()==torch.from_numpy(a[3:8].astype(a.dtype.newbyteorder('='))).to(expected)).all() and not x[0,5:].any()
 
 
-def test_integers_in_files_as_tokens_and_classes():
+def test_integers_in_files_are_tokens_and_classes():
     "Training on big-endian integers equals that on native ones in memory"
     class Tagger(Net):
         def __init__(self):
@@ -165,7 +165,7 @@ def test_integers_in_files_as_tokens_and_classes():
     same(params(memmap(tokens, 'x.bin', '>i4'), memmap(tokens%3, 'y.bin', '>i8')), params(tokens.astype(np.int32), tokens%3))
 
 
-def test_hdf5_files_of_unequal_length_by_a_pattern(parts):
+def test_hdf5_files_by_a_pattern_train_as_the_arrays_in_them(parts):
     Path('runs').mkdir()
     for i,(u,y) in enumerate(zip(*parts)):
         hdf5(u[:,0], f'runs/{i}.h5', 'in/a')
@@ -207,7 +207,7 @@ def test_no_read_is_longer_than_a_sub_window(spied):
     assert x.longest==y.longest==SUB
 
 
-def test_training_on_a_hundred_million_steps():
+def test_training_on_a_hundred_million_steps_reads_sub_windows_only():
     "A window that is too long for memory: what is read are the sub-windows that are trained on, and one more"
     class Stop(Callback):
         def after_batch(self):
@@ -291,7 +291,7 @@ def test_pages_of_a_memory_map_do_not_stay():
 
 # what goes wrong
 
-def test_files_that_are_missing_or_wrong(signals):
+def test_files_that_are_missing_or_wrong_are_named(signals):
     u,y = signals
     hdf5(u, 'a.h5')
     hdf5(y[:-1], 'a.h5', 'part/y')
@@ -321,7 +321,7 @@ def test_a_file_that_is_no_hdf5_file_is_named():
     with pytest.raises(ValueError, match=r"c.h5 have shapes \[None\]"): HDF5Array('c.h5', 'u')
 
 
-def test_links_in_hdf5_files():
+def test_links_in_hdf5_files_are_followed():
     hdf5(np.arange(9.), 'a.h5')
     with h5py.File('a.h5', 'a') as f: f['soft'],f['hard'],f['broken'] = h5py.SoftLink('/u'),f['u'],h5py.SoftLink('/v')
     with h5py.File('b.h5', 'w') as f: f['out'] = h5py.ExternalLink('a.h5', '/u')
@@ -589,7 +589,7 @@ def test_two_learners_read_the_same_file_at_once(signals):
     for o in both: same(list(alone.model.parameters()), list(o.model.parameters()))
 
 
-def test_whole_windows_of_a_file_in_a_plain_loader(signals):
+def test_windows_of_a_file_in_a_plain_loader_train_as_in_memory(signals):
     "A `TbpttDL` over a memory map cuts windows that it has read whole, as it does in memory"
     def params(x, y):
         set_seed(3)
@@ -600,7 +600,7 @@ def test_whole_windows_of_a_file_in_a_plain_loader(signals):
 
 
 @pytest.mark.parametrize('n_valid', [10, 25, 40])
-def test_windows_of_one_sub_window_and_shorter_validation(signals, n_valid):
+def test_windows_of_one_sub_window_train_and_shorter_validation_is_predicted_whole(signals, n_valid):
     x,y = map(Source, signals)
     valid = [memmap(o[:n_valid], f'{i}.bin') for i,o in enumerate(signals)]
     dls = SequenceDataLoaders.from_arrays(x, y, valid=tuple(valid), groups=['a'], sub_seq_len=1200, bs=2)
@@ -611,7 +611,7 @@ def test_windows_of_one_sub_window_and_shorter_validation(signals, n_valid):
 
 
 @pytest.mark.parametrize('changed', [lambda u: u.copy(), lambda u: u.astype('f8'), lambda u: u[::2], lambda u: u[::-1], lambda u: u[10:90], lambda u: u*2])
-def test_what_numpy_makes_of_a_memory_map(signals, changed):
+def test_what_numpy_makes_of_a_memory_map_is_read_as_it_is(signals, changed):
     "A copy of a memory map calls itself one, but is in memory"
     a = np.arange(100, dtype='f4')
     x, = Sequences(changed(memmap(a))).read([0], [3], [7])

@@ -97,7 +97,7 @@ def test_a_memory_that_reaches_no_further_needs_no_more(growth):
     assert (delta[8:]==0).all() and (delta[:8]>.1).any()
 
 
-def test_a_summed_loss_and_several_layers():
+def test_phi_of_several_layers_and_of_a_summed_loss_is_that_by_hand():
     x,y = data()
     class Two(nn.Module):
         def __init__(self): super().__init__(); self.a,self.b,self.head = nn.GRU(2, 3, batch_first=True),nn.LSTM(3, 4, batch_first=True),nn.Linear(4, 1)
@@ -131,7 +131,7 @@ def leaky(rho, steps=200, sub_seq_len=5, **kwargs):
                         loss_func=nn.L1Loss(), **kwargs)
 
 @pytest.mark.parametrize('rho', [.5, .9])
-def test_a_linear_network_in_closed_form(rho):
+def test_a_linear_network_has_the_estimates_of_the_closed_form(rho):
     res = leaky(rho).tbptt_find(show=False)
     np.testing.assert_allclose(res.phi, np.tile(rho**res.lags, (2,1)), rtol=1e-9)
     np.testing.assert_allclose(res.beta, rho, rtol=1e-9)
@@ -158,29 +158,29 @@ def test_gradients_that_cancel_make_the_estimate_larger():
 
 
 @pytest.mark.parametrize('rho', [1., 1.05, 30.])
-def test_no_suggestion_without_a_decay(rho):
+def test_without_a_decay_there_is_no_suggestion(rho):
     with pytest.warns(UserWarning, match='do not fall'): res = leaky(rho).tbptt_find()
     assert res.suggestion is None and not res.reached and np.isinf(res.delta).all() and res.beta>=1-1e-12
     assert {'vanishing','exploding'}=={o.get_text() for o in plt.gca().texts}
     assert not [o for o in plt.gca().lines if str(o.get_label()).startswith(('suggested','at least'))]
 
-def test_not_finite_gradients():
+def test_gradients_that_are_not_finite_give_a_warning_and_no_suggestion():
     with pytest.warns(UserWarning, match='not finite'): res = leaky(1e10).tbptt_find()
     assert res.suggestion is None
 
-def test_a_window_too_short_for_the_decay():
+def test_a_window_too_short_for_the_decay_suggests_at_least_its_lags():
     with pytest.warns(UserWarning, match='No lag up to 100'): res = leaky(.999).tbptt_find()
     assert res.suggestion==100 and not res.reached
     assert [o.get_label() for o in plt.gca().lines if o.get_linestyle()=='--']==['at least 100']
 
-def test_nothing_reaches_back():
+def test_where_nothing_reaches_back_there_is_no_suggestion():
     with pytest.warns(UserWarning, match='nothing reaches that far'): assert leaky(0.).tbptt_find().suggestion is None
 
 def test_the_plot_marks_the_suggestion():
     res = leaky(.9).tbptt_find()
     assert plt.gca().get_yscale()=='log' and [o.get_label() for o in plt.gca().lines if o.get_label()[0]!='_' and len(o.get_xdata())==2]==[f'suggested: {res.suggestion}']
 
-def test_estimates_by_hand():
+def test_decay_rate_and_relative_bias_are_those_by_hand():
     lags = np.arange(1, 9)
     phi = np.array([5., 3, 3, 1, .5, .4, .3, 1e-30])
     assert decay_rate(lags, phi, 3)==pytest.approx(np.exp(np.polyfit(lags[2:7], np.log(phi[2:7]), 1)[0])) # below exp(-50) dropped
@@ -204,7 +204,7 @@ def test_losses_in_the_washout_do_not_count():
 
 
 @pytest.mark.parametrize('step', [1, 2])
-def test_one_label_per_window(step):
+def test_phi_of_one_label_per_window_is_that_of_the_last_step(step):
     x,_ = data()
     label = torch.randn(9, 2, dtype=torch.float64)
     class Last(Plain):
@@ -338,7 +338,7 @@ class FindWithin(Callback):
         if self.training and self.train_iter==2: self.res = self.learn.tbptt_find(max_lag=6, step=2, show=False)
 
 @pytest.mark.parametrize('stateful', [True, False])
-def test_within_a_training(stateful):
+def test_what_is_measured_within_a_training_and_what_is_trained_are_as_if_alone(stateful):
     "What is measured and what is trained is as if each were done alone"
     learns,x,y = [],*data(12, dtype=torch.float32)
     for cbs in ([], [FindWithin()]):
@@ -380,7 +380,7 @@ class Sum(nn.Module):
     (lambda: TbpttLearner(torch_loaders(*data(n_in=1)), nn.Sequential(StatefulRNN(Sum())), sub_seq_len=5,
                           loss_func=nn.MSELoss()).tbptt_find(), 'Sequential has 0 parameters'),
 ])
-def test_what_is_refused(find, message):
+def test_what_cannot_be_measured_is_refused_by_name(find, message):
     with pytest.raises(ValueError, match=message): find()
 
 def test_a_bias_in_words_is_refused():
@@ -463,7 +463,7 @@ def test_the_estimate_is_conservative_on_the_copy_task():
     for true,est in table: assert all(e>=t for e,t in zip(est, true))
 
 
-def test_silverbox(data_dir):
+def test_the_suggestion_for_silverbox_is_between_20_and_250_steps(data_dir):
     pytest.importorskip('nonlinear_benchmarks')
     from tbptt_fastai.datasets.benchmarks import create_dls_silverbox
     from tbptt_fastai.learner import RNNLearner
@@ -526,7 +526,7 @@ def test_parts_of_a_state_without_a_gradient_count_as_zero(memory):
     assert res.suggestion==expected.suggestion
 
 
-def test_first_states_of_groups():
+def test_a_learned_first_state_is_that_of_the_group_of_each_sequence():
     "A learned first state is found by the group of each sequence"
     rng = np.random.default_rng(0)
     xs,ys = ([rng.standard_normal((30,c)).astype(np.float32) for _ in range(3)] for c in (2,1))

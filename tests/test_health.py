@@ -34,7 +34,7 @@ def health_learner(signals, *cbs, stream=False, **kwargs):
 
 @pytest.mark.parametrize('every', [1, 4, 1000])
 @pytest.mark.parametrize('stream', [False, True])
-def test_norms_before_clipping(signals, every, stream):
+def test_norms_are_those_before_clipping(signals, every, stream):
     clip = .05
     learn = health_learner(signals, health := GradientHealth(every=every), stream=stream, grad_clip=clip)
     fit(learn, 2)
@@ -45,7 +45,8 @@ def test_norms_before_clipping(signals, every, stream):
     fit(plain, 2)
     for a,b in zip(plain.model.parameters(), learn.model.parameters()): assert torch.equal(a, b) # it changes nothing
 
-def test_order(): assert MixedPrecision.order<GradientHealth.order<GradientClip.order
+def test_norms_are_taken_between_unscaling_and_clipping():
+    assert MixedPrecision.order<GradientHealth.order<GradientClip.order
 
 def test_accumulated_gradients_are_one_step(signals):
     learn = health_learner(signals, health := GradientHealth(), GradientAccumulation(8))
@@ -61,7 +62,7 @@ class Scale(Callback):
     def after_loss(self): self.learn.loss_grad = self.loss_grad*self.by
 
 @pytest.mark.parametrize('by,every,kind', [(1e-12, 1, 'vanishing'), (1e-12, 1000, 'vanishing'), (1e9, 2, 'exploding'), (float('nan'), 1, 'exploding'), (float('inf'), 1, 'exploding')])
-def test_one_warning(signals, by, every, kind):
+def test_each_fit_gives_one_warning(signals, by, every, kind):
     learn = health_learner(signals, health := GradientHealth(every=every), Scale(by))
     for _ in range(2): # once in each fit
         with warnings.catch_warnings(record=True) as seen:
@@ -84,7 +85,7 @@ def test_the_host_waits_once_in_many_steps(signals, monkeypatch):
     fit_own_lr(learn, 1)
     assert max(looks)==4 and sum(looks)==len(health.norms)
 
-def test_plot_and_refusals(signals):
+def test_the_plot_shows_the_norms_and_impossible_settings_are_refused(signals):
     learn = health_learner(signals, health := GradientHealth(), grad_clip=.05)
     assert np.isnan(health.clipped) and len(health.norms)==0
     fit_own_lr(learn, 1)

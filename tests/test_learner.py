@@ -56,7 +56,7 @@ def test_scaling_sees_what_the_model_sees(signals):
     torch.testing.assert_close(scaling_from_data(plain)[0].std, torch.from_numpy(signals[0][:900].std(0)))
 
 
-def test_defaults(dls):
+def test_the_defaults_are_the_l1_loss_the_fused_adam_and_no_clipping(dls):
     learn = TbpttLearner(dls, model())
     assert isinstance(learn, LeanLearner) and type(learn) is SequenceLearner
     assert isinstance(learn.loss_func, nn.L1Loss) and learn.opt_func is FusedAdam and not learn._grab_cbs(GradientClip)
@@ -114,7 +114,7 @@ def test_validate_still_returns_its_own_numbers_and_a_second_fit_its_own_records
     assert len(learn.recorder.values)==1 and len(learn.recorder.losses)==len(dls.train)
 
 
-def test_classes_per_step_with_a_loss_of_their_own(signals):
+def test_classes_per_step_are_trained_with_a_loss_that_is_given(signals):
     u,y = signals
     dls = SequenceDataLoaders.from_arrays(u, (y[:,0]>0).astype(np.int64), win_sz=100, sub_seq_len=40, bs=4)
     with pytest.raises(ValueError, match='No default loss for targets of type torch.int64'): TbpttLearner(dls, model())
@@ -141,7 +141,7 @@ def test_classes_per_step_with_a_loss_of_their_own(signals):
     (lambda dls: TbpttLearner(dls, model(), grad_clip=0), ValueError, 'grad_clip is 0'),
     (lambda dls: TbpttLearner(dls, model(), grad_clip=-1.), ValueError, 'grad_clip is -1.0'),
 ])
-def test_what_is_refused_before_training(dls, make, exc, message):
+def test_what_cannot_be_trained_is_refused_when_the_learner_is_made(dls, make, exc, message):
     with pytest.raises(exc, match=message): make(dls)
 
 
@@ -155,7 +155,7 @@ def test_a_callback_added_later_is_checked_before_the_first_step(signals):
     assert all(torch.equal(a, b) for a,b in zip(before, net.parameters())) and learn.dls.train is dls.train
 
 
-def test_a_model_that_resets_itself():
+def test_a_model_that_resets_itself_is_told_when():
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
@@ -243,7 +243,7 @@ def test_a_layer_that_takes_time_for_the_batch_is_refused(dls, wrapped):
     assert all(torch.equal(a, b) for a,b in zip(before, net.parameters()))
 
 
-def test_predict_and_new_sequences(dls, signals, tmp_path):
+def test_predictions_of_new_sequences_are_those_of_the_whole_model(dls, signals, tmp_path):
     learn = TbpttLearner(dls, model())
     x = torch.from_numpy(signals[0])
     def check(learn):
@@ -273,7 +273,7 @@ def test_a_float64_learner_is_built_and_trained_in_float64(signals):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
 
 
-def test_the_loss_that_the_dataset_names(dls):
+def test_the_loss_that_the_dataset_names_is_used(dls):
     dls.train_ds.loss_func = MSELossFlat()
     assert TbpttLearner(dls, model()).loss_func is dls.train_ds.loss_func
 

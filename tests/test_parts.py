@@ -123,7 +123,7 @@ def test_one_value_per_window_is_left_alone():
 
 def test_a_sub_window_of_one_step_is_left_alone(signals): fit(TbpttLearner(loaders(signals, 1, win_sz=4), with_rnn()))
 
-def test_learned_first_states_of_groups():
+def test_learned_first_states_of_groups_are_not_taken_for_an_error():
     rng = np.random.default_rng(0)
     xs,ys = ([rng.standard_normal((60,c)).astype(np.float32) for _ in range(4)] for c in (2,1))
     dls = SequenceDataLoaders.from_arrays(xs, ys, sub_seq_len=20, bs=2, groups=list('abcd'))

@@ -61,7 +61,7 @@ def batches(bs=4, n=9): return [list(range(i, min(i+bs, n))) for i in range(0, n
 @pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False), ('gru', True), ('rnn', False)])
 @pytest.mark.parametrize('k1,k2', [(5, 10), (5, 12), (4, 4), (7, WIN), (1, 6), (10, 30), (WIN, WIN)])
 @pytest.mark.parametrize('losses,n_skip', [('last', 0), ('all', 0), ('last', 8), ('all', 8)])
-def test_overlap(kind, stateful, k1, k2, losses, n_skip):
+def test_overlap_equals_the_loop_by_hand(kind, stateful, k1, k2, losses, n_skip):
     x,y = data()
     scheme = Overlap(k1, k2, losses)
     learn = fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(kind), stateful, n_skip=n_skip), 2)
@@ -90,7 +90,7 @@ def recorded(scheme):
 
 @pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False), ('gru', False)])
 @pytest.mark.parametrize('alpha,block,n_skip', [(6, 1, 0), (3, 4, 0), (None, 3, 0), (4, 2, 7)])
-def test_unbiased(kind, stateful, alpha, block, n_skip):
+def test_unbiased_equals_the_loop_by_hand(kind, stateful, alpha, block, n_skip):
     x,y = data()
     mean = 6
     scheme,plans,on = recorded(RandomUnbiased(mean, alpha, block))
@@ -161,7 +161,7 @@ def test_the_mean_gradient_is_the_full_one():
 @pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False)])
 @pytest.mark.parametrize('n_skip', [0, 9])
 @pytest.mark.parametrize('rescale', ['loss', 'lr'])
-def test_jittered(kind, stateful, n_skip, rescale):
+def test_jittered_equals_the_loop_by_hand(kind, stateful, n_skip, rescale):
     x,y = data()
     scheme,plans,on = recorded(Jittered(7, half=.3, std=2, least=2, longest=9, rescale=rescale))
     learn = fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, cbs=on), 2)
@@ -264,7 +264,7 @@ def stream(scheme, bs, size, rnn, head, stateful, n_skip=0, n_epoch=2, cbs=None)
 @pytest.mark.parametrize('stateful', [True, False])
 @pytest.mark.parametrize('bs', [1, 2, 4])
 @pytest.mark.parametrize('k1,k2,losses,n_skip', [(5, 15, 'last', 0), (5, 15, 'all', 0), (4, 8, 'last', 7), (6, 6, 'last', 0)])
-def test_overlap_on_streams(stateful, bs, k1, k2, losses, n_skip):
+def test_overlap_on_streams_equals_each_row_alone(stateful, bs, k1, k2, losses, n_skip):
     "Rows begin their sequences in the middle of what gradients go back over"
     xs,ys = ([torch.from_numpy(o) for o in seqs] for seqs in sequences())
     learn = stream(Overlap(k1, k2, losses), bs, k1, *parts(), stateful, n_skip)
@@ -279,7 +279,7 @@ def test_overlap_on_streams(stateful, bs, k1, k2, losses, n_skip):
 
 @pytest.mark.parametrize('stateful', [True, False])
 @pytest.mark.parametrize('bs,n_skip', [(1, 0), (3, 0), (3, 7)])
-def test_unbiased_on_streams(stateful, bs, n_skip):
+def test_unbiased_on_streams_equals_each_row_alone(stateful, bs, n_skip):
     xs,ys = ([torch.from_numpy(o) for o in seqs] for seqs in sequences())
     plans = []
     class Watch(Callback):
@@ -305,14 +305,14 @@ def test_exact_on_streams_is_full_backpropagation(bs):
     c = fit_own_lr(scheme_learner(DataLoaders(dl, dl), None, *parts(), sub_seq_len=None), 2)
     same(a.model, c.model, tol=1e-12)
 
-def test_what_a_stream_refuses():
+def test_schemes_that_fit_no_stream_are_refused():
     with pytest.raises(ValueError, match='does not cut in blocks of one length'): stream(Overlap(5, 12), 2, 5, *parts(), True)
     with pytest.raises(ValueError, match="Use rescale='loss'"): stream(Jittered(7, rescale='lr'), 2, 5, *parts(), True)
     with pytest.raises(ValueError, match='sequences of 50 steps or more, but the longest has 31'): stream(Jittered(50), 2, 5, *parts(), True)
 
 @pytest.mark.parametrize('stateful', [True, False])
 @pytest.mark.parametrize('bs,n_skip', [(1, 0), (3, 0), (3, 6), (9, 0)])
-def test_jittered_on_streams(stateful, bs, n_skip):
+def test_jittered_on_streams_equals_each_row_alone(stateful, bs, n_skip):
     xs,ys = ([torch.from_numpy(o) for o in seqs] for seqs in sequences())
     sizes = []
     class Watch(Callback):
@@ -329,7 +329,7 @@ def test_jittered_on_streams(stateful, bs, n_skip):
         train_scheme_on_stream(rnn, head, xs, ys, bs, 7, runs, opt, nn.functional.mse_loss, lambda run,n,rows: n/(7*rows), n_skip, steps)
     same(learn.model, rnn, head)
 
-def test_jittered_on_text():
+def test_jittered_on_text_reads_every_token_in_pieces_of_several_lengths():
     "Where AWD-LSTM uses it"
     dls = SequenceDataLoaders.from_text('the quick brown fox jumps over the lazy dog '*40, bs=4, sub_seq_len=20)
     seen = []
@@ -347,7 +347,7 @@ SCHEMES = [Fixed(6), Overlap(4, 10), Overlap(4, 10, 'all'), Jittered(7, std=2, l
 @pytest.mark.parametrize('scheme', SCHEMES, ids=repr)
 @pytest.mark.parametrize('n_skip', [0, 9])
 def test_every_number_a_user_reads_is_that_of_whole_windows(scheme, n_skip):
-    "Rule 6: validation, predictions, and after training the state; the schedule ends where it should"
+    "Validation, predictions, and after training the state; the schedule ends where it should"
     rnn,head = parts()
     learn = scheme_learner(scheme_loaders(), scheme, rnn, head, n_skip=n_skip, lr=1e-3, opt_func=adam)
     with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(2, 1e-3)
@@ -379,7 +379,7 @@ def test_an_interrupted_fit_leaves_nothing_behind(scheme):
     for a,b in zip(trained(True), trained(False), strict=True): assert torch.equal(a, b)
 
 @pytest.mark.parametrize('scheme', SCHEMES, ids=repr)
-def test_other_callbacks(scheme):
+def test_other_callbacks_do_not_change_what_a_scheme_is(scheme):
     "Clipping, accumulation and an evaluation in the middle do not change what a scheme is"
     def trained(cbs):
         rnn,head = parts()
@@ -402,7 +402,7 @@ def test_other_callbacks(scheme):
     assert any((a-b).abs().max()>1e-6 for a,b in zip(plain, trained([GradientClip(1e-3)])))
     trained([GradientAccumulation(8)])
 
-def test_a_scheme_of_ones_own():
+def test_a_scheme_of_ones_own_equals_the_loop_by_hand():
     "Sub-windows of 3, 6, 12, ... steps, in a few lines"
     class Doubling(Truncation):
         def __init__(self, first): self.first = first
@@ -433,7 +433,7 @@ class OwnState(nn.Module):
         self.h = h.detach()
         return self.head(out)
 
-def test_what_is_refused():
+def test_schemes_and_settings_that_do_not_go_together_are_refused():
     rnn,head = parts()
     with pytest.raises(ValueError, match='Two schemes'):
         scheme_learner(scheme_loaders(), Overlap(5, 10), rnn, head, sub_seq_len=5)
@@ -446,7 +446,7 @@ def test_what_is_refused():
     for make in (lambda: Overlap(0, 4), lambda: Overlap(5, 4), lambda: Overlap(4, 5, 'some'), lambda: Jittered(7, half=2), lambda: RandomUnbiased(1), lambda: RandomUnbiased(9, alpha=2), lambda: Exact(-1), lambda: Jittered(7, rescale='x')):
         with pytest.raises(ValueError, match='; expected|is needed|Use'): make()
 
-def test_labels_of_windows():
+def test_one_label_per_window_has_the_loss_of_the_last_sub_window():
     "One label per window: the loss is that of the last sub-window"
     x,_ = data()
     label = torch.randn(9, 1, dtype=torch.float64)
@@ -570,7 +570,8 @@ def test_an_interrupted_step_leaves_the_learning_rate_as_it_was():
     assert seen==pytest.approx([.001]*len(seen))
 
 @pytest.mark.parametrize('scheme', [Overlap(10, 20), RandomUnbiased(10, 6, block=5)], ids=repr)
-def test_plans_of_long_windows(scheme): # a hundred times as long took ten thousand times as long before
+def test_plans_of_long_windows_are_made_in_time(scheme):
+    # a hundred times as long took ten thousand times as long before
     assert len(scheme.sub_windows(400_000))>20_000
 
 def test_a_layer_with_statistics_is_warned_about():
@@ -610,24 +611,24 @@ def test_a_state_may_be_infinite():
     ([(0, 10, 3)], 'expected a SubWindow, or a pair'), ([SubWindow(0, 10, 0, cuts=((5, .5), (5, .5)))], 'each cut once'), ([SubWindow(0, 10, 0, cuts=((5, float('nan')),))], 'finite factors'),
     ([SubWindow(0, 10, 0, lr=-1.)], 'finite factors'), ([SubWindow(0, 10, 0, cuts=(5,))], 'cuts are pairs'), ([SubWindow(0, None, 0)], 'of whole steps'), ([(0., 10.)], 'of whole steps'), (None, 'The plan of Bad for 10 steps is a NoneType'),
     ([(0, 5)], 'ends at 5'), ([(0, 5), (6, 10)], 'expected start=5'), ([], 'ends at 0'), ([SubWindow(0, 10, 10)], 'no step counts'), ([(0, 11)], 'expected start=0'), ([(0, 0), (0, 10)], 'start < stop'), ([SubWindow(0, 10, 0, carry=11)], 'expected start=0')])
-def test_plans_that_cannot_be(plan, error):
+def test_plans_that_cannot_be_are_refused(plan, error):
     class Bad(Truncation):
         def plan(self, win_sz, rng): return plan
     with pytest.raises((ValueError, TypeError), match=error): Bad().sub_windows(10)
 
-def test_a_scheme_that_draws_says_so():
+def test_a_scheme_that_draws_has_to_say_so():
     class Draws(Truncation):
         def plan(self, win_sz, rng): return [(0, rng.randint(1, 5)), (5, win_sz)]
     with pytest.raises(ValueError, match='say so by `random = True`'): Draws().sub_windows(10)
 
-def test_a_block_that_is_none():
+def test_a_plan_with_bounds_off_its_blocks_is_refused():
     class Wrong(Truncation):
         block = 5
         def plan(self, win_sz, rng): return [(0, 7), (7, win_sz)]
     with pytest.raises(ValueError, match='blocks have 5 steps, but it has a bound at step 7'): stream(Wrong(), 2, 5, *parts(), True)
 
 @pytest.mark.parametrize('scheme', [Overlap(50, 100), Jittered(500), RandomUnbiased(500)], ids=repr)
-def test_windows_that_are_too_short(scheme):
+def test_windows_that_are_too_short_are_refused(scheme):
     with pytest.raises(ValueError, match='is for windows of (50|500) steps or more, but a window has 23'):
         scheme_learner(scheme_loaders(), scheme, *parts())
 
@@ -639,7 +640,7 @@ def test_the_lengths_of_jittered_are_those_of_awd_lstm():
     assert n[~short].std()==pytest.approx(5, abs=.15) and min(o.steps for o in Jittered(6).sub_windows(10_000)[:-1])==5 and max(o.steps for o in Jittered(70, longest=75).sub_windows(10_000))==75
 
 @pytest.mark.parametrize('scheme', SCHEMES, ids=repr)
-def test_an_evaluation_in_the_middle_of_training(scheme):
+def test_an_evaluation_in_the_middle_of_training_changes_nothing(scheme):
     def trained(evaluate):
         class Evaluate(Callback):
             order = 70
@@ -655,7 +656,7 @@ def test_an_evaluation_in_the_middle_of_training(scheme):
         return list(fit_own_lr(scheme_learner(scheme_loaders(), scheme, rnn, head, cbs=Evaluate())).model.parameters())
     for a,b in zip(trained(True), trained(False), strict=True): assert torch.equal(a, b)
 
-def test_groups_of_a_stream():
+def test_first_states_of_the_groups_of_a_stream_are_learned():
     xs,ys = sequences()
     names = list('abcdef')
     rnn,head = parts()
@@ -668,7 +669,7 @@ def test_groups_of_a_stream():
 
 
 @pytest.mark.parametrize('scheme', [Own(SubWindow(0, 10, 0, cuts=((5, 3.),)), SubWindow(10, 0, 10)), Exact(5), Overlap(4, 10)], ids=['scaled', 'again', 'kept'])
-def test_states_in_a_dataclass_that_was_not_met_before(scheme):
+def test_states_in_a_dataclass_that_was_not_met_before_train_as_in_a_dict(scheme):
     "The same as in a dict"
     def trained(as_state, of_state):
         class Core(nn.Module):
@@ -687,7 +688,7 @@ def test_states_in_a_dataclass_that_was_not_met_before(scheme):
     State = dataclasses.make_dataclass('State', ['h'])
     for a,b in zip(trained(State, lambda o: o.h), trained(lambda h: {'h': h}, lambda o: o['h']), strict=True): assert torch.equal(a, b)
 
-def test_random_callbacks_and_runs_of_blocks():
+def test_random_callbacks_are_refused_where_rows_begin_within_a_run():
     "Rows begin in the middle of a run, where no callback is asked"
     class Noisy(Callback):
         def before_batch(self): torch.rand(1)

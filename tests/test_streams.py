@@ -218,7 +218,7 @@ def test_windows_in_a_stream_equal_windows_in_a_loader(signals):
     np.testing.assert_allclose(values_a, values_b, rtol=1e-6)
 
 
-def test_whole_sequences():
+def test_whole_sequences_are_full_backpropagation():
     "sub_seq_len=None: full backpropagation through padded sequences"
     xs,ys = sequences(LENGTHS)
     rnn,head = recurrent_and_head()
@@ -481,7 +481,7 @@ def test_the_layout_is_made_once_for_a_run(monkeypatch):
     assert few==many
 
 
-def test_predictions_fetched_within_a_fit():
+def test_predictions_fetched_within_a_fit_are_those_of_each_sequence_alone():
     xs,ys = sequences(LENGTHS)
     rnn,head = recurrent_and_head()
     fetch = FetchPredsCallback(ds_idx=1)
@@ -493,7 +493,7 @@ def test_predictions_fetched_within_a_fit():
 
 # What is shown, saved, copied
 
-def test_shown_and_exported(tmp_path):
+def test_a_learner_on_streams_shows_exports_and_predicts_the_same(tmp_path):
     xs,ys = sequences(LENGTHS)
     learn = stream_learner(stream_loaders(xs, ys), stateful(*recurrent_and_head()))
     fit(learn, 1)
@@ -535,7 +535,7 @@ def test_new_data_of_one_length_is_predicted_whole():
 
 # What is refused
 
-def test_refused():
+def test_what_makes_no_stream_is_refused_by_name():
     xs,ys = sequences(LENGTHS)
     ds = Sequences(xs, ys)
     for match,make in {
@@ -560,7 +560,7 @@ def test_refused():
         stream_learner(stream_loaders(xs, ys), stateful(*recurrent_and_head()), n_skip=12)
 
 
-def test_a_model_that_resets_all_rows_only():
+def test_a_model_that_resets_all_rows_only_needs_as_many_rows_as_sequences():
     xs,ys = sequences(LENGTHS)
     with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'):
         stream_learner(stream_loaders(xs, ys), OwnState(*recurrent_and_head(nn.GRU)))
@@ -621,7 +621,7 @@ def test_mixup_draws_once_for_windows_of_a_stream():
     assert first[0]!=second[0] and third[0]!=fourth[0] and len(fourth)==2
 
 
-def test_refused_in_use():
+def test_what_a_stream_cannot_do_is_refused_in_use():
     xs,ys = sequences(LENGTHS)
     learn = stream_learner(stream_loaders(xs, ys), stateful(*recurrent_and_head()))
     with learn.no_bar():
