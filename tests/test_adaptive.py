@@ -4,7 +4,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from fastai.callback.progress import ProgressCallback # noqa: with it comes Learner.no_bar
 from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
 from torch import nn
@@ -114,5 +113,5 @@ def test_it_plans_draws_and_recomputes_as_its_scheme_does():
 def test_a_fit_that_begins_at_a_later_epoch_measures_all_the_same():
     scheme = Adaptive(delta=.3, k_max=20, every=2)
     learn = adaptive_learner(scheme)
-    with learn.no_bar(), learn.no_logging(): learn.fit(4, start_epoch=1)
+    fit_own_lr(learn, 4, start_epoch=1)
     assert [o['epoch'] for o in scheme.trace][-1]==3 and all('beta' in o for o in scheme.trace)

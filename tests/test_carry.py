@@ -9,7 +9,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.torch_core import TensorBase, set_seed
 from torch import nn
-from helpers import adam, fit, item_loaders, learner
+from helpers import adam, fit, fit_own_lr, item_loaders, learner
 from reference import shuffled_epochs, train_tbptt, windows_by_hand
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.state.carry import Carry, recurrent_layers
@@ -284,7 +284,7 @@ def test_a_learner_copied_after_a_failure_is_on_its_own(xy):
     for k,v in learn.model.state_dict().items(): assert torch.equal(v, before[k])
 
 def fit_with(learn, cb):
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=cb)
+    fit_own_lr(learn, 1, cbs=cb)
 
 
 def test_a_frozen_layer_in_evaluation_mode_carries_as_well(xy):

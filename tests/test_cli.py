@@ -5,6 +5,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from fastai.torch_core import set_seed
+from helpers import fit
 from tbptt_fastai import __version__
 from tbptt_fastai.datasets import cli, demo
 from tbptt_fastai.datasets.cli import tbptt_demo
@@ -58,7 +59,7 @@ def test_losses_and_errors_of_a_run_are_those_of_a_learner(runs):
     set_seed(0)
     dls.train.rng.seed(0)
     learn = RNNLearner(dls, sub_seq_len=100, rnn_type='lstm', hidden_size=8, metrics=fun_rmse)
-    with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(3, 3e-3)
+    fit(learn, 3, 3e-3, 'fit_flat_cos')
     assert run.losses==[v[1] for v in learn.recorder.values] and run.n_updates==len(learn.recorder.losses)
     loss,rmse = learn.validate()
     assert [run.losses[-1],run.rmse]==pytest.approx([loss,rmse])

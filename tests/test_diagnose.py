@@ -5,7 +5,7 @@ import torch
 from fastai.torch_core import set_seed
 from functools import partial
 from torch import nn
-from helpers import adam, loaders
+from helpers import adam, fit_own_lr, loaders
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.state.stateful import StatefulRNN
@@ -235,7 +235,7 @@ def test_first_states_of_groups_are_those_of_the_rows_that_are_checked(tfms):
     table = learn.check_memory_grads()
     assert table.attrs['verdict'].startswith('healthy') and table.norm['0.initial.tensors.0']>0 # it was given the groups of its rows
     learn.check_sub_windows()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
 
 
 def test_predictions_that_are_not_finite_are_not_compared(signals):

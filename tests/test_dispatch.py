@@ -22,6 +22,7 @@ from fastai.metrics import mae
 from fastai.optimizer import SGD, OptimWrapper
 from fastai.torch_core import TensorBase, defaults, set_seed
 from torch import nn
+from helpers import fit_own_lr
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.speed.dispatch import LeanLearner, _known_code, fastai_code
@@ -253,7 +254,7 @@ def test_callbacks_without_an_event_are_not_asked(signals):
         asked.clear()
         learn = build(cls, signals)
         learn.model.__class__ = Net
-        with learn.no_bar(), learn.no_logging(): learn.fit(n)
+        fit_own_lr(learn, n)
         return sum(o in ('before_backward','after_backward','before_step') for o in asked)
     n_cbs = 5 # TrainEval, Recorder, CastToTensor, ProgressCallback, TbpttResetCB
     assert times(Learner, 1)>=9*2*(n_cbs-1) and times(LeanLearner, 1)<=3*n_cbs # 9 steps
@@ -447,7 +448,7 @@ def test_curves_may_be_anything_afterwards(signals):
         def value(self): return float(super().value)
     learn = build(LeanLearner, signals)
     learn.recorder.smooth_loss = Floats()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
     assert all(type(o) is float for o in learn.recorder.losses)
 
 @pytest.mark.parametrize('name', ['_update_val','_train_mets'])

@@ -102,13 +102,13 @@ def process(case):
     "Train one case; what happened here"
     from fastai.distributed import rank_distrib
     learn = make_learner(rank_distrib(), **case)
-    loaders = list(learn.dls.loaders)
+    before = list(learn.dls.loaders)
     with learn.no_bar(), learn.no_logging():
         try:
             with learn.distrib_ctx(): learn.fit(N_EPOCH)
         except ValueError as e: return dict(error=str(e))
         res = dict(seen=learn.seen, n_iters=learn.n_iters, pct_train=learn.pct_train, model=type(learn.model).__name__,
-                   restored=[a is b for a,b in zip(loaders, learn.dls.loaders)])
+                   restored=[a is b for a,b in zip(before, learn.dls.loaders)])
         after = [*learn.get_preds(), learn.validate()[0]]
         learn.dls.loaders[1] = learn.dls.valid.new(windows(6, label=case.get('label', False))) # a multiple of the processes
         with learn.distrib_ctx():

@@ -10,7 +10,7 @@ from fastai.interpret import Interpretation
 from fastai.learner import load_learner
 from fastai.metrics import mae, rmse
 from fastai.torch_core import set_seed
-from helpers import fit, split_loaders
+from helpers import fit, fit_own_lr, split_loaders
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner
 from tbptt_fastai.training.metrics import fun_rmse
@@ -103,7 +103,7 @@ def test_training_counts_sub_windows_and_schedules_end_at_one(data):
             if self.training: self.seen.append((self.pct_train, self.n_iter, self.iter))
     learn,watch = evaluated_learner(data, sub_seq_len=150),Watch()
     learn.add_cb(watch)
-    with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(2, 1e-2)
+    fit(learn, 2, 1e-2, 'fit_flat_cos')
     n_batches = len(learn.dls.train)
     pct,n_iter,_ = zip(*watch.seen)
     assert set(n_iter)=={4*n_batches} and len(pct)==2*4*n_batches
@@ -132,7 +132,7 @@ def test_an_interrupted_fit_leaves_nothing_behind(data, exc):
     fresh,stopped = evaluated_learner(data),evaluated_learner(data)
     weights = copy.deepcopy(fresh.model.state_dict())
     stopped.add_cb(Stop(7, exc)) # the second sub-window of the second batch
-    with pytest.raises(type(exc)), stopped.no_bar(), stopped.no_logging(): stopped.fit(1, 0.)
+    with pytest.raises(type(exc)): fit(stopped, 1, 0.)
     stopped.remove_cb(Stop)
     assert stopped.model.rnn.state is None and not stopped.model._forward_pre_hooks and 'all_batches' not in vars(stopped)
     for learn in (fresh, stopped): learn.model.load_state_dict(weights)
@@ -150,7 +150,7 @@ def test_an_interrupted_fit_leaves_nothing_behind(data, exc):
 @pytest.mark.parametrize('sub_seq_len', [100,None])
 def test_a_cancelled_fit_keeps_no_state(data, sub_seq_len):
     learn = evaluated_learner(data, sub_seq_len)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop(7, CancelFitException()))
+    fit_own_lr(learn, 1, cbs=Stop(7, CancelFitException()))
     assert learn.model.rnn.state is None
 
 

@@ -443,7 +443,7 @@ def test_a_random_transform_draws_once_for_each_window(signals, p):
     random.seed(1)
     gain.drawn.clear()
     gain.used.clear()
-    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    fit(learn, 2)
     plain,n_sub = torch.from_numpy(signals[0]),5
     assert len(dls.train_ds)==11 and len(seen)==2*3*n_sub # the last batch has three windows and an empty row
     gains = []

@@ -12,7 +12,7 @@ from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, get_worker_info
 from torch.utils._pytree import tree_leaves, tree_map
-from helpers import fit
+from helpers import fit, fit_own_lr
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.instruments.find import decay_rate, relative_bias
 from tbptt_fastai.learner import TbpttLearner
@@ -234,7 +234,7 @@ def test_a_stream_is_measured_at_the_starts_of_its_sequences():
     n_rows = [1, 2, 3, 4]
     for phi in res.phi: # a batch is the mean over some of the sequences
         assert any(np.allclose(phi, np.mean([by_hand[i] for i in some], 0), rtol=1e-3) for n in n_rows for some in combinations(seqs, n))
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
 
 
 class Busy(nn.Module):
@@ -349,7 +349,7 @@ def test_what_is_measured_within_a_training_and_what_is_trained_are_as_if_alone(
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)
             alone = learn.tbptt_find(max_lag=6, step=2, show=False)
-            with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+            fit(learn, 1, 0.)
             if cbs: np.testing.assert_allclose(learn.find_within.res.phi, alone.phi, rtol=1e-5)
             fit(learn, 2)
         learns.append(learn)

@@ -241,7 +241,7 @@ def test_the_learning_rate_ends_low(lengths):
     "A loader that counted too few steps would let the cosine climb again"
     batches = [tuple(torch.randn(2, n, 1) for _ in 'xy') for n in lengths]
     learn = small_learner(DataLoaders(*[TfmdDL(batches, bs=None, num_workers=0)]*2), cbs=[Watch()])
-    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
+    fit(learn, 2, 1e-2, 'fit_one_cycle')
     lrs,n = learn.recorder.lrs,[-(-o//SUB) for o in lengths]*2
     assert len(lrs)==sum(n) and learn.pct_train==pytest.approx(1) and lrs[-1]<lrs[-2]<lrs[-3]<1e-2 and lrs[-1]<1e-3
     np.testing.assert_allclose(learn.watch.pct, [(w+k/m)/8 for w,m in enumerate(n) for k in range(m)], atol=1e-9)

@@ -112,7 +112,7 @@ class Evaluate(Callback):
 def test_evaluations_leave_the_norms_as_they_are(signals):
     learn = health_learner(signals, health := GradientHealth(every=4, low=1e6, high=1e9), grad_clip=.05)
     for _ in range(2):
-        with pytest.warns(UserWarning, match='vanishing') as seen, learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2, cbs=Evaluate())
+        with pytest.warns(UserWarning, match='vanishing') as seen: fit(learn, 3, cbs=Evaluate())
         assert len([o for o in seen if 'Gradients are' in str(o.message)])==1 # in each fit
         norms,clipped = health.norms,health.clipped
         assert len(norms)==3*len(learn.dls.train) and 0<clipped<1
@@ -125,7 +125,7 @@ def test_evaluations_leave_the_norms_as_they_are(signals):
 def test_a_fit_that_starts_in_a_later_epoch_starts_anew(signals):
     learn = health_learner(signals, health := GradientHealth())
     for _ in range(2):
-        with learn.no_bar(), learn.no_logging(): learn.fit(2, start_epoch=1)
+        fit_own_lr(learn, 2, start_epoch=1)
         assert len(health.norms)==len(learn.by_hand.norms)
 
 class StopAt(Callback):

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback # with it comes Learner.no_bar
 from fastai.torch_core import set_seed
 from torch import nn
+from helpers import fit
 from tbptt_fastai.state.carry import Carry
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.deploy.predictor import StreamPredictor
@@ -260,7 +260,7 @@ def test_training_goes_on_as_if_nobody_predicted(signals, name, stream):
         if stream: dls = SequenceDataLoaders.from_arrays(*cut(parts[0]), valid=cut(parts[1]), bs=2, sub_seq_len=50)
         else: dls = SequenceDataLoaders.from_arrays(*signals, win_sz=200, stp_sz=100, bs=2, valid_pct=.4, sub_seq_len=50)
         learn = TbpttLearner(dls, nn.Sequential(MODELS[name](), nn.Linear(3, 1)), cbs=cbs)
-        with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+        fit(learn, 2)
         return [*learn.model.state_dict().values(), torch.get_rng_state(), torch.tensor(learn.recorder.values), torch.stack(learn.recorder.losses)],learn
     (alone,_),(watched,learn) = trained([]),trained(Predicting())
     for a,b in zip(alone, watched, strict=True): assert torch.equal(a, b)

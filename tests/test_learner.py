@@ -12,6 +12,7 @@ from fastai.metrics import mae
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import Adam
 from torch import nn
+from helpers import fit, fit_own_lr
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.checks import resolve_truncation
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
@@ -44,7 +45,7 @@ def test_a_constant_channel_is_only_shifted():
     assert learn.model.scale_x.std[0]==1
     almost = Standardize(*channel_stats([torch.full((999,1), .1, dtype=torch.float64)])) # rounding leaves a deviation of 1e-17
     assert almost.std==1
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
     assert np.isfinite(learn.recorder.values[-1]).all()
 
 
@@ -100,7 +101,7 @@ def test_an_evaluation_in_the_middle_of_a_training_does_not_interrupt_its_record
             self.seen = True
             self.learn.get_preds()
     learn = TbpttLearner(dls, model(), cbs=(look := Look()))
-    with learn.no_bar(), learn.no_logging(): learn.fit(3)
+    fit_own_lr(learn, 3)
     assert look.seen and len(learn.recorder.values)==3
 
 def test_validate_still_returns_its_own_numbers_and_a_second_fit_its_own_records(dls):
@@ -168,7 +169,7 @@ def test_a_model_that_resets_itself_is_told_when():
     rng = np.random.default_rng(0)
     dls = SequenceDataLoaders.from_arrays(rng.standard_normal((600,2)), rng.standard_normal(600), win_sz=50, bs=4, sub_seq_len=20)
     learn = TbpttLearner(dls, Own())
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
     assert learn.model.resets>=3+1+1 # three training batches, one for validation, and when it ends
 
 
@@ -208,7 +209,7 @@ def test_a_training_loader_without_targets_makes_no_step(dls, n_skip):
     learn = TbpttLearner(SequenceDataLoaders.from_arrays(torch.randn(600, 2), torch.randn(600), win_sz=100, sub_seq_len=40, bs=4), model(), n_skip=n_skip)
     learn.dls.train.dataset.arrays.pop()
     before = [p.clone() for p in learn.model.parameters()]
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
     assert all(torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))
 
 
@@ -223,7 +224,7 @@ def test_a_sum_over_steps_needs_no_weight(signals):
     for reduction,expected in (('mean',[1,1,.5]), ('sum',[1,1,1])):
         seen.clear()
         learn = TbpttLearner(dls, model(), loss_func=nn.L1Loss(reduction=reduction), cbs=Weights())
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+        fit(learn, 1, 0.)
         assert seen[:3]==expected
 
 
@@ -239,7 +240,7 @@ def test_a_layer_that_takes_time_for_the_batch_is_refused(dls, wrapped):
     before = [p.clone() for p in net.parameters()]
     with pytest.raises(ValueError, match='took the 40 steps for a batch, and the 4 windows for steps'):
         learn = TbpttLearner(dls, net)
-        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        fit_own_lr(learn, 1)
     assert all(torch.equal(a, b) for a,b in zip(before, net.parameters()))
 
 
@@ -270,7 +271,7 @@ def test_interpretation_shows_windows(dls):
 def test_a_float64_learner_is_built_and_trained_in_float64(signals):
     learn = RNNLearner(SequenceDataLoaders.from_arrays(*signals, win_sz=100, sub_seq_len=40, bs=4, dtype=torch.float64), hidden_size=3)
     assert {p.dtype for p in learn.model.state_dict().values()}=={torch.float64}
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
 
 
 def test_the_loss_that_the_dataset_names_is_used(dls):
@@ -280,4 +281,4 @@ def test_the_loss_that_the_dataset_names_is_used(dls):
 
 def test_an_empty_training_loader_is_refused_not_skipped(signals):
     learn = TbpttLearner(SequenceDataLoaders.from_arrays(*signals, win_sz=100, bs=64, drop_last=True), model())
-    with pytest.raises(ValueError, match='no batches: 9 windows, bs=64, drop_last=True'), learn.no_bar(), learn.no_logging(): learn.fit(1)
+    with pytest.raises(ValueError, match='no batches: 9 windows, bs=64, drop_last=True'): fit_own_lr(learn, 1)

@@ -16,7 +16,7 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from helpers import fit, learner
+from helpers import fit, fit_own_lr, learner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.training import callback
@@ -223,10 +223,10 @@ def test_an_interrupted_search_leaves_nothing_behind():
     set_seed(0)
     learn = tbptt(windows())
     finder = LRFinder()
-    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[finder, Interrupt()])
+    with pytest.raises(KeyboardInterrupt): fit_own_lr(learn, 1, cbs=[finder, Interrupt()])
     finder.tmp_d.cleanup() # fastai does so where a search ends
     assert type(learn.recorder.smooth_loss) is AvgSmoothLoss and not Carry.entered
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    fit(learn, 1, 1e-3)
     assert type(learn.recorder.smooth_loss) is AvgSmoothLoss and len(learn.recorder.losses)==100 and not Carry.entered
 
 def test_a_loss_that_passes_through_zero_is_compared_by_its_difference():

@@ -13,6 +13,7 @@ from fastai.optimizer import Adam, Lookahead, l2_reg
 from fastai.torch_core import params
 from fastcore.foundation import L
 from torch import nn
+from helpers import fit, fit_own_lr
 from tbptt_fastai.speed import optimizer
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
@@ -120,7 +121,7 @@ def test_one_call_per_group(calls):
 def test_a_learner_trains_the_same(dtype, wd_bn_bias):
     learns = [net_learner(f, dtype, wd_bn_bias=wd_bn_bias) for f in BOTH]
     for learn in learns:
-        with learn.no_bar(), learn.no_logging(): learn.fit(4, wd=.3)
+        fit_own_lr(learn, 4, wd=.3)
     a,b = learns
     assert fused(a.opt) and any('do_wd' in s for s in a.opt.state.values())!=wd_bn_bias
     assert_same(a.opt, b.opt, **(TOL[dtype] if dtype is torch.float64 else dict(rtol=1e-4, atol=1e-5))) # float32: 24 steps of training amplify the rounding
@@ -214,12 +215,12 @@ def test_checkpoints_are_exchanged(first, then):
     "Trained by one, saved, loaded and trained by the other: as if one had done all"
     whole,a,b = (net_learner(f, splitter=thirds, wd_bn_bias=False) for f in (Adam, first, then))
     for learn in (whole, a):
-        with learn.no_bar(), learn.no_logging(): learn.fit(2, slice(1e-3, 1e-2), wd=.2)
+        fit(learn, 2, slice(1e-3, 1e-2), wd=.2)
     a.save('half')
     b.load('half')
     assert_same(a.opt, b.opt, rtol=0, atol=0)
     for learn in (whole, b):
-        with learn.no_bar(), learn.no_logging(): learn.fit(2)
+        fit_own_lr(learn, 2)
     assert_same(b.opt, whole.opt)
 
 
@@ -257,14 +258,14 @@ def test_copies_and_pickles_go_on_by_themselves():
 def test_an_exported_learner_keeps_its_optimizer(signals):
     dls = SequenceDataLoaders.from_arrays(*signals, win_sz=100, sub_seq_len=50, bs=4, valid_pct=.25)
     learn = TbpttLearner(dls, rnn_type='gru', hidden_size=3, opt_func=partial(FusedAdam, wd=0))
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
     assert type(learn.opt) is FusedAdam and learn.opt.hypers[0]['wd']==0
     step = learn.opt.state_dict()['state'][0]['step']
     learn.export('model.pkl')
     assert learn.opt.state_dict()['state'][0]['step']==step>0
     loaded = load_learner('model.pkl')
     loaded.dls = dls
-    with loaded.no_bar(), loaded.no_logging(): loaded.fit(1)
+    fit_own_lr(loaded, 1)
     assert type(loaded.opt) is FusedAdam and fused(loaded.opt) and loaded.opt.hypers[0]['wd']==0
 
 
@@ -494,7 +495,7 @@ def test_sub_windows_are_trained_as_with_fastai(cbs, signals):
         dls = SequenceDataLoaders.from_arrays(*signals, win_sz=100, sub_seq_len=40, bs=4, valid_pct=.25)
         learn = TbpttLearner(dls, SequenceRNN(2, 1, rnn_type='lstm', hidden_size=4), opt_func=f, cbs=cbs(), n_skip=10, grad_clip=.5, wd_bn_bias=False)
         learn.dls.train.shuffle = False
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 3e-3)
+        fit(learn, 2, 3e-3, 'fit_one_cycle')
         learns.append(learn)
     assert fused(learns[0].opt)
     assert_same(learns[0].opt, learns[1].opt, rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
 from torch import nn
-from helpers import adam, fit_own_lr, sgd
+from helpers import adam, fit, fit_own_lr, sgd
 from reference import scaled_gradients, stream_by_hand, stream_of_sizes, train_overlap, train_scheme_on_stream
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
@@ -350,7 +350,7 @@ def test_every_number_a_user_reads_is_that_of_whole_windows(scheme, n_skip):
     "Validation, predictions, and after training the state; the schedule ends where it should"
     rnn,head = parts()
     learn = scheme_learner(scheme_loaders(), scheme, rnn, head, n_skip=n_skip, lr=1e-3, opt_func=adam)
-    with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(2, 1e-3)
+    fit(learn, 2, 1e-3, 'fit_flat_cos')
     assert float(learn.pct_train)==pytest.approx(1) and learn.recorder.lrs[-1]<learn.recorder.lrs[0]
     x,y = data()
     learn.model.eval()
@@ -371,7 +371,7 @@ def test_an_interrupted_fit_leaves_nothing_behind(scheme):
                 def after_pred(self):
                     if self.train_iter==1: raise RuntimeError('stop')
             before = {k:v.clone() for k,v in learn.model.state_dict().items()}
-            with pytest.raises(RuntimeError, match='stop'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop())
+            with pytest.raises(RuntimeError, match='stop'): fit_own_lr(learn, 1, cbs=Stop())
             learn.model.load_state_dict(before)
             learn.create_opt()
         set_seed(0)
@@ -560,13 +560,13 @@ def test_an_interrupted_step_leaves_the_learning_rate_as_it_was():
         def before_step(self):
             if self.train_iter==1: raise RuntimeError('stop')
     learn = scheme_learner(scheme_loaders(), Jittered(7, std=3, least=2, rescale='lr'), *parts())
-    with pytest.raises(RuntimeError, match='stop'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop())
+    with pytest.raises(RuntimeError, match='stop'): fit_own_lr(learn, 1, cbs=Stop())
     assert learn.opt.hypers[0]['lr']==.05
     seen = []
     class Watch(Callback):
         order = 90
         def before_step(self): seen.append(self.opt.hypers[0]['lr']/self.dl.sub_window.lr)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, .001, cbs=Watch())
+    fit(learn, 1, .001, cbs=Watch())
     assert seen==pytest.approx([.001]*len(seen))
 
 @pytest.mark.parametrize('scheme', [Overlap(10, 20), RandomUnbiased(10, 6, block=5)], ids=repr)

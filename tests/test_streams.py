@@ -381,7 +381,7 @@ def test_losses_and_metrics_are_means_over_real_steps():
     learn = stream_learner(stream_loaders(xs, ys, n_valid=4), stateful(rnn, head), metrics=[fun_rmse, rmse, mae],
                            loss_func=nn.MSELoss())
     learn.recorder.train_metrics = True
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+    fit(learn, 1, 0.)
     names,values = list(learn.recorder.metric_names)[1:-1],list(learn.recorder.log)[1:-1]
     train,valid = (torch.cat([(p-y) for p,y in zip(alone(rnn, head, xs[:n]), ys[:n])]).double().numpy() for n in (None,4))
     by_name = dict(zip(names, values))

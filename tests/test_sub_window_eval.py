@@ -8,6 +8,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.metrics import mae, rmse
 from torch import nn
+from helpers import fit
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
@@ -31,7 +32,7 @@ def learn(signals):
     torch.manual_seed(0)
     dls = SequenceDataLoaders.from_arrays(*signals, win_sz=130, stp_sz=60, bs=3, valid_pct=.4)
     learn = Learner(dls, Mixed(), loss_func=nn.functional.l1_loss, metrics=[fun_rmse, rmse, mae], cbs=TbpttResetCB(50, n_skip=70))
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    fit(learn, 1)
     return learn
 
 def values(learn):
@@ -54,7 +55,7 @@ def test_training_is_the_same_bit_by_bit(learn, signals):
         torch.manual_seed(0)
         dls = SequenceDataLoaders.from_arrays(*signals, win_sz=130, stp_sz=60, bs=3, valid_pct=.4, shuffle=False)
         learn = Learner(dls, Mixed(), loss_func=nn.functional.l1_loss, cbs=[TbpttResetCB(50), *cbs])
-        with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+        fit(learn, 2)
         return list(learn.model.parameters())
     for a,b in zip(trained([]), trained([SubWindowEvalCB(40)])): assert torch.equal(a, b)
 

@@ -10,6 +10,7 @@ from fastai.torch_core import set_seed
 from functools import partial
 from torch import nn
 from torch.utils._pytree import tree_map
+from helpers import fit
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loaders.streams import StreamDL
@@ -39,7 +40,7 @@ def test_equals_the_loop_by_hand():
     dls,model = make()
     by_hand = copy.deepcopy(model)
     learn = TbpttLearner(dls, model, opt_func=partial(OptimWrapper, opt=torch.optim.Adam), grad_clip=.5, metrics=[accuracy, Perplexity()])
-    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    fit(learn, 2)
     vocab = sorted(set(TEXT))
     n_train = len(TEXT)-int(len(TEXT)*.2)
     ids = torch.tensor([vocab.index(c) for c in TEXT[:n_train]])
@@ -81,13 +82,13 @@ def test_equals_the_loop_by_hand():
 def test_a_learner_builds_its_model_from_the_text():
     learn = TbpttLearner(make()[0], rnn_type='gru', hidden_size=8, num_layers=2)
     assert isinstance(learn.model, TextRNN) and learn.model.rnn.rnn.num_layers==2
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    fit(learn, 1)
 
 
 def test_sampling_steps_through_the_state():
     dls,model = make(dropout=.5)
     learn = TbpttLearner(dls, model)
-    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
+    fit(learn, 3)
     model.train() # sampling has no dropout in any case
     likeliest,text = sample_text(learn, 'the qu', n=30, temperature=0),'the qu'
     model.eval()
