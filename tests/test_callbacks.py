@@ -318,7 +318,7 @@ def test_a_view_tells_its_own_sub_windows_not_those_of_its_loader(signals, given
     fit(TbpttLearner(dls, plain(), given, cbs=note), 1)
     assert said=={(True, training), (False, None)} and dls.train.sub_seq_len==40
 
-def test_a_view_of_a_scheme_without_one_length_tells_none(signals):
+def test_a_view_of_a_scheme_tells_the_length_of_the_scheme_not_that_of_the_loader(signals):
     dls = SequenceDataLoaders.from_arrays(*signals, win_sz=100, sub_seq_len=40, bs=4)
     assert SubWindows(dls.train, Jittered(20)).sub_seq_len==Jittered(20).sub_seq_len
 
