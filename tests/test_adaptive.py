@@ -1,15 +1,13 @@
 "Adaptive measures, and leaves no trace but the length; what it then does is what Overlap does with that length"
-from functools import partial
 from random import Random
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from fastai.callback.progress import ProgressCallback # noqa: with it comes Learner.no_bar
 from fastai.data.core import DataLoaders
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
+from helpers import fit_own_lr, sgd
 from reference import train_overlap
 from tbptt_fastai.instruments.adaptive import Adaptive
 from tbptt_fastai.learner import TbpttLearner
@@ -20,7 +18,6 @@ from tbptt_fastai.truncation.schemes import Exact, Jittered, RandomUnbiased
 from tbptt_fastai.truncation.plan import Fixed
 from tbptt_fastai.sequences.windows import Sequences
 
-sgd = partial(OptimWrapper, opt=torch.optim.SGD)
 
 class Leaky(nn.Module):
     "h = rho h + w x: gradients fall by rho per step, exactly"
@@ -37,26 +34,23 @@ def data(n=6, steps=60):
     rng = np.random.default_rng(0)
     return torch.from_numpy(rng.standard_normal((n, steps, 1))),torch.from_numpy(rng.standard_normal((n, steps, 1)))
 
-def loaders(stream=False):
+def adaptive_loaders(stream=False):
     x,y = data()
     kw = dict(bs=3, shuffle=False, device='cpu')
     seqs = Sequences(list(x), list(y), dtype=torch.float64)
     dl = StreamDL(seqs, sub_seq_len=10, **kw) if stream else TbpttDL(seqs, num_workers=0, **kw)
     return DataLoaders(dl, dl)
 
-def learner(scheme, core=None, stream=False, **kwargs):
+def adaptive_learner(scheme, core=None, stream=False, **kwargs):
     torch.manual_seed(0)
     model = nn.Sequential(StatefulRNN(core or nn.GRU(1, 3, batch_first=True).double()), nn.Linear(1 if core else 3, 1).double())
-    return TbpttLearner(loaders(stream), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.1, **kwargs)
-
-def fit(learn, n=3):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n)
-    return learn
+    return TbpttLearner(adaptive_loaders(stream), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.1,
+                        **kwargs)
 
 @pytest.mark.parametrize('stream', [False, True])
 def test_it_is_overlap_with_the_length_of_each_epoch(stream):
     scheme = Adaptive(delta=.3, k_max=20)
-    learn = fit(learner(scheme, stream=stream))
+    learn = fit_own_lr(adaptive_learner(scheme, stream=stream), 3)
     ks = [o['k'] for o in scheme.trace]
     assert len(ks)==3 and all(1<=k<=20 for k in ks) and learn.recorder.truncation is scheme.trace
     if stream: return
@@ -70,10 +64,10 @@ def test_it_is_overlap_with_the_length_of_each_epoch(stream):
 def test_the_length_is_the_smallest_that_is_good_enough(rho):
     "Gradients that fall by rho leave out a share of rho^K / (1 - 2 rho^K) at K steps, by the estimate; those of a batch all have one sign here"
     scheme = Adaptive(delta=.1, k_max=25)
-    learn = learner(scheme, Leaky(rho))
+    learn = adaptive_learner(scheme, Leaky(rho))
     learn.lr = 0.
     found = learn.tbptt_find(bias=.1, max_lag=25, show=False)
-    fit(learn, 1)
+    fit_own_lr(learn, 1)
     k = scheme.trace[0]['k']
     assert scheme.trace[0]['reached'] and scheme.trace[0]['beta']==pytest.approx(rho, rel=1e-6)
     assert found.delta[k-1]<.1 and (k==1 or found.delta[k-2]>=.1) and k==found.suggestion
@@ -82,41 +76,42 @@ def test_the_length_is_the_smallest_that_is_good_enough(rho):
 def test_a_measurement_changes_nothing(stream):
     def trained(scheme):
         set_seed(1)
-        return list(fit(learner(scheme, stream=stream)).model.parameters())
+        return list(fit_own_lr(adaptive_learner(scheme, stream=stream), 3).model.parameters())
     for a,b in zip(trained(Adaptive(k_max=20, scheme=lambda k: Fixed(10))), trained(Fixed(10)), strict=True): assert torch.equal(a, b)
 
 def test_without_a_decay_the_longest_length_is_used():
     scheme = Adaptive(delta=.1, k_max=12)
-    fit(learner(scheme, Leaky(1.05), cbs=[]), 2)
+    fit_own_lr(adaptive_learner(scheme, Leaky(1.05), cbs=[]), 2)
     assert [(o['k'], o['reached']) for o in scheme.trace]==[(12, False)]*2
     ax = scheme.plot()
     assert ax.get_legend_handles_labels()[1]==['longest, as none was']
     plt.close('all')
 
-def test_every_few_epochs_and_again_in_a_second_fit():
+def test_it_measures_every_few_epochs_and_anew_in_a_second_fit():
     scheme = Adaptive(delta=.3, k_max=20, every=2)
     calls = []
-    learn = learner(scheme)
+    learn = adaptive_learner(scheme)
     find = learn.tbptt_find
     learn.tbptt_find = lambda **kwargs: calls.append(learn.epoch) or find(**kwargs)
-    fit(learn, 5)
+    fit_own_lr(learn, 5)
     assert calls==[0, 2, 4] and [o['epoch'] for o in scheme.trace]==[0, 1, 2, 3, 4] and scheme.trace[0]['k']==scheme.trace[1]['k']
-    fit(learn, 1)
+    fit_own_lr(learn, 1)
     assert len(scheme.trace)==1
 
-def test_settings_that_make_no_sense():
+def test_settings_that_make_no_sense_are_refused():
     for kwargs in (dict(delta=0), dict(k_max=0), dict(k_min=5, k_max=4), dict(every=0)):
         with pytest.raises(ValueError, match='; expected'): Adaptive(**kwargs)
-    with pytest.raises(ValueError, match='too short to see gradients fall'): fit(learner(Adaptive(k_max=400, step=20)))
+    with pytest.raises(ValueError, match='too short to see gradients fall'):
+        fit_own_lr(adaptive_learner(Adaptive(k_max=400, step=20)), 3)
 
-def test_it_is_its_scheme_in_all():
+def test_it_plans_draws_and_recomputes_as_its_scheme_does():
     scheme = Adaptive(k_max=10, scheme=lambda k: RandomUnbiased(5, 6))
     own = RandomUnbiased(5, 6)
     assert scheme.random and scheme.sub_windows(30, rng=Random(1))==own.sub_windows(30, rng=Random(1)) and not scheme.recompute
     assert Adaptive(scheme=Exact).recompute and Adaptive(k_max=10, scheme=lambda k: Jittered(7)).sub_windows(30, rng=Random(2))==Jittered(7).sub_windows(30, rng=Random(2))
 
-def test_a_fit_that_begins_later():
+def test_a_fit_that_begins_at_a_later_epoch_measures_all_the_same():
     scheme = Adaptive(delta=.3, k_max=20, every=2)
-    learn = learner(scheme)
-    with learn.no_bar(), learn.no_logging(): learn.fit(4, start_epoch=1)
+    learn = adaptive_learner(scheme)
+    fit_own_lr(learn, 4, start_epoch=1)
     assert [o['epoch'] for o in scheme.trace][-1]==3 and all('beta' in o for o in scheme.trace)

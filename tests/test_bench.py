@@ -14,7 +14,7 @@ def test_contenders_take_turns_and_warm_up_does_not_count():
     assert order==[('a',-1), ('b',-1), ('a',0), ('b',0), ('a',1), ('b',1)]
     assert runs==dict(a=[dict(t=1), dict(t=2)], b=[dict(t=1), dict(t=2)])
 
-def test_figures():
+def test_ratios_are_by_round_and_a_spread_is_median_and_extremes():
     runs,base = [dict(t=3.), dict(t=2.), dict(t=8.)],[dict(t=1.), dict(t=2.), dict(t=2.)]
     assert harness.ratios(runs, base, 't')==[3., 1., 4.]
     assert harness.spread(harness.column(runs, 't', 10), '.1f')=='30.0 (20.0–80.0)'

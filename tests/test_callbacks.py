@@ -1,6 +1,5 @@
 "Every callback of fastai keeps its promise when windows are trained in sub-windows; where fastai itself breaks one, the test says so"
 import copy
-from functools import partial
 import numpy as np
 import pytest
 import torch
@@ -16,11 +15,11 @@ from fastai.callback.schedule import SchedCos, SchedExp, combine_scheds, combine
 from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
 from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
 from fastai.metrics import mae
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastprogress.fastprogress import ConsoleMasterBar
 from torch import nn
 from torch._dynamo.testing import CompileCounter # counts graphs, and needs no compiler
+from helpers import adam, fit
 from tbptt_fastai.training.once import once_per_window
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
@@ -62,10 +61,6 @@ def make(signals):
         return TbpttLearner(dls, model(), SUB, cbs=[*(cbs or []), Watch()], **kwargs)
     return _make
 
-def fit(learn, n=2, lr=LR, how='fit', **kwargs):
-    with learn.no_bar(), learn.no_logging(): getattr(learn, how)(n, lr, **kwargs)
-    return learn
-
 def params(learn): return [p.detach().clone() for p in learn.model.parameters()]
 def same(a, b): return all(torch.equal(p, q) for p,q in zip(a, b))
 def n_steps(learn): return len(learn.watch.xs)
@@ -93,7 +88,7 @@ def reduces_lr_on_plateau(make):
 
 def reduces_no_lr_of_a_torch_optimizer(make):
     "fastai's own: it writes to `opt.hypers`, which an OptimWrapper makes anew on every reading"
-    learn = fit(make([ReduceLROnPlateau(comp=np.greater, factor=4.)], opt_func=partial(OptimWrapper, opt=torch.optim.Adam)), 3)
+    learn = fit(make([ReduceLROnPlateau(comp=np.greater, factor=4.)], opt_func=adam), 3)
     assert set(learn.recorder.lrs)=={LR}
 
 def terminates_on_nan(make):
@@ -101,7 +96,7 @@ def terminates_on_nan(make):
     class Poison(Callback):
         def before_batch(self):
             if self.training and n_steps(self.learn)==4: self.learn.xb = (self.x*float('nan'),)
-    learn = fit(make([TerminateOnNaNCallback(), Poison()]))
+    learn = fit(make([TerminateOnNaNCallback(), Poison()]), 2)
     assert n_steps(learn)==5 and learn.watch.starts[-1]==SUB and learn.model[0].state is None
 
 def skips_to_epoch(make):
@@ -112,14 +107,14 @@ def skips_to_epoch(make):
 
 def stops_a_short_epoch(make):
     "... after that share of its sub-windows, in the middle of a window; the next epoch starts a window"
-    learn = fit(make([ShortEpochCallback(.4, short_valid=False)]))
+    learn = fit(make([ShortEpochCallback(.4, short_valid=False)]), 2)
     assert learn.watch.starts==[0,25,50,0,25]*2 # numbers 0 to 4, and 4/9 > .4
 
 
 # --- logs and graphs
 
 def logs_csv(make):
-    learn = fit(make([CSVLogger()], metrics=[mae]))
+    learn = fit(make([CSVLogger()], metrics=[mae]), 2)
     log = learn.csv_logger.read_log()
     np.testing.assert_allclose(log[['train_loss','valid_loss','mae']], np.array(learn.recorder.values, dtype=float), rtol=1e-5)
     assert list(log.epoch)==[0,1]
@@ -137,7 +132,7 @@ def logs_to_tensorboard(make):
     pytest.importorskip('tensorboard', reason='tensorboard is not installed')
     from fastai.callback.tensorboard import TensorBoardCallback
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    learn = fit(make([TensorBoardCallback('tb', trace_model=False, log_preds=False)]))
+    learn = fit(make([TensorBoardCallback('tb', trace_model=False, log_preds=False)]), 2)
     losses = {e.step: e.value for e in EventAccumulator('tb').Reload().Scalars('train_loss')} # fastai writes the last one again in validation
     assert list(losses)==list(range(1, 2*STEPS+1))
     np.testing.assert_allclose(list(losses.values()), learn.recorder.losses, rtol=1e-6)
@@ -151,7 +146,7 @@ def bar_counts_sub_windows(make):
     learn = make([Total()])
     with learn.no_logging(): learn.fit(2, LR)
     assert totals==([(STEPS,i+1) for i in range(STEPS)]+[(1,1)])*2
-    assert same(params(learn), params(fit(make())))
+    assert same(params(learn), params(fit(make(), 2)))
 
 def collects_data(make):
     "Every sub-window that was trained, with its prediction and loss, and every window that was validated"
@@ -165,10 +160,10 @@ def collects_data(make):
 def fetches_preds(make):
     "The predictions of the epoch, of whole windows, and the training goes on as if nobody had looked"
     fetch = FetchPredsCallback()
-    learn = fit(make([fetch]))
+    learn = fit(make([fetch]), 2)
     learn.remove_cb(fetch) # fastai's own: `get_preds` with it attached waits for its own lock for ever
     with learn.no_bar(): assert torch.equal(fetch.preds[0], learn.get_preds()[0])
-    assert fetch.preds[0].shape==(4,WIN,1) and same(params(learn), params(fit(make())))
+    assert fetch.preds[0].shape==(4,WIN,1) and same(params(learn), params(fit(make(), 2)))
 
 def measures_activations(make):
     "Mean and deviation of every sub-window's activations, of the LSTM's output, of its state, and of the head"
@@ -191,10 +186,10 @@ def clips_gradients(make):
     class Norm(Callback):
         order = 12
         def before_step(self): norms.append(torch.stack([p.grad.norm() for p in self.model.parameters()]).norm().item())
-    fit(make([GradientClip(.05), Norm()]))
+    fit(make([GradientClip(.05), Norm()]), 2)
     assert len(norms)==2*STEPS and max(norms)<=.05*(1+1e-5) and np.median(norms)==pytest.approx(.05, rel=1e-4)
     norms.clear()
-    fit(make([Norm()]))
+    fit(make([Norm()]), 2)
     assert np.median(norms)>.05 # there was something to clip
 
 def accumulates_gradients(make):
@@ -217,11 +212,11 @@ def mixes_precision_nowhere_but_on_cuda(make):
     "fastai's own: `autocast('cuda')` is a no-op on the CPU. The CPU's autocast is in test_pipelines and test_hazards_evaluation"
     if torch.cuda.is_available(): pytest.skip('a GPU is there: it does mix')
     learn = make([MixedPrecision(amp_mode='bf16')])
-    with pytest.warns(UserWarning, match='CUDA is not available'): fit(learn)
-    assert same(params(learn), params(fit(make())))
+    with pytest.warns(UserWarning, match='CUDA is not available'): fit(learn, 2)
+    assert same(params(learn), params(fit(make(), 2)))
 
 def freezes_batchnorm(make):
-    learn,free = fit(make([BnFreeze()], Net)),fit(make(model=Net))
+    learn,free = fit(make([BnFreeze()], Net), 2),fit(make(model=Net), 2)
     assert learn.model.norm.running_mean.abs().max()==0 and free.model.norm.running_mean.abs().max()>0
 
 def draws_dropout_in_prediction(make):
@@ -233,8 +228,8 @@ def draws_dropout_in_prediction(make):
 def resets_by_its_own_protocol(make):
     "ModelResetter calls `model.reset`, so the model on top needs one; with ours it changes nothing"
     model = lambda: SequenceRNN(2, 1, hidden_size=4)
-    assert same(params(fit(make([ModelResetter()], model))), params(fit(make(model=model))))
-    with pytest.raises(AttributeError): fit(make([ModelResetter()]))
+    assert same(params(fit(make([ModelResetter()], model), 2)), params(fit(make(model=model), 2)))
+    with pytest.raises(AttributeError): fit(make([ModelResetter()]), 2)
 
 
 promises = [saves_the_best, stops_early, reduces_lr_on_plateau, reduces_no_lr_of_a_torch_optimizer, terminates_on_nan, skips_to_epoch, stops_a_short_epoch,
@@ -243,7 +238,7 @@ promises = [saves_the_best, stops_early, reduces_lr_on_plateau, reduces_no_lr_of
             draws_dropout_in_prediction, resets_by_its_own_protocol]
 
 @pytest.mark.parametrize('promise', promises, ids=lambda o: o.__name__)
-def test_promise(promise, make, request):
+def test_a_callback_keeps_its_promise(promise, make, request):
     promise(make, *[request.getfixturevalue(o) for o in promise.__code__.co_varnames[1:promise.__code__.co_argcount]])
 
 
@@ -261,7 +256,7 @@ def test_schedules_run_evenly_to_their_end(make, how, n, sched):
 
 
 @pytest.mark.parametrize('n_skip', [0,SUB])
-def test_lr_find(make, n_skip):
+def test_lr_find_leaves_the_model_as_it_was(make, n_skip):
     "`num_it` steps of rising learning rate, a suggestion, and the model as it was"
     learn = make(n_skip=n_skip)
     before = params(learn)
@@ -271,7 +266,7 @@ def test_lr_find(make, n_skip):
     fit(learn, 1)
 
 
-def test_train_metrics_of_a_ragged_tail(make):
+def test_train_metrics_weigh_a_ragged_tail_in_full_unless_they_sum_over_steps(make):
     """fastai's own, documented: with `train_metrics=True` an average metric weighs each step by its rows, so the 10 steps of the last sub-window count as
     much as the 25 of the others. A metric that sums over steps, such as StreamingRMSE, is exact. The washout is not counted"""
     for n_skip in (0,30):
@@ -290,7 +285,7 @@ def test_train_metrics_of_a_ragged_tail(make):
 
 # --- one draw per window
 
-def test_E2_mixup_mixes_whole_windows_if_told(make):
+def test_mixup_mixes_whole_windows_if_told(make):
     "The sub-windows of a window, put together, are one mixture of two windows"
     learn = make([once_per_window(MixUp())], shuffle=False)
     lams = []
@@ -323,7 +318,7 @@ def test_a_view_tells_its_own_sub_windows_not_those_of_its_loader(signals, given
     fit(TbpttLearner(dls, plain(), given, cbs=note), 1)
     assert said=={(True, training), (False, None)} and dls.train.sub_seq_len==40
 
-def test_a_view_of_a_scheme_without_one_length_tells_none(signals):
+def test_a_view_of_a_scheme_tells_the_length_of_the_scheme_not_that_of_the_loader(signals):
     dls = SequenceDataLoaders.from_arrays(*signals, win_sz=100, sub_seq_len=40, bs=4)
     assert SubWindows(dls.train, Jittered(20)).sub_seq_len==Jittered(20).sub_seq_len
 

@@ -7,16 +7,15 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.progress import ProgressCallback # with it comes Learner.no_bar
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import TensorBase, set_seed
 from torch import nn
+from helpers import adam, fit, fit_own_lr, item_loaders, learner
 from reference import shuffled_epochs, train_tbptt, windows_by_hand
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.state.carry import Carry, recurrent_layers
 from tbptt_fastai.state.stateful import StatefulRNN
 
 SEED,N_EPOCH,LR,WIN,SUB,BS = 3,2,1e-2,120,50,5
-adam = partial(OptimWrapper, opt=torch.optim.Adam)
 
 
 class Plain(nn.Module):
@@ -61,13 +60,10 @@ class Packed(Plain):
 @pytest.fixture
 def xy(signals): return windows_by_hand(*map(torch.from_numpy, signals), WIN, 60)
 
-def learner(xy, model, **kwargs):
+def plain_learner(xy, model, **kwargs):
     set_seed(SEED)
-    dls = DataLoaders(*(TfmdDL(list(zip(*xy)), bs=BS, shuffle=shuffle, num_workers=0) for shuffle in (True,False)))
-    return Learner(dls, model, loss_func=nn.functional.l1_loss, opt_func=adam, cbs=TbpttResetCB(SUB), **kwargs)
-
-def fit(learn, n=N_EPOCH, lr=LR):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, lr)
+    dls = item_loaders(list(zip(*xy)), bs=BS, shuffle=True)
+    return learner(dls, model, SUB, loss_func=nn.functional.l1_loss, opt_func=adam, **kwargs)
 
 def assert_clean(model, keys):
     "No hook, no state, no attribute is left"
@@ -83,7 +79,7 @@ def test_one_line_on_a_learner_equals_the_loop_by_hand(xy, rnn, kind):
     torch.manual_seed(0)
     model = kind(rnn(2, 6, batch_first=True))
     by_hand,keys = copy.deepcopy(model),list(model.state_dict())
-    fit(learner(xy, model))
+    fit(plain_learner(xy, model), N_EPOCH)
     train_tbptt(by_hand.rnn, by_hand.head, *xy, shuffled_epochs(len(xy[0]), BS, N_EPOCH, SEED), SUB, LR, nn.functional.l1_loss)
     for a,b in zip(model.parameters(), by_hand.parameters()): assert torch.equal(a, b)
     assert_clean(model, keys)
@@ -111,15 +107,15 @@ def test_what_cannot_be_carried_is_refused_before_anything_is_learned(xy, model,
     model = model()
     keys,before = list(model.state_dict()),copy.deepcopy(model.state_dict())
     with pytest.raises(exc, match=message):
-        learn = learner(xy, model)
-        fit(learn)
+        learn = plain_learner(xy, model)
+        fit(learn, N_EPOCH)
     assert_clean(model, keys)
     for k,v in model.state_dict().items(): assert torch.equal(v, before[k])
 
 
 @pytest.mark.parametrize('model', [StepByStep, Packed, OwnZeros])
 def test_full_backpropagation_takes_any_model(xy, model):
-    learn = learner(xy, model())
+    learn = plain_learner(xy, model())
     learn.tbptt_reset_cb.sub_seq_len = None
     fit(learn, 1)
     assert len(learn.recorder.losses)==len(learn.dls.train)
@@ -138,18 +134,18 @@ class Breaks(Plain):
 def test_a_failing_model_is_left_as_it_was(xy, exc):
     model = Breaks()
     keys,start = list(model.state_dict()),copy.deepcopy(model.state_dict())
-    learn = learner(xy, model)
+    learn = plain_learner(xy, model)
     model.fail_at,model.exc = 5,exc
     with pytest.raises(type(exc)): fit(learn, 1, 0.)
     assert_clean(model, keys)
     assert 'all_batches' not in vars(learn)
     model.fail_at = None
     model.load_state_dict(start)
-    fresh = learner(xy, copy.deepcopy(model))
+    fresh = plain_learner(xy, copy.deepcopy(model))
     with fresh.no_bar(), learn.no_bar(): assert list(learn.validate())==list(fresh.validate())
-    fit(fresh)
-    learn.dls,learn.opt = learner(xy, model).dls,None
-    fit(learn)
+    fit(fresh, N_EPOCH)
+    learn.dls,learn.opt = plain_learner(xy, model).dls,None
+    fit(learn, N_EPOCH)
     for a,b in zip(model.parameters(), fresh.model.parameters()): assert torch.equal(a, b)
 
 
@@ -163,7 +159,7 @@ def test_a_copy_made_in_mid_fit_carries_nothing(xy, copied):
     class Copy(Callback):
         order = 99
         def after_batch(self): copies[self.training] = copied(self.model)
-    copies,learn = {},learner(xy, Plain())
+    copies,learn = {},plain_learner(xy, Plain())
     learn.add_cb(Copy())
     fit(learn, 1)
     x = torch.randn(4, 20, 2)
@@ -180,13 +176,13 @@ def test_saved_files_are_those_of_the_plain_model(xy, tmp_path):
         return buffer.getvalue()
     model = Plain()
     size = len(saved(model))
-    fit(learner(xy, model), 1)
+    fit(plain_learner(xy, model), 1)
     data = saved(model)
     assert len(data)==size and b'tbptt_fastai' not in data
 
 
 def test_a_removed_callback_is_gone(xy):
-    learn = learner(xy, Plain())
+    learn = plain_learner(xy, Plain())
     class Fail(Callback):
         order = 13
         def before_train(self): raise RuntimeError('before the first batch')
@@ -226,7 +222,7 @@ def test_a_cancelled_sub_window_does_not_leak_a_state(xy, stateful):
     torch.manual_seed(0)
     model = nn.Sequential(StatefulRNN(nn.LSTM(2, 6, batch_first=True)), nn.Linear(6, 1)) if stateful else Plain()
     see = See()
-    learn = learner(xy, model)
+    learn = plain_learner(xy, model)
     learn.add_cbs([Skip(), see])
     fit(learn, 1, 0.)
     x,pred = see.preds[3] # the second sub-window of the second window
@@ -255,7 +251,7 @@ def test_an_evaluation_in_the_middle_changes_nothing(xy, where, stateful):
     def trained(cbs):
         torch.manual_seed(0)
         model = nn.Sequential(StatefulRNN(nn.LSTM(2, 6, batch_first=True)), nn.Linear(6, 1)) if stateful else Plain()
-        learn = learner(xy, model)
+        learn = plain_learner(xy, model)
         learn.add_cbs(cbs)
         fit(learn, 1)
         return model
@@ -268,7 +264,7 @@ def test_an_evaluation_that_takes_the_prepared_run_is_no_silent_loss(xy):
             learn = self.learn
             with learn.removed_cbs([self]), learn.no_logging(): learn.get_preds()
     for order,ok in ((11,True), (20,False)):
-        learn,cb = learner(xy, Plain()),Evaluate()
+        learn,cb = plain_learner(xy, Plain()),Evaluate()
         cb.order = order
         if ok: fit_with(learn, cb)
         else:
@@ -279,7 +275,7 @@ def test_a_learner_copied_after_a_failure_is_on_its_own(xy):
     class Fail(Callback):
         order = 13
         def before_train(self): raise RuntimeError('before the first batch')
-    learn = learner(xy, Plain())
+    learn = plain_learner(xy, Plain())
     with pytest.raises(RuntimeError): fit_with(learn, Fail())
     other = copy.deepcopy(learn)
     before = copy.deepcopy(learn.model.state_dict())
@@ -288,7 +284,7 @@ def test_a_learner_copied_after_a_failure_is_on_its_own(xy):
     for k,v in learn.model.state_dict().items(): assert torch.equal(v, before[k])
 
 def fit_with(learn, cb):
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=cb)
+    fit_own_lr(learn, 1, cbs=cb)
 
 
 def test_a_frozen_layer_in_evaluation_mode_carries_as_well(xy):
@@ -321,9 +317,9 @@ def test_a_layer_over_another_axis_is_refused(xy):
         def own(self, x): return ()
     class OwnState(PerFrame):
         def own(self, x): return (x.new_zeros(1, x.shape[0]*x.shape[1], 3),)
-    with pytest.raises(ValueError, match='runs over another axis than time'): fit(learner(xy, PerFrame()), 1)
+    with pytest.raises(ValueError, match='runs over another axis than time'): fit(plain_learner(xy, PerFrame()), 1)
     model = OwnState()
-    fit(learner(xy, model), 1) # left alone
+    fit(plain_learner(xy, model), 1) # left alone
     whole = model.eval()(xy[0][:3])
     model.train()
     with Carry(model): parts = torch.cat([model(o) for o in xy[0][:3].split(50, dim=1)], 1)
@@ -344,7 +340,7 @@ def test_the_warm_up_of_a_washout_needs_no_graph(xy):
     assert seen[:3]==[(50,False,True), (50,True,True), (20,True,True)]
 
 
-def test_inputs_are_told_by_the_loaders(xy):
+def test_the_loaders_tell_inputs_from_targets(xy):
     "`dls.n_inp`, as fastai's own split has it"
     x,y = xy
     dls = DataLoaders(*[torch.utils.data.DataLoader(list(zip(x, y, torch.arange(len(x)))), BS)]*2)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from torch import nn
+from helpers import fit
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.state.stateful import StatefulRNN
@@ -30,7 +31,7 @@ def trained(x, y, rnn_type=nn.LSTM, lr=0., n_epoch=1, model=None, **record):
     dls = SequenceDataLoaders.from_arrays(x, y, valid=(x[:WIN], y[:WIN]), win_sz=WIN, sub_seq_len=SUB, bs=BS, shuffle=False)
     rec = Record(**record)
     learn = TbpttLearner(dls, model, cbs=rec)
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, lr)
+    fit(learn, n_epoch, lr)
     return rec,learn
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_gradient_is_cut(xy, rnn_type):
     dls = SequenceDataLoaders.from_arrays(*xy, valid=xy, win_sz=WIN, sub_seq_len=SUB, bs=BS, shuffle=False)
     model = nn.Sequential(StatefulRNN(rnn_type(1, 6, batch_first=True)), nn.Linear(6, 1))
     learn = TbpttLearner(dls, model, cbs=[Record(grads=True), grads])
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+    fit(learn, 1, 0.)
     after_1,after_2,after_3 = grads.seen[:3]
     assert after_1[0].abs().max()>0 and after_2[1].abs().max()>0
     assert torch.equal(after_2[0], after_1[0]) and torch.equal(after_3[0], after_1[0]) and torch.equal(after_3[1], after_2[1])

@@ -5,6 +5,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from fastai.torch_core import set_seed
+from helpers import fit
 from tbptt_fastai import __version__
 from tbptt_fastai.datasets import cli, demo
 from tbptt_fastai.datasets.cli import tbptt_demo
@@ -19,7 +20,7 @@ def heeds_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL) # what runs in 
 def shell(*args): return subprocess.run([COMMAND, *args], capture_output=True, text=True, stdin=subprocess.DEVNULL)
 
 
-def test_table_and_figure(tmp_path):
+def test_a_run_prints_its_table_and_writes_its_figure(tmp_path):
     res = shell(*SMALL, '--n-epoch', '1', '--rnn-type', 'gru', '--sub-seq-len', '150', '--seed', '3', '--out', 'figure.png')
     assert res.returncode==0, res.stderr
     assert (tmp_path/'figure.png').read_bytes().startswith(b'\x89PNG') and f"Figure: {tmp_path/'figure.png'}" in res.stdout
@@ -58,7 +59,7 @@ def test_losses_and_errors_of_a_run_are_those_of_a_learner(runs):
     set_seed(0)
     dls.train.rng.seed(0)
     learn = RNNLearner(dls, sub_seq_len=100, rnn_type='lstm', hidden_size=8, metrics=fun_rmse)
-    with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(3, 3e-3)
+    fit(learn, 3, 3e-3, 'fit_flat_cos')
     assert run.losses==[v[1] for v in learn.recorder.values] and run.n_updates==len(learn.recorder.losses)
     loss,rmse = learn.validate()
     assert [run.losses[-1],run.rmse]==pytest.approx([loss,rmse])
@@ -116,9 +117,10 @@ def test_a_wrong_choice_is_refused():
 
 def test_the_choices_are_those_of_the_library(): assert {str(o) for o in cli.RNN}==set(rnn_types)
 
-def test_the_formats_can_be_written(): assert all(o[1:] in plt.gcf().canvas.get_supported_filetypes() for o in cli.FIGURES)
+def test_every_format_of_a_figure_can_be_written():
+    assert all(o[1:] in plt.gcf().canvas.get_supported_filetypes() for o in cli.FIGURES)
 
-def test_the_version():
+def test_the_version_is_printed():
     res = shell('--version')
     assert res.returncode==0 and res.stdout.strip()==f'tbptt_fastai {__version__}'
 
@@ -169,7 +171,7 @@ def test_what_is_finished_is_shown_when_the_rest_is_interrupted(monkeypatch, cap
     assert e.value.code==130 and 'full backpropagation' in out.splitlines()[-1] and err.strip().endswith('interrupted in TBPTT, sub-windows of 100')
 
 
-def test_the_recording(data_dir):
+def test_a_run_on_the_recording_succeeds(data_dir):
     pytest.importorskip('nonlinear_benchmarks')
     res = shell('--data', 'silverbox', '--path', str(data_dir/'nlb_cache'), '--n-epoch', '1', '--stp-sz', '1000', '--hidden-size', '4')
     assert res.returncode==0, res.stderr

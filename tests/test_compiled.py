@@ -52,7 +52,7 @@ def compiled(model, how, **kwargs):
     model.compile(**kwargs)
     return model
 
-def fit(signals, make, data, change, n_epoch=1, **kwargs):
+def trained(signals, make, data, change, n_epoch=1, **kwargs):
     set_seed(0)
     dls = data(signals)
     torch.manual_seed(0)
@@ -66,21 +66,21 @@ def fit(signals, make, data, change, n_epoch=1, **kwargs):
 @pytest.mark.parametrize('make', models.values(), ids=models)
 def test_parameters_losses_and_predictions_are_those_of_the_eager_model(signals, make, data, how):
     counter = CompileCounter()
-    res = fit(signals, make, data, lambda m: compiled(m, how, backend=counter))
-    assert counter.frame_count>0 and all(map(torch.equal, res, fit(signals, make, data, lambda m: m)))
+    res = trained(signals, make, data, lambda m: compiled(m, how, backend=counter))
+    assert counter.frame_count>0 and all(map(torch.equal, res, trained(signals, make, data, lambda m: m)))
 
 @pytest.mark.parametrize('how', ['torch.compile', 'model.compile'])
 @pytest.mark.parametrize('scheme', [Overlap(10, 20), Exact(20)], ids=['overlap', 'exact'])
 @pytest.mark.parametrize('make', [models['steps'], Plain], ids=['steps', 'plain'])
-def test_schemes_that_run_a_sub_window_in_pieces(signals, make, scheme, how):
-    res = fit(signals, make, windows, lambda m: compiled(m, how, backend='eager'), truncation=scheme)
-    assert all(map(torch.equal, res, fit(signals, make, windows, lambda m: m, truncation=scheme)))
+def test_schemes_that_run_a_sub_window_in_pieces_give_what_the_eager_model_gives(signals, make, scheme, how):
+    res = trained(signals, make, windows, lambda m: compiled(m, how, backend='eager'), truncation=scheme)
+    assert all(map(torch.equal, res, trained(signals, make, windows, lambda m: m, truncation=scheme)))
 
 @pytest.mark.parametrize('how', ['torch.compile', 'model.compile'])
 def test_a_stateful_module_that_compiles_whole_is_one_graph(signals, how):
     "For each mode, length and first state: `fullgraph=True` would raise where the graph breaks"
     counter = CompileCounter()
-    fit(signals, models['steps'], windows, lambda m: compiled(m, how, backend=counter, fullgraph=True))
+    trained(signals, models['steps'], windows, lambda m: compiled(m, how, backend=counter, fullgraph=True))
     assert 0<counter.frame_count<=8
 
 @pytest.mark.parametrize('how', ['torch.compile', 'model.compile'])
@@ -88,7 +88,7 @@ def test_a_stateful_module_that_compiles_whole_is_one_graph(signals, how):
 def test_more_epochs_make_no_more_graphs(signals, make, how):
     def graphs(n_epoch):
         counter = CompileCounter()
-        fit(signals, make, windows, lambda m: compiled(m, how, backend=counter), n_epoch)
+        trained(signals, make, windows, lambda m: compiled(m, how, backend=counter), n_epoch)
         return counter.frame_count
     assert graphs(2)==graphs(6)
 
@@ -98,7 +98,8 @@ def test_a_layer_in_two_roles_is_refused_in_a_compiled_model(signals):
             super().__init__()
             self.rnn,self.head = StatefulRNN(Steps()),nn.Linear(4, 1)
         def forward(self, x): return self.head(self.rnn(x)+self.rnn(x.flip(1)))
-    with pytest.raises(Exception, match='called twice'): fit(signals, Twice, windows, lambda m: compiled(m, 'torch.compile', backend='eager'))
+    with pytest.raises(Exception, match='called twice'):
+        trained(signals, Twice, windows, lambda m: compiled(m, 'torch.compile', backend='eager'))
 
 def test_a_compiled_model_used_by_itself_carries_until_reset():
     torch._dynamo.reset()

@@ -2,21 +2,16 @@
 import numpy as np
 import pytest
 import torch
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from functools import partial
 from torch import nn
+from helpers import adam, fit_own_lr, loaders
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.models.text import TextRNN
 import tbptt_fastai.instruments.diagnose # noqa: it adds methods to Learner
 
-
-def loaders(signals, sub_seq_len=20, **kwargs):
-    set_seed(0)
-    u,y = signals
-    return SequenceDataLoaders.from_arrays(u, y, win_sz=100, sub_seq_len=sub_seq_len, bs=4, **kwargs)
 
 def lstm(**kwargs): return nn.Sequential(StatefulRNN(nn.LSTM(2, 6, batch_first=True)), nn.Linear(6, 1))
 
@@ -59,7 +54,7 @@ class Feedforward(nn.Module):
     (lstm, 1, 'sub-window of one step'), (slots, 1, 'sub-window of one step'),
     (partial(slots, early=True), 20, 'detached too early'), (Leaky, 20, 'forgotten boundaries'), (Feedforward, 20, 'no memory'),
 ])
-def test_verdicts(signals, model, sub_seq_len, verdict):
+def test_each_mistake_has_a_verdict_of_its_own(signals, model, sub_seq_len, verdict):
     torch.manual_seed(0)
     learn = TbpttLearner(loaders(signals, sub_seq_len), model())
     assert learn.check_memory_grads().attrs['verdict'].startswith(verdict)
@@ -78,7 +73,7 @@ class OwnZeros(nn.Module):
 class Tiny(Leaky):
     def forward(self, x): return super().forward(x)*1e-9
 
-def test_what_looks_healthy_and_is_not(signals):
+def test_a_model_that_carries_nothing_does_not_pass_for_a_healthy_one(signals):
     torch.manual_seed(0)
     table = TbpttLearner(loaders(signals), OwnZeros()).check_memory_grads()
     assert table.attrs['verdict'].startswith('not carried') and table.share.isna().all()
@@ -132,7 +127,7 @@ def test_nothing_is_left_behind(signals):
     def trained(look):
         torch.manual_seed(0)
         model = nn.Sequential(StatefulRNN(nn.LSTM(2, 6, num_layers=2, dropout=.5, batch_first=True)), nn.Linear(6, 1))
-        learn = TbpttLearner(loaders(signals), model, opt_func=partial(OptimWrapper, opt=torch.optim.Adam))
+        learn = TbpttLearner(loaders(signals), model, opt_func=adam)
         set_seed(1)
         with learn.no_bar(), learn.no_logging():
             learn.fit(1, 1e-2)
@@ -146,7 +141,7 @@ def test_nothing_is_left_behind(signals):
     for a,b in zip(trained(True), trained(False), strict=True): assert torch.equal(a, b)
 
 
-def test_on_streams_and_text(signals):
+def test_streams_and_text_can_be_checked(signals):
     u,y = signals
     learn = TbpttLearner(SequenceDataLoaders.from_arrays([u[:300], u[300:900]], [y[:300], y[300:900]], sub_seq_len=20, bs=2), lstm())
     assert learn.check_memory_grads().attrs['verdict'].startswith('healthy')
@@ -200,7 +195,7 @@ class Early(nn.Module):
         return torch.stack(out, 1),h
 
 @pytest.mark.parametrize('bad_first', [True, False])
-def test_one_memory_that_is_detached_beside_a_healthy_one(signals, bad_first):
+def test_a_detached_memory_is_named_beside_a_healthy_one(signals, bad_first):
     torch.manual_seed(0)
     layers = [StatefulRNN(Early(2, 2)), StatefulRNN(nn.GRU(2, 2, batch_first=True))]
     model = nn.Sequential(*(layers if bad_first else layers[::-1]), nn.Linear(2, 1))
@@ -210,7 +205,7 @@ def test_one_memory_that_is_detached_beside_a_healthy_one(signals, bad_first):
     assert TbpttLearner(loaders(signals), model).check_memory_grads().attrs['verdict'].startswith('healthy')
 
 
-def test_a_memory_of_tokens_that_is_detached():
+def test_a_detached_memory_of_tokens_is_found():
     class Tokens(nn.Module):
         def __init__(self, early): super().__init__(); self.embed,self.cell,self.early = nn.Embedding(30, 3),nn.GRUCell(3, 4),early
         def forward(self, x, h=None):
@@ -230,7 +225,7 @@ def test_a_memory_of_tokens_that_is_detached():
 def doubled(x): return 2*x
 
 @pytest.mark.parametrize('tfms', [None, [doubled]])
-def test_first_states_of_groups(tfms):
+def test_first_states_of_groups_are_those_of_the_rows_that_are_checked(tfms):
     from tbptt_fastai.state.stateful import learned_state
     rng = np.random.default_rng(0)
     xs,ys = ([rng.standard_normal((60,c)).astype(np.float32) for _ in range(4)] for c in (2,1))
@@ -240,7 +235,7 @@ def test_first_states_of_groups(tfms):
     table = learn.check_memory_grads()
     assert table.attrs['verdict'].startswith('healthy') and table.norm['0.initial.tensors.0']>0 # it was given the groups of its rows
     learn.check_sub_windows()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
 
 
 def test_predictions_that_are_not_finite_are_not_compared(signals):
@@ -290,11 +285,11 @@ def test_rounding_is_no_memory(signals):
     table = learn.check_memory_grads()
     assert set(table.verdict)=={'directly only'} and table.attrs['verdict'].startswith('detached too early in 0')
 
-def test_the_verdict_is_shown(signals):
+def test_the_verdict_is_shown_with_the_table(signals):
     table = TbpttLearner(loaders(signals), lstm()).check_memory_grads()
     assert 'healthy: ' in table._repr_html_() and 'healthy: ' in repr(table) and 'healthy' in repr(table[table.share>0])
 
-def test_a_state_that_was_never_detached(signals):
+def test_a_state_that_was_never_detached_is_named(signals):
     class Held(Leaky):
         def forward(self, x):
             out,self.h = self.rnn(x)
@@ -303,7 +298,7 @@ def test_a_state_that_was_never_detached(signals):
     learn.model(torch.zeros(4, 5, 2))
     with pytest.raises(TypeError, match='not detached'): learn.check_memory_grads()
 
-def test_without_the_callback(signals):
+def test_a_learner_without_the_callback_can_be_checked(signals):
     from fastai.learner import Learner
     assert Learner(loaders(signals), lstm(), nn.L1Loss()).check_memory_grads().attrs['verdict'].startswith('healthy')
 
@@ -341,7 +336,7 @@ class EarlySum(nn.Module):
             out.append(h)
         return torch.stack(out, 1),h
 
-def test_memories_that_have_nothing_to_learn(signals):
+def test_a_memory_without_parameters_is_judged_by_the_gradients_through_it(signals):
     torch.manual_seed(0)
     assert verdict(signals, nn.Sequential(StatefulRNN(Ignores()), *lstm())).startswith('healthy')
     assert verdict(signals, nn.Sequential(nn.Linear(2, 2), StatefulRNN(EarlySum()), *lstm())).startswith('detached too early in 1')

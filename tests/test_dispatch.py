@@ -22,6 +22,7 @@ from fastai.metrics import mae
 from fastai.optimizer import SGD, OptimWrapper
 from fastai.torch_core import TensorBase, defaults, set_seed
 from torch import nn
+from helpers import fit_own_lr
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.speed.dispatch import LeanLearner, _known_code, fastai_code
@@ -117,7 +118,7 @@ SETS = dict(none=list, clip=lambda: [GradientClip(.05)], accumulate=lambda: [Gra
 @pytest.mark.filterwarnings("ignore:You are shadowing an attribute .modules.:UserWarning") # ActivationStats does, whatever the learner
 @pytest.mark.parametrize('how', ['fit_one_cycle','fit_flat_cos'])
 @pytest.mark.parametrize('cbs', SETS.values(), ids=SETS)
-def test_same_as_fastai(signals, cbs, how):
+def test_a_training_is_that_of_fastai_event_for_event(signals, cbs, how):
     logs = [],[]
     fastais,ours = (train(build(cls, signals, cbs(), log), how) for cls,log in zip((Learner,LeanLearner), logs))
     assert logs[0]==logs[1] and len(logs[0])>100
@@ -126,7 +127,7 @@ def test_same_as_fastai(signals, cbs, how):
 
 @pytest.mark.parametrize('exc', [CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException, CancelValidException])
 @pytest.mark.parametrize('where', ['before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_step','after_batch'])
-def test_cancelled_in_the_same_place(signals, exc, where):
+def test_a_cancelled_training_ends_in_the_same_place(signals, exc, where):
     def cancel(self):
         if self.train_iter==4 and self.training: raise exc('enough')
     def run(cls, log):
@@ -137,7 +138,7 @@ def test_cancelled_in_the_same_place(signals, exc, where):
     assert_same(run(Learner, logs[0]), run(LeanLearner, logs[1]))
     assert logs[0]==logs[1]
 
-def test_lr_find_and_fetched_predictions(signals):
+def test_lr_find_and_fetched_predictions_are_those_of_fastai(signals):
     def run(cls):
         learn = build(cls, signals, [FetchPredsCallback()])
         with learn.no_bar(), learn.no_logging():
@@ -208,7 +209,7 @@ def test_callbacks_come_and_go(signals, change, where):
     assert_same(run(Learner, logs[0]), run(LeanLearner, logs[1]))
     assert logs[0]==logs[1]
 
-def test_a_callback_of_two_learners(signals):
+def test_a_callback_of_two_learners_is_called_as_fastai_calls_it(signals):
     "It belongs to the one it was added to last; the other one calls it as fastai would"
     def run(cls):
         shared = TrainOnly()
@@ -227,7 +228,7 @@ def test_errors_read_the_same(signals, exc, where):
         return type(e.value),e.value.args
     assert run(Learner)==run(LeanLearner)
 
-def test_a_model_with_a_method_named_like_an_event(signals):
+def test_a_model_with_a_method_named_like_an_event_is_called_as_often(signals):
     "fastai finds it for every callback that has no such event, and so calls it as many times"
     class Net(SequenceRNN):
         calls = 0
@@ -253,7 +254,7 @@ def test_callbacks_without_an_event_are_not_asked(signals):
         asked.clear()
         learn = build(cls, signals)
         learn.model.__class__ = Net
-        with learn.no_bar(), learn.no_logging(): learn.fit(n)
+        fit_own_lr(learn, n)
         return sum(o in ('before_backward','after_backward','before_step') for o in asked)
     n_cbs = 5 # TrainEval, Recorder, CastToTensor, ProgressCallback, TbpttResetCB
     assert times(Learner, 1)>=9*2*(n_cbs-1) and times(LeanLearner, 1)<=3*n_cbs # 9 steps
@@ -311,7 +312,7 @@ def run_with(signals, cbs=(), loss_func=None, y=None, **kwargs):
         return train(learn)
     return run(Learner),run(LeanLearner)
 
-def test_train_metrics(signals):
+def test_train_metrics_are_those_of_fastai(signals):
     def run(cls):
         learn = build(cls, signals)
         learn.remove_cb(Recorder)
@@ -319,13 +320,13 @@ def test_train_metrics(signals):
         return train(learn)
     assert_same(run(Learner), run(LeanLearner))
 
-def test_losses_that_are_no_scalars_and_typed_ones(signals):
+def test_losses_that_are_no_scalars_are_recorded_as_by_fastai(signals):
     class Rows(Callback):
         def after_loss(self):
             if self.training: self.learn.loss = self.loss.expand(3)
     assert_same(*run_with(signals, [Rows], MSELossFlat()))
 
-def test_losses_smoothed_by_steps(signals):
+def test_losses_are_smoothed_by_steps_as_by_fastai(signals):
     "... as those of schemes with sub-windows of several lengths are"
     def run(cls):
         learn = build(cls, signals)
@@ -348,7 +349,7 @@ def test_typed_batches_are_cast(signals, typed):
     assert_same(*run_with(signals, [Typed, Look]))
     assert seen and all(o=={torch.Tensor} for o in seen)
 
-def test_a_recorder_of_ones_own(signals):
+def test_a_recorder_of_ones_own_is_called(signals):
     "It overrides the event: no shortcut is taken"
     class Half(Recorder):
         name = 'recorder'
@@ -362,7 +363,7 @@ def test_a_recorder_of_ones_own(signals):
         return train(learn)
     assert_same(run(Learner), run(LeanLearner))
 
-def test_a_scheduler_of_ones_own(signals):
+def test_a_scheduler_of_ones_own_is_called(signals):
     "What it inherits calls what it has overridden"
     class Slow(ParamScheduler):
         name = 'param_scheduler'
@@ -371,7 +372,7 @@ def test_a_scheduler_of_ones_own(signals):
 
 @pytest.mark.parametrize('clip', [dict(max_norm=.05), dict(max_norm=.01, norm_type=float('inf')), dict(max_norm=1, norm_type=1), dict(max_norm=.1, norm_type=3.)], ids=str)
 @pytest.mark.parametrize('kind', ['plain','float64','two kinds','frozen','sparse'])
-def test_clipped_gradients(signals, clip, kind):
+def test_gradients_are_clipped_as_by_fastai(signals, clip, kind):
     def run(cls):
         learn = build(cls, signals, [GradientClip(**clip)])
         if kind=='float64': learn.model,learn.dls = learn.model.double(),SequenceDataLoaders.from_arrays(*[o[:720] for o in signals], valid=[o[720:960] for o in signals], win_sz=WIN, bs=BS, dtype=torch.float64)
@@ -405,7 +406,7 @@ def test_cancelled_training_is_not_recorded_twice(signals):
     assert_same(*run_with(signals, [Stop]))
 
 @pytest.mark.parametrize('how', ['fit_one_cycle','fit_flat_cos','fit_sgdr'])
-def test_schedules_of_groups(signals, how):
+def test_groups_have_the_schedules_that_fastai_gives_them(signals, how):
     def run(cls):
         learn = build(cls, signals, splitter=lambda m: [list(m.rnn.parameters()), list(m.head.parameters())])
         with learn.no_bar(), learn.no_logging():
@@ -414,7 +415,7 @@ def test_schedules_of_groups(signals, how):
         return records(learn)
     assert_same(run(Learner), run(LeanLearner))
 
-def test_a_schedule_that_is_changed_on_the_way(signals):
+def test_a_schedule_that_is_changed_on_the_way_is_followed(signals):
     class Change(Callback):
         def before_batch(self):
             if self.train_iter==5: self.learn.param_scheduler.scheds['lr'] = combined_cos(.5, 1e-3, 1e-1, 1e-3)
@@ -447,11 +448,11 @@ def test_curves_may_be_anything_afterwards(signals):
         def value(self): return float(super().value)
     learn = build(LeanLearner, signals)
     learn.recorder.smooth_loss = Floats()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
     assert all(type(o) is float for o in learn.recorder.losses)
 
 @pytest.mark.parametrize('name', ['_update_val','_train_mets'])
-def test_names_that_fastai_no_longer_has(signals, monkeypatch, name):
+def test_without_a_name_of_fastai_the_plain_path_is_taken(signals, monkeypatch, name):
     owner = ParamScheduler if name=='_update_val' else Recorder
     monkeypatch.setattr(owner, '_other', vars(owner)[name], raising=False)
     monkeypatch.delattr(owner, name)
@@ -464,7 +465,7 @@ def test_what_others_put_in_the_place_of_pytorchs_clipping_is_called(signals, mo
     train(build(LeanLearner, signals, [GradientClip(.05)]))
     assert len(norms)==18
 
-def test_own_ways_of_a_learner_and_a_scheduler(signals):
+def test_own_ways_set_on_a_learner_or_a_scheduler_are_taken(signals):
     "... that are set on the object"
     seen = []
     learn = build(LeanLearner, signals)
@@ -493,7 +494,7 @@ def test_a_model_that_grows_within_an_epoch_is_clipped(signals):
 
 # --- batches that are where they should be
 
-def test_batches_are_left_alone_where_they_are(signals, monkeypatch):
+def test_batches_that_are_on_the_device_are_left_alone(signals, monkeypatch):
     learn = build(LeanLearner, signals)
     learn('before_fit')
     x,y = torch.zeros(2, 3, 2),torch.zeros(2, 3, 1)

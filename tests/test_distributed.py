@@ -102,13 +102,13 @@ def process(case):
     "Train one case; what happened here"
     from fastai.distributed import rank_distrib
     learn = make_learner(rank_distrib(), **case)
-    loaders = list(learn.dls.loaders)
+    before = list(learn.dls.loaders)
     with learn.no_bar(), learn.no_logging():
         try:
             with learn.distrib_ctx(): learn.fit(N_EPOCH)
         except ValueError as e: return dict(error=str(e))
         res = dict(seen=learn.seen, n_iters=learn.n_iters, pct_train=learn.pct_train, model=type(learn.model).__name__,
-                   restored=[a is b for a,b in zip(loaders, learn.dls.loaders)])
+                   restored=[a is b for a,b in zip(before, learn.dls.loaders)])
         after = [*learn.get_preds(), learn.validate()[0]]
         learn.dls.loaders[1] = learn.dls.valid.new(windows(6, label=case.get('label', False))) # a multiple of the processes
         with learn.distrib_ctx():
@@ -204,11 +204,11 @@ def evaluate_by_hand(case, params, n):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_F2_F3_ordered_sub_windows_of_its_own_windows(results, name):
+def test_each_process_gets_the_ordered_sub_windows_of_its_own_windows(results, name):
     for rank in range(2): assert results[rank][name]['seen']==expected(CASES[name], rank)
 
 @pytest.mark.parametrize('name', CASES)
-def test_F3_F4_equals_the_loop_by_hand(results, name):
+def test_two_processes_equal_the_loop_by_hand(results, name):
     "This fails if a state is lost, kept too long or shared, if a gradient is not averaged, and if the weight of a ragged end is lost"
     a,b = (results[rank][name]['params'] for rank in range(2))
     for k,v in train_by_hand(CASES[name]).items():
@@ -216,14 +216,14 @@ def test_F3_F4_equals_the_loop_by_hand(results, name):
         torch.testing.assert_close(a[k], v, rtol=0, atol=1e-6, msg=k)
 
 @pytest.mark.parametrize('name', CASES)
-def test_F3_schedule_and_what_is_left_behind(results, name):
+def test_the_schedule_ends_at_one_and_loaders_and_model_are_restored(results, name):
     for rank in range(2):
         res = results[rank][name]
         assert res['pct_train']==pytest.approx(1) and all(res['restored']) and res['model'] in ('Plain', 'Stateful')
         if name!='lengths': assert res['n_iters']==[len(expected(CASES[name], rank))//N_EPOCH]*N_EPOCH
 
 @pytest.mark.parametrize('name', CASES)
-def test_F6_evaluation(results, name):
+def test_evaluation_gives_the_predictions_and_losses_of_whole_windows(results, name):
     for rank in range(2):
         res = results[rank][name]
         pred,y,loss = evaluate_by_hand(CASES[name], res['params'], 7)
@@ -243,17 +243,17 @@ def test_both_processes_follow_one_plan(results, name):
     for k,v in a['params'].items(): assert torch.equal(v, b['params'][k])
     assert a['pct_train']==pytest.approx(1)
 
-def test_exact_gradients_of_two_processes(results):
+def test_exact_gradients_of_two_processes_are_those_of_whole_windows(results):
     for k,v in train_by_hand(dict(model=Stateful, sub_seq_len=None)).items(): torch.testing.assert_close(results[0]['exact']['params'][k], v, rtol=0, atol=1e-6, msg=k)
 
 @pytest.mark.parametrize('name', REFUSED)
-def test_F5_every_process_refuses(results, name):
+def test_every_process_refuses_what_it_cannot_train(results, name):
     for rank in range(2): assert re.search(REFUSED[name][1], results[rank][name]['error'])
 
-def test_the_script_of_the_how_to_page(tmp_path):
+def test_the_script_of_the_how_to_page_runs_and_the_first_process_saves_and_prints(tmp_path):
     out = launch('distributed_script.py', cwd=tmp_path)
     assert (tmp_path/'models'/'duffing.pth').exists()
     assert sum(line.startswith('1 ') for line in out.splitlines())==1, out # the first process alone prints
 
-def test_F1_nothing_needs_accelerate_until_it_is_used():
+def test_nothing_needs_accelerate_until_it_is_used():
     subprocess.run([sys.executable, '-W', 'ignore', '-c', "import sys; sys.modules['accelerate'] = None; import tbptt_fastai.all"], check=True)

@@ -10,6 +10,7 @@ from fastai.interpret import Interpretation
 from fastai.learner import load_learner
 from fastai.metrics import mae, rmse
 from fastai.torch_core import set_seed
+from helpers import fit, fit_own_lr, split_loaders
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner
 from tbptt_fastai.training.metrics import fun_rmse
@@ -24,14 +25,9 @@ def data():
     u = rng.standard_normal((9000,2))
     return u,1e-2*np.convolve(u[:,0], np.exp(-np.arange(60)/20)/5)[:len(u)]
 
-def learner(data, sub_seq_len=100, bs=4, **kwargs):
-    set_seed(0)
-    u,y = data
-    dls = SequenceDataLoaders.from_arrays(u[:5000], y[:5000], valid=(u[5000:], y[5000:]), win_sz=WIN, stp_sz=250, valid_stp_sz=400, bs=bs)
+def evaluated_learner(data, sub_seq_len=100, bs=4, **kwargs):
+    dls = split_loaders(data, 5000, win_sz=WIN, stp_sz=250, valid_stp_sz=400, bs=bs)
     return RNNLearner(dls, hidden_size=8, sub_seq_len=sub_seq_len, metrics=[fun_rmse, rmse, mae], **kwargs)
-
-def quiet_fit(learn, n=1, lr=1e-2):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, lr)
 
 def by_numpy(learn, ds, n_skip=0):
     "Predictions of whole windows in the order of the data, and loss, RMSE, MAE by numpy"
@@ -42,8 +38,8 @@ def by_numpy(learn, ds, n_skip=0):
 
 @pytest.fixture(scope='module')
 def fitted(data):
-    learn = learner(data)
-    quiet_fit(learn)
+    learn = evaluated_learner(data)
+    fit(learn)
     return learn
 
 
@@ -71,7 +67,7 @@ def test_predictions_are_whole_windows_in_the_order_of_the_data(fitted, sub_seq_
         np.testing.assert_allclose(loss, np.abs(expected-targ.numpy())[:,130:].mean((1,2)), atol=1e-6) # one per window, washout left out
 
 
-def test_predictions_with_a_loader_that_is_cut(data):
+def test_predictions_with_a_loader_that_is_cut_are_of_whole_windows(data):
     "`get_preds` copies the loader, with its sub_seq_len; the callback gives it whole windows all the same"
     set_seed(0)
     u,y = data
@@ -82,7 +78,7 @@ def test_predictions_with_a_loader_that_is_cut(data):
     np.testing.assert_allclose(preds, by_numpy(learn, dls.train_ds)[0], atol=1e-6)
 
 
-def test_new_data_without_targets(fitted, data):
+def test_new_data_without_targets_is_predicted(fitted, data):
     u,_ = data
     dl = fitted.dls.test_dl(SequenceWindows(u[:2000], win_sz=1000))
     with fitted.no_bar(): preds,targs = fitted.get_preds(dl=dl)
@@ -105,9 +101,9 @@ def test_training_counts_sub_windows_and_schedules_end_at_one(data):
         def __init__(self): self.seen = []
         def before_batch(self):
             if self.training: self.seen.append((self.pct_train, self.n_iter, self.iter))
-    learn,watch = learner(data, sub_seq_len=150),Watch()
+    learn,watch = evaluated_learner(data, sub_seq_len=150),Watch()
     learn.add_cb(watch)
-    with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(2, 1e-2)
+    fit(learn, 2, 1e-2, 'fit_flat_cos')
     n_batches = len(learn.dls.train)
     pct,n_iter,_ = zip(*watch.seen)
     assert set(n_iter)=={4*n_batches} and len(pct)==2*4*n_batches
@@ -117,9 +113,9 @@ def test_training_counts_sub_windows_and_schedules_end_at_one(data):
 
 
 def test_nothing_in_the_loaders_changes(data):
-    learn = learner(data)
+    learn = evaluated_learner(data)
     before = [(dl,dl.sub_seq_len,len(dl),dl.bs,dl.shuffle) for dl in learn.dls.loaders]
-    quiet_fit(learn)
+    fit(learn)
     assert before==[(dl,dl.sub_seq_len,len(dl),dl.bs,dl.shuffle) for dl in learn.dls.loaders]
 
 
@@ -133,28 +129,28 @@ class Stop(Callback):
 
 @pytest.mark.parametrize('exc', [KeyboardInterrupt('stop'), RuntimeError('in the middle of a window')])
 def test_an_interrupted_fit_leaves_nothing_behind(data, exc):
-    fresh,stopped = learner(data),learner(data)
+    fresh,stopped = evaluated_learner(data),evaluated_learner(data)
     weights = copy.deepcopy(fresh.model.state_dict())
     stopped.add_cb(Stop(7, exc)) # the second sub-window of the second batch
-    with pytest.raises(type(exc)), stopped.no_bar(), stopped.no_logging(): stopped.fit(1, 0.)
+    with pytest.raises(type(exc)): fit(stopped, 1, 0.)
     stopped.remove_cb(Stop)
     assert stopped.model.rnn.state is None and not stopped.model._forward_pre_hooks and 'all_batches' not in vars(stopped)
     for learn in (fresh, stopped): learn.model.load_state_dict(weights)
     with fresh.no_bar(), stopped.no_bar(): assert list(stopped.validate())==list(fresh.validate())
     copy.deepcopy(stopped.model)
     set_seed(1)
-    fresh.dls,fresh.opt = learner(data).dls,None
+    fresh.dls,fresh.opt = evaluated_learner(data).dls,None
     set_seed(1)
-    stopped.dls,stopped.opt = learner(data).dls,None
-    quiet_fit(fresh, 2)
-    quiet_fit(stopped, 2)
+    stopped.dls,stopped.opt = evaluated_learner(data).dls,None
+    fit(fresh, 2)
+    fit(stopped, 2)
     for a,b in zip(fresh.model.parameters(), stopped.model.parameters()): assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize('sub_seq_len', [100,None])
 def test_a_cancelled_fit_keeps_no_state(data, sub_seq_len):
-    learn = learner(data, sub_seq_len)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop(7, CancelFitException()))
+    learn = evaluated_learner(data, sub_seq_len)
+    fit_own_lr(learn, 1, cbs=Stop(7, CancelFitException()))
     assert learn.model.rnn.state is None
 
 
@@ -191,14 +187,14 @@ def test_evaluation_between_epochs_changes_nothing(data):
             self.learn.model.eval()
             with torch.no_grad(): self.model(torch.zeros(3, 50, 2))
             assert rnn.state is None
-    a,b = learner(data),learner(data)
-    quiet_fit(a, 2)
+    a,b = evaluated_learner(data),evaluated_learner(data)
+    fit(a, 2)
     b.add_cb(Evaluate())
-    quiet_fit(b, 2)
+    fit(b, 2)
     for p,q in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(p, q)
 
 
-def test_lr_find_show_results_summary_and_export(fitted, tmp_path):
+def test_lr_find_show_results_summary_and_export_leave_the_model_as_it_was(fitted, tmp_path):
     learn = copy.deepcopy(fitted)
     learn.tbptt_reset_cb.n_skip = 20
     before = copy.deepcopy(learn.model.state_dict())
@@ -216,12 +212,12 @@ def test_lr_find_show_results_summary_and_export(fitted, tmp_path):
     assert (tmp_path/'model.pkl').stat().st_size < 100_000 and learn.tbptt_reset_cb._whole is None
 
 
-def test_a_partial_batch_and_a_second_fit(data):
+def test_a_partial_batch_and_a_second_fit_meet_no_state(data):
     "The state of a full batch never meets a partial one; a second fit goes on like the first"
-    learn = learner(data, bs=7)
+    learn = evaluated_learner(data, bs=7)
     assert len(learn.dls.train_ds)%7
-    quiet_fit(learn, 2)
-    quiet_fit(learn, 1)
+    fit(learn, 2)
+    fit(learn, 1)
     assert learn.model.rnn.state is None
 
 

@@ -1,27 +1,20 @@
 "Training through the library ends with the parameters, bit by bit, of a loop written by hand"
 import copy
-from functools import partial
 import pytest
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
+from helpers import adam, fit, split_loaders
 from reference import permutations, window_epochs, train_full, train_tbptt, windows_by_hand
-from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.state.stateful import StatefulRNN
 
 SEED,N_EPOCH,LR,WIN,STEP,BS = 3,2,1e-2,120,60,5
-adam = partial(OptimWrapper, opt=torch.optim.Adam)
+WINDOWS = dict(n_train=900, seed=SEED, win_sz=WIN, stp_sz=STEP, bs=BS)
 rnn_types = dict(lstm=nn.LSTM, gru=nn.GRU, rnn=nn.RNN)
 
-
-def loaders(signals, **kwargs):
-    set_seed(SEED)
-    u,y = signals
-    return SequenceDataLoaders.from_arrays(u[:900], y[:900], valid=(u[900:], y[900:]), **{**dict(win_sz=WIN, stp_sz=STEP, bs=BS), **kwargs})
 
 def by_hand(signals):
     u,y = map(torch.from_numpy, signals)
@@ -31,9 +24,6 @@ def by_hand(signals):
 def recurrent_and_head(rnn_type, num_layers, dtype=torch.float32):
     torch.manual_seed(0)
     return rnn_types[rnn_type](2, 6, num_layers, batch_first=True).to(dtype),nn.Linear(6, 1).to(dtype)
-
-def fit(learn):
-    with learn.no_bar(), learn.no_logging(): learn.fit(N_EPOCH, LR)
 
 def assert_same(trained, *expected):
     params = [p for m in expected for p in m.parameters()]
@@ -47,9 +37,9 @@ def assert_same(trained, *expected):
 @pytest.mark.parametrize('rnn_type', rnn_types)
 def test_equals_the_loop_by_hand(signals, rnn_type, num_layers, sub_seq_len, num_workers):
     rnn,head = recurrent_and_head(rnn_type, num_layers)
-    dls = loaders(signals, sub_seq_len=sub_seq_len, num_workers=num_workers)
+    dls = split_loaders(signals, **WINDOWS, sub_seq_len=sub_seq_len, num_workers=num_workers)
     learn = TbpttLearner(dls, nn.Sequential(StatefulRNN(copy.deepcopy(rnn)), copy.deepcopy(head)), opt_func=adam)
-    fit(learn)
+    fit(learn, N_EPOCH)
     x,y,epochs = by_hand(signals)
     assert len(epochs[0])==3 and len(epochs[0][-1])==4 # the last batch is a partial one
     train_tbptt(rnn, head, x, y, epochs, sub_seq_len, LR, nn.functional.l1_loss)
@@ -59,18 +49,20 @@ def test_equals_the_loop_by_hand(signals, rnn_type, num_layers, sub_seq_len, num
 @pytest.mark.parametrize('n_skip,clip', [(0,.05), (20,None), (50,None), (70,None)]) # within, all of, and beyond the first sub-window
 def test_washout_and_clipping_equal_the_loop_by_hand(signals, n_skip, clip):
     rnn,head = recurrent_and_head('lstm', 1)
-    learn = TbpttLearner(loaders(signals), nn.Sequential(StatefulRNN(copy.deepcopy(rnn)), copy.deepcopy(head)),
+    learn = TbpttLearner(split_loaders(signals, **WINDOWS),
+                         nn.Sequential(StatefulRNN(copy.deepcopy(rnn)), copy.deepcopy(head)),
                          sub_seq_len=50, n_skip=n_skip, grad_clip=clip, opt_func=adam)
-    fit(learn)
+    fit(learn, N_EPOCH)
     train_tbptt(rnn, head, *by_hand(signals), 50, LR, nn.functional.l1_loss, n_skip=n_skip, clip=clip)
     assert_same(learn.model, rnn, head)
 
 
 @pytest.mark.parametrize('rnn_type', rnn_types)
 def test_built_model_equals_the_loop_by_hand(signals, rnn_type):
-    learn = RNNLearner(loaders(signals, sub_seq_len=50), rnn_type=rnn_type, hidden_size=6, opt_func=adam)
+    learn = RNNLearner(split_loaders(signals, **WINDOWS, sub_seq_len=50), rnn_type=rnn_type, hidden_size=6,
+                       opt_func=adam)
     start = copy.deepcopy(learn.model)
-    fit(learn)
+    fit(learn, N_EPOCH)
     u,y = (torch.from_numpy(o[:900]).double() for o in signals)
     stats = [[f(o).float() for f in (lambda o: o.mean(0), lambda o: o.std(0, correction=0))] for o in (u,y)]
     torch.testing.assert_close([learn.model.scale_x.mean, learn.model.scale_x.std, learn.model.scale_y.mean, learn.model.scale_y.std], [*stats[0], *stats[1]])
@@ -81,8 +73,9 @@ def test_built_model_equals_the_loop_by_hand(signals, rnn_type):
 
 def test_float64_equals_the_loop_by_hand(signals):
     rnn,head = recurrent_and_head('lstm', 1, torch.float64)
-    learn = TbpttLearner(loaders(signals, dtype=torch.float64, sub_seq_len=50), nn.Sequential(StatefulRNN(copy.deepcopy(rnn)), copy.deepcopy(head)), opt_func=adam)
-    fit(learn)
+    learn = TbpttLearner(split_loaders(signals, **WINDOWS, dtype=torch.float64, sub_seq_len=50),
+                         nn.Sequential(StatefulRNN(copy.deepcopy(rnn)), copy.deepcopy(head)), opt_func=adam)
+    fit(learn, N_EPOCH)
     x,y,epochs = by_hand(signals)
     train_tbptt(rnn, head, x.double(), y.double(), epochs, 50, LR, nn.functional.l1_loss)
     assert_same(learn.model, rnn, head)
@@ -106,9 +99,10 @@ def test_whole_window_is_full_backpropagation(signals, of_loader, of_learner):
     orders = iter(permutations(len(x), N_EPOCH, SEED))
     dls = DataLoaders(TfmdDL(list(zip(x, y)), bs=BS, num_workers=0, get_idxs=lambda: next(orders)), TfmdDL(list(zip(x, y)), bs=BS, num_workers=0))
     plain = Learner(dls, Plain(copy.deepcopy(rnn), copy.deepcopy(head)), loss_func=nn.L1Loss(), opt_func=adam)
-    fit(plain)
+    fit(plain, N_EPOCH)
     assert_same(plain.model, *by_loop)
 
-    learn = TbpttLearner(loaders(signals, sub_seq_len=of_loader), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=of_learner, opt_func=adam)
-    fit(learn)
+    learn = TbpttLearner(split_loaders(signals, **WINDOWS, sub_seq_len=of_loader),
+                         nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=of_learner, opt_func=adam)
+    fit(learn, N_EPOCH)
     assert_same(learn.model, *by_loop)

@@ -18,6 +18,7 @@ from fastai.torch_core import set_seed
 from fastai.vision.augment import RandTransform
 from fasttransform import Transform
 from torch import Tensor, nn
+from helpers import fit
 from reference import train_tbptt, window_epochs, windows_by_hand
 from tbptt_fastai.sequences.arrays import FileArray, HDF5Array, blocks, channel_stats
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
@@ -72,16 +73,12 @@ def hdf5(a, path, name='u', **kwargs):
     with h5py.File(path, 'a') as f: f.create_dataset(name, data=a, **kwargs)
     return HDF5Array(path, name)
 
-def fit(learn, n_epoch=2):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, 1e-2)
-    return learn
-
 def trained(train, valid, bs=2, shuffle=True, **kwargs):
     "Parameters, losses and predictions of a training on streams over two datasets"
     set_seed(3)
     train.split_idx,valid.split_idx = 0,1
     dl = StreamDL(train, bs=bs, sub_seq_len=SUB, shuffle=shuffle, **kwargs)
-    learn = fit(RNNLearner(DataLoaders(dl, dl.new(valid, shuffle=False)), hidden_size=5, metrics=mae))
+    learn = fit(RNNLearner(DataLoaders(dl, dl.new(valid, shuffle=False)), hidden_size=5, metrics=mae), 2)
     res = [*learn.model.parameters(), *learn.model.buffers(), torch.tensor(learn.recorder.values), torch.stack(learn.recorder.losses)]
     with learn.no_bar(): return [*res, *learn.get_preds()]
 
@@ -132,7 +129,7 @@ def test_training_is_bitwise_that_of_a_loop_by_hand(signals):
     x_map,y_map = memmap(u, 'u.bin', '>f8'),memmap(y, 'y.bin')
     set_seed(3)
     dls = SequenceDataLoaders.from_arrays(x_map, y_map, valid=(x_map, y_map), win_sz=70, stp_sz=90, sub_seq_len=SUB, bs=4)
-    learn = fit(TbpttLearner(dls, Net(), opt_func=lambda params, lr: torch_adam(params, lr)))
+    learn = fit(TbpttLearner(dls, Net(), opt_func=lambda params, lr: torch_adam(params, lr)), 2)
     other,x = Net(),windows_by_hand(torch.from_numpy(u), torch.from_numpy(y), 70, 90)
     train_tbptt(other.rnn.rnn, other.head, *x, window_epochs(8, 4, 2, 3), SUB, 1e-2, nn.functional.l1_loss)
     same(list(learn.model.parameters()), list(other.parameters()))
@@ -143,7 +140,7 @@ def torch_adam(params, lr):
 
 
 @pytest.mark.parametrize('dtype,expected', [('u1',torch.uint8), ('?',torch.bool), ('>i2',torch.int16), ('>i4',torch.int32), ('>i8',torch.int64), ('>f2',torch.float32), ('>f8',torch.float32)])
-def test_types_and_byte_orders(dtype, expected):
+def test_types_and_byte_orders_become_those_of_torch(dtype, expected):
     a = (np.arange(60)%2).astype(dtype)
     for kind in (memmap(a), Source(a), hdf5(a, 'a.h5')):
         x, = Sequences(kind).read([0, 0], [3, 50], [5, 10])
@@ -151,7 +148,7 @@ def test_types_and_byte_orders(dtype, expected):
         assert (x[0,:5].flatten()==torch.from_numpy(a[3:8].astype(a.dtype.newbyteorder('='))).to(expected)).all() and not x[0,5:].any()
 
 
-def test_integers_in_files_as_tokens_and_classes():
+def test_integers_in_files_are_tokens_and_classes():
     "Training on big-endian integers equals that on native ones in memory"
     class Tagger(Net):
         def __init__(self):
@@ -163,11 +160,12 @@ def test_integers_in_files_as_tokens_and_classes():
         set_seed(3)
         ds = Sequences([x[:333], x[333:]], [y[:333], y[333:]])
         dl = StreamDL(ds, bs=2, sub_seq_len=SUB, shuffle=True)
-        return list(fit(TbpttLearner(DataLoaders(dl, dl), Tagger(), loss_func=nn.CrossEntropyLoss())).model.parameters())
+        learn = TbpttLearner(DataLoaders(dl, dl), Tagger(), loss_func=nn.CrossEntropyLoss())
+        return list(fit(learn, 2).model.parameters())
     same(params(memmap(tokens, 'x.bin', '>i4'), memmap(tokens%3, 'y.bin', '>i8')), params(tokens.astype(np.int32), tokens%3))
 
 
-def test_hdf5_files_of_unequal_length_by_a_pattern(parts):
+def test_hdf5_files_by_a_pattern_train_as_the_arrays_in_them(parts):
     Path('runs').mkdir()
     for i,(u,y) in enumerate(zip(*parts)):
         hdf5(u[:,0], f'runs/{i}.h5', 'in/a')
@@ -177,9 +175,9 @@ def test_hdf5_files_of_unequal_length_by_a_pattern(parts):
     set_seed(3)
     dls = SequenceDataLoaders.from_hdf5('runs/*.h5', ['in/a','in/b'], 'y', **kw)
     assert dls.train_ds.groups==[f'runs/{i}.h5' for i in range(4)] and dls.train_ds.x_names==['in/a','in/b']
-    a = fit(RNNLearner(dls, hidden_size=5))
+    a = fit(RNNLearner(dls, hidden_size=5), 2)
     set_seed(3)
-    b = fit(RNNLearner(SequenceDataLoaders.from_arrays(*parts, groups=list('abcd'), **kw), hidden_size=5))
+    b = fit(RNNLearner(SequenceDataLoaders.from_arrays(*parts, groups=list('abcd'), **kw), hidden_size=5), 2)
     same(list(a.model.parameters()), list(b.model.parameters()))
     held_out = SequenceDataLoaders.from_hdf5([Path(f'runs/{i}.h5') for i in (0, 2)], ['in/a','in/b'], 'y', valid_files='runs/3.h5', **kw)
     assert held_out.train_ds.steps.tolist()==[410,333] and held_out.valid_ds.steps.tolist()==[307]
@@ -209,14 +207,14 @@ def test_no_read_is_longer_than_a_sub_window(spied):
     assert x.longest==y.longest==SUB
 
 
-def test_training_on_a_hundred_million_steps():
+def test_training_on_a_hundred_million_steps_reads_sub_windows_only():
     "A window that is too long for memory: what is read are the sub-windows that are trained on, and one more"
     class Stop(Callback):
         def after_batch(self):
             if self.train_iter==9: raise CancelFitException()
     x,y = Endless(),Endless()
     dls = SequenceDataLoaders.from_arrays(x, y, valid=(x, y), check=False, win_sz=10**8-500, stp_sz=250, sub_seq_len=SUB, bs=3)
-    fit(TbpttLearner(dls, Net(1), cbs=Stop()))
+    fit(TbpttLearner(dls, Net(1), cbs=Stop()), 2)
     assert x.longest==y.longest==SUB
 
 
@@ -293,7 +291,7 @@ def test_pages_of_a_memory_map_do_not_stay():
 
 # what goes wrong
 
-def test_files_that_are_missing_or_wrong(signals):
+def test_files_that_are_missing_or_wrong_are_named(signals):
     u,y = signals
     hdf5(u, 'a.h5')
     hdf5(y[:-1], 'a.h5', 'part/y')
@@ -323,7 +321,7 @@ def test_a_file_that_is_no_hdf5_file_is_named():
     with pytest.raises(ValueError, match=r"c.h5 have shapes \[None\]"): HDF5Array('c.h5', 'u')
 
 
-def test_links_in_hdf5_files():
+def test_links_in_hdf5_files_are_followed():
     hdf5(np.arange(9.), 'a.h5')
     with h5py.File('a.h5', 'a') as f: f['soft'],f['hard'],f['broken'] = h5py.SoftLink('/u'),f['u'],h5py.SoftLink('/v')
     with h5py.File('b.h5', 'w') as f: f['out'] = h5py.ExternalLink('a.h5', '/u')
@@ -358,7 +356,7 @@ def test_a_read_that_fails_is_reported_and_can_be_tried_again(signals, mode):
     learn = TbpttLearner(dls, Net())
     x.fails = 200
     with pytest.raises(OSError, match='the disk is gone'):
-        fit(learn) if mode=='train' else learn.validate()
+        fit(learn, 2) if mode=='train' else learn.validate()
     gc.collect()
     assert readers()==[]
     x.fails = False
@@ -366,7 +364,7 @@ def test_a_read_that_fails_is_reported_and_can_be_tried_again(signals, mode):
     assert hooks==[] and learn.model.rnn.state is None
     fresh = TbpttLearner(dls, copy.deepcopy(learn.model))
     learn.opt = None # with the moments of the steps before
-    fit(learn), fit(fresh)
+    fit(learn, 2), fit(fresh, 2)
     same(list(learn.model.parameters()), list(fresh.model.parameters()))
 
 
@@ -376,9 +374,9 @@ def test_an_interrupted_fit_leaves_no_thread(spied, event, error):
         def __call__(self, name):
             if name==event and (name=='after_train' or self.training and self.learn.train_iter==3): raise error('stop')
     learn = TbpttLearner(spied[0], Net(), cbs=Boom())
-    if error is CancelFitException: fit(learn)
+    if error is CancelFitException: fit(learn, 2)
     else:
-        with pytest.raises(error, match='stop'): fit(learn)
+        with pytest.raises(error, match='stop'): fit(learn, 2)
     gc.collect()
     assert readers()==[]
     learn.remove_cb(Boom)
@@ -423,7 +421,8 @@ def windows(signals, cls=StreamDL, bs=3, stp_sz=100, **kwargs):
 def test_a_deterministic_transform_gives_what_it_gives_for_whole_windows(signals, shuffle):
     def params(cls):
         set_seed(3)
-        learn = fit(TbpttLearner(windows(signals, cls, bs=4, stp_sz=150, shuffle=shuffle, after_batch=[Double()], num_workers=0), Net()))
+        dls = windows(signals, cls, bs=4, stp_sz=150, shuffle=shuffle, after_batch=[Double()], num_workers=0)
+        learn = fit(TbpttLearner(dls, Net()), 2)
         return [*learn.model.parameters()]
     dls = windows(signals, bs=4, stp_sz=150, after_batch=[Double()])
     whole = windows(signals, TbpttDL, bs=4, stp_sz=150, after_batch=[Double()], num_workers=0).train.one_batch()
@@ -444,7 +443,7 @@ def test_a_random_transform_draws_once_for_each_window(signals, p):
     random.seed(1)
     gain.drawn.clear()
     gain.used.clear()
-    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    fit(learn, 2)
     plain,n_sub = torch.from_numpy(signals[0]),5
     assert len(dls.train_ds)==11 and len(seen)==2*3*n_sub # the last batch has three windows and an empty row
     gains = []
@@ -516,56 +515,56 @@ def test_a_sub_window_that_only_the_learner_knows_is_refused(signals):
 
 
 @pytest.mark.parametrize('n', [1, 2])
-def test_new_data_in_files_is_read_by_sub_windows(learner, signals, n):
+def test_new_data_in_files_is_read_by_sub_windows(learn, signals, n):
     "... of any source: one or two sequences of one length"
     new = [Source(signals[0][:500]) for _ in range(n)]
-    dl = learner.dls.test_dl(new)
+    dl = learn.dls.test_dl(new)
     for o in new: o.asked.clear() # what looked for values that are not finite
-    with learner.no_bar(): preds,_ = learner.get_preds(dl=dl)
+    with learn.no_bar(): preds,_ = learn.get_preds(dl=dl)
     assert max(o.longest for o in new)==SUB
-    for p in dl.by_sequence(preds): torch.testing.assert_close(p, by_hand(learner, signals[0][:500]))
-    short = learner.dls.test_dl([hdf5(signals[0][:9], 'short.h5')])
-    with learner.no_bar(): assert len(learner.get_preds(dl=short)[0])==9
+    for p in dl.by_sequence(preds): torch.testing.assert_close(p, by_hand(learn, signals[0][:500]))
+    short = learn.dls.test_dl([hdf5(signals[0][:9], 'short.h5')])
+    with learn.no_bar(): assert len(learn.get_preds(dl=short)[0])==9
 
 @pytest.fixture
-def learner(parts):
+def learn(parts):
     x,y = ([memmap(o, f'{name}{i}.bin') for i,o in enumerate(seqs)] for name,seqs in zip('xy', parts))
     set_seed(3)
-    return fit(TbpttLearner(SequenceDataLoaders.from_arrays(x, y, sub_seq_len=SUB, bs=3), Net(), metrics=mae))
+    return fit(TbpttLearner(SequenceDataLoaders.from_arrays(x, y, sub_seq_len=SUB, bs=3), Net(), metrics=mae), 2)
 
 def by_hand(learn, x):
     net = copy.deepcopy(learn.model).eval()
     with torch.no_grad(): return net.head(net.rnn.rnn(torch.tensor(x)[None])[0])[0]
 
 
-def test_predictions_are_in_the_order_of_the_data(learner, parts):
-    with learner.no_bar(): preds,targs = learner.get_preds()
+def test_predictions_are_in_the_order_of_the_data(learn, parts):
+    with learn.no_bar(): preds,targs = learn.get_preds()
     cuts = [len(o)-int(len(o)*.2) for o in parts[0]]
-    for p,t,x,y,n in zip(learner.dls.valid.by_sequence(preds), learner.dls.valid.by_sequence(targs), *parts, cuts):
+    for p,t,x,y,n in zip(learn.dls.valid.by_sequence(preds), learn.dls.valid.by_sequence(targs), *parts, cuts):
         assert torch.equal(t, torch.tensor(y[n:]))
-        torch.testing.assert_close(p, by_hand(learner, x[n:]))
-    with learner.no_bar(), learner.no_logging(): loss,metric = learner.validate()
+        torch.testing.assert_close(p, by_hand(learn, x[n:]))
+    with learn.no_bar(), learn.no_logging(): loss,metric = learn.validate()
     assert loss==pytest.approx((preds-targs).abs().mean().item(), rel=1e-6) and metric==pytest.approx(loss, rel=1e-6)
 
 
-def test_copies_share_the_files(learner):
-    other = copy.deepcopy(learner)
-    for a,b in zip(other.dls.train_ds.arrays[0], learner.dls.train_ds.arrays[0]): assert a.source is b.source
-    with learner.no_bar(), learner.no_logging(), other.no_bar(), other.no_logging():
-        assert learner.validate()==other.validate()
-        rng = learner.dls.train.rng.getstate()
+def test_copies_share_the_files(learn):
+    other = copy.deepcopy(learn)
+    for a,b in zip(other.dls.train_ds.arrays[0], learn.dls.train_ds.arrays[0]): assert a.source is b.source
+    with learn.no_bar(), learn.no_logging(), other.no_bar(), other.no_logging():
+        assert learn.validate()==other.validate()
+        rng = learn.dls.train.rng.getstate()
         other.dls.train.rng.setstate(rng)
-    same(list(fit(learner).model.parameters()), list(fit(other).model.parameters()))
+    same(list(fit(learn, 2).model.parameters()), list(fit(other, 2).model.parameters()))
 
 
-def test_an_export_leaves_the_data_out_and_predicts(learner, parts):
-    learner.export('e.pkl')
+def test_an_export_leaves_the_data_out_and_predicts(learn, parts):
+    learn.export('e.pkl')
     loaded = load_learner('e.pkl')
     assert all(len(o)==0 for ds in (loaded.dls.train_ds, loaded.dls.valid_ds) for seqs in ds.arrays for o in seqs) # the data is left out
     new = [memmap(o, f'new{i}.bin') for i,o in enumerate(parts[0][1:3])]
     dl = loaded.dls.test_dl(new)
     with loaded.no_bar(): preds,_ = loaded.get_preds(dl=dl)
-    for p,x in zip(dl.by_sequence(preds), parts[0][1:3]): torch.testing.assert_close(p, by_hand(learner, x))
+    for p,x in zip(dl.by_sequence(preds), parts[0][1:3]): torch.testing.assert_close(p, by_hand(learn, x))
 
 
 def test_hdf5_data_can_be_pickled_while_open(signals):
@@ -578,41 +577,41 @@ def test_hdf5_data_can_be_pickled_while_open(signals):
 def test_two_learners_read_the_same_file_at_once(signals):
     "... in two threads, each as if alone"
     u,y = hdf5(signals[0], 'a.h5'),hdf5(signals[1], 'a.h5', 'y')
-    def learner():
+    def new():
         set_seed(3)
         dls = SequenceDataLoaders.from_arrays(u, y, win_sz=100, sub_seq_len=SUB, bs=3)
         return TbpttLearner(dls, Net())
-    alone,*both = (learner() for _ in range(3))
-    fit(alone)
-    threads = [threading.Thread(target=fit, args=(o,)) for o in both]
+    alone,*both = (new() for _ in range(3))
+    fit(alone, 2)
+    threads = [threading.Thread(target=fit, args=(o, 2)) for o in both]
     for t in threads: t.start()
     for t in threads: t.join()
     for o in both: same(list(alone.model.parameters()), list(o.model.parameters()))
 
 
-def test_whole_windows_of_a_file_in_a_plain_loader(signals):
+def test_windows_of_a_file_in_a_plain_loader_train_as_in_memory(signals):
     "A `TbpttDL` over a memory map cuts windows that it has read whole, as it does in memory"
     def params(x, y):
         set_seed(3)
         ds = SequenceWindows(x, y, 110, 60)
         dl = TbpttDL(ds, bs=4, sub_seq_len=SUB, shuffle=True, num_workers=0)
-        return list(fit(TbpttLearner(DataLoaders(dl, dl.new(shuffle=False)), Net())).model.parameters())
+        return list(fit(TbpttLearner(DataLoaders(dl, dl.new(shuffle=False)), Net()), 2).model.parameters())
     same(params(memmap(signals[0], 'u.bin', '>f4'), memmap(signals[1], 'y.bin')), params(*signals))
 
 
 @pytest.mark.parametrize('n_valid', [10, 25, 40])
-def test_windows_of_one_sub_window_and_shorter_validation(signals, n_valid):
+def test_windows_of_one_sub_window_train_and_shorter_validation_is_predicted_whole(signals, n_valid):
     x,y = map(Source, signals)
     valid = [memmap(o[:n_valid], f'{i}.bin') for i,o in enumerate(signals)]
     dls = SequenceDataLoaders.from_arrays(x, y, valid=tuple(valid), groups=['a'], sub_seq_len=1200, bs=2)
-    learn = fit(TbpttLearner(dls, Net()))
+    learn = fit(TbpttLearner(dls, Net()), 2)
     with learn.no_bar(): assert len(learn.get_preds()[0])==n_valid
     dls = SequenceDataLoaders.from_arrays(x, y, win_sz=SUB, sub_seq_len=SUB, bs=5)
-    fit(TbpttLearner(dls, Net()))
+    fit(TbpttLearner(dls, Net()), 2)
 
 
 @pytest.mark.parametrize('changed', [lambda u: u.copy(), lambda u: u.astype('f8'), lambda u: u[::2], lambda u: u[::-1], lambda u: u[10:90], lambda u: u*2])
-def test_what_numpy_makes_of_a_memory_map(signals, changed):
+def test_what_numpy_makes_of_a_memory_map_is_read_as_it_is(signals, changed):
     "A copy of a memory map calls itself one, but is in memory"
     a = np.arange(100, dtype='f4')
     x, = Sequences(changed(memmap(a))).read([0], [3], [7])

@@ -12,6 +12,7 @@ from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, get_worker_info
 from torch.utils._pytree import tree_leaves, tree_map
+from helpers import fit, fit_own_lr
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.instruments.find import decay_rate, relative_bias
 from tbptt_fastai.learner import TbpttLearner
@@ -30,7 +31,7 @@ def data(n=9, steps=14, n_in=2, dtype=torch.float64):
     set_seed(0)
     return torch.randn(n, steps, n_in, dtype=dtype),torch.randn(n, steps, 1, dtype=dtype)
 
-def loaders(x, y, bs=3, shuffle=False):
+def torch_loaders(x, y, bs=3, shuffle=False):
     dl = DataLoader(list(zip(x, y)), bs, shuffle=shuffle)
     return DataLoaders(dl, dl)
 
@@ -64,7 +65,7 @@ def test_phi_is_what_a_loop_by_hand_gives(make, step, stateful):
     if not stateful:
         model = Plain(rnn)
         model.head = head
-    learn = TbpttLearner(loaders(x, y), model, sub_seq_len=5, loss_func=nn.MSELoss())
+    learn = TbpttLearner(torch_loaders(x, y), model, sub_seq_len=5, loss_func=nn.MSELoss())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
         res = learn.tbptt_find(max_lag=6, step=step, n_batches=2, n_losses=99, show=False)
@@ -78,7 +79,8 @@ def test_a_complex_state_has_two_units_for_each_number():
     x,y = data()
     torch.manual_seed(0)
     rnn,head = LRU(2, 4).double(),nn.Linear(4, 1).double()
-    learn = TbpttLearner(loaders(x, y), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5, loss_func=nn.MSELoss())
+    learn = TbpttLearner(torch_loaders(x, y), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5,
+                         loss_func=nn.MSELoss())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
         res = learn.tbptt_find(max_lag=6, n_batches=2, n_losses=99, show=False)
@@ -95,7 +97,7 @@ def test_a_memory_that_reaches_no_further_needs_no_more(growth):
     assert (delta[8:]==0).all() and (delta[:8]>.1).any()
 
 
-def test_a_summed_loss_and_several_layers():
+def test_phi_of_several_layers_and_of_a_summed_loss_is_that_by_hand():
     x,y = data()
     class Two(nn.Module):
         def __init__(self): super().__init__(); self.a,self.b,self.head = nn.GRU(2, 3, batch_first=True),nn.LSTM(3, 4, batch_first=True),nn.Linear(4, 1)
@@ -107,7 +109,7 @@ def test_a_summed_loss_and_several_layers():
         return out,(h,hc)
     expected = phi_by_hand(both, model.head, x[:3], y[:3], range(1, 7), range(6, 12))
     for loss_func in (nn.MSELoss(), nn.MSELoss(reduction='sum'), nn.MSELoss(reduction='none')):
-        learn = TbpttLearner(loaders(x, y), model, sub_seq_len=5, loss_func=loss_func)
+        learn = TbpttLearner(torch_loaders(x, y), model, sub_seq_len=5, loss_func=loss_func)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)
             res = learn.tbptt_find(max_lag=6, n_batches=1, n_losses=6, show=False)
@@ -124,10 +126,12 @@ class Leaky(nn.Module):
 
 def leaky(rho, steps=200, sub_seq_len=5, **kwargs):
     x,y = data(6, steps, 1)
-    return TbpttLearner(loaders(x, y+1e30), nn.Sequential(StatefulRNN(Leaky(rho))), sub_seq_len=sub_seq_len, loss_func=nn.L1Loss(), **kwargs) # the loss is y-h, with gradient -1
+    # the loss is y-h, with gradient -1
+    return TbpttLearner(torch_loaders(x, y+1e30), nn.Sequential(StatefulRNN(Leaky(rho))), sub_seq_len=sub_seq_len,
+                        loss_func=nn.L1Loss(), **kwargs)
 
 @pytest.mark.parametrize('rho', [.5, .9])
-def test_a_linear_network_in_closed_form(rho):
+def test_a_linear_network_has_the_estimates_of_the_closed_form(rho):
     res = leaky(rho).tbptt_find(show=False)
     np.testing.assert_allclose(res.phi, np.tile(rho**res.lags, (2,1)), rtol=1e-9)
     np.testing.assert_allclose(res.beta, rho, rtol=1e-9)
@@ -146,7 +150,7 @@ def test_gradients_that_cancel_make_the_estimate_larger():
     rho,k = -.9,np.arange(1, 101)
     learn = leaky(rho)
     x,y = data(6, 200, 1)[0],torch.tensor([1e30, 1e30, -1e30], dtype=torch.float64).repeat(2)[:,None,None].expand(6, 200, 1)
-    learn.dls = loaders(x, y)
+    learn.dls = torch_loaders(x, y)
     res = learn.tbptt_find(show=False)
     left,norm = .9**k/.1,np.abs(rho*(1-rho**k)/(1-rho))/3
     np.testing.assert_allclose(res.phi[0], .9**k, rtol=1e-9)
@@ -154,29 +158,29 @@ def test_gradients_that_cancel_make_the_estimate_larger():
 
 
 @pytest.mark.parametrize('rho', [1., 1.05, 30.])
-def test_no_suggestion_without_a_decay(rho):
+def test_without_a_decay_there_is_no_suggestion(rho):
     with pytest.warns(UserWarning, match='do not fall'): res = leaky(rho).tbptt_find()
     assert res.suggestion is None and not res.reached and np.isinf(res.delta).all() and res.beta>=1-1e-12
     assert {'vanishing','exploding'}=={o.get_text() for o in plt.gca().texts}
     assert not [o for o in plt.gca().lines if str(o.get_label()).startswith(('suggested','at least'))]
 
-def test_not_finite_gradients():
+def test_gradients_that_are_not_finite_give_a_warning_and_no_suggestion():
     with pytest.warns(UserWarning, match='not finite'): res = leaky(1e10).tbptt_find()
     assert res.suggestion is None
 
-def test_a_window_too_short_for_the_decay():
+def test_a_window_too_short_for_the_decay_suggests_at_least_its_lags():
     with pytest.warns(UserWarning, match='No lag up to 100'): res = leaky(.999).tbptt_find()
     assert res.suggestion==100 and not res.reached
     assert [o.get_label() for o in plt.gca().lines if o.get_linestyle()=='--']==['at least 100']
 
-def test_nothing_reaches_back():
+def test_where_nothing_reaches_back_there_is_no_suggestion():
     with pytest.warns(UserWarning, match='nothing reaches that far'): assert leaky(0.).tbptt_find().suggestion is None
 
 def test_the_plot_marks_the_suggestion():
     res = leaky(.9).tbptt_find()
     assert plt.gca().get_yscale()=='log' and [o.get_label() for o in plt.gca().lines if o.get_label()[0]!='_' and len(o.get_xdata())==2]==[f'suggested: {res.suggestion}']
 
-def test_estimates_by_hand():
+def test_decay_rate_and_relative_bias_are_those_by_hand():
     lags = np.arange(1, 9)
     phi = np.array([5., 3, 3, 1, .5, .4, .3, 1e-30])
     assert decay_rate(lags, phi, 3)==pytest.approx(np.exp(np.polyfit(lags[2:7], np.log(phi[2:7]), 1)[0])) # below exp(-50) dropped
@@ -191,7 +195,8 @@ def test_estimates_by_hand():
 def test_losses_in_the_washout_do_not_count():
     x,y = data()
     rnn,head = nn.GRU(2, 4, batch_first=True).double(),nn.Linear(4, 1).double()
-    learn = TbpttLearner(loaders(x, y), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5, n_skip=11, loss_func=nn.MSELoss())
+    learn = TbpttLearner(torch_loaders(x, y), nn.Sequential(StatefulRNN(rnn), head), sub_seq_len=5, n_skip=11,
+                         loss_func=nn.MSELoss())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
         res = learn.tbptt_find(max_lag=6, n_batches=1, n_losses=99, show=False)
@@ -199,7 +204,7 @@ def test_losses_in_the_washout_do_not_count():
 
 
 @pytest.mark.parametrize('step', [1, 2])
-def test_one_label_per_window(step):
+def test_phi_of_one_label_per_window_is_that_of_the_last_step(step):
     x,_ = data()
     label = torch.randn(9, 2, dtype=torch.float64)
     class Last(Plain):
@@ -209,7 +214,8 @@ def test_one_label_per_window(step):
     model = model.double()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
-        res = TbpttLearner(loaders(x, label), model, sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(n_batches=1, step=step, show=False)
+        res = TbpttLearner(torch_loaders(x, label), model, sub_seq_len=5,
+                           loss_func=nn.MSELoss()).tbptt_find(n_batches=1, step=step, show=False)
     expected = phi_by_hand(model.rnn, model.head, x[:3], label[:3,None].expand(-1, 14, -1), res.lags, [13])
     np.testing.assert_allclose(res.phi[0], expected, rtol=1e-8)
 
@@ -228,7 +234,7 @@ def test_a_stream_is_measured_at_the_starts_of_its_sequences():
     n_rows = [1, 2, 3, 4]
     for phi in res.phi: # a batch is the mean over some of the sequences
         assert any(np.allclose(phi, np.mean([by_hand[i] for i in some], 0), rtol=1e-3) for n in n_rows for some in combinations(seqs, n))
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
 
 
 class Busy(nn.Module):
@@ -250,7 +256,7 @@ def busy(kind):
     set_seed(3)
     model = Busy()
     x,y = data(12, 40, dtype=torch.float32)
-    if kind=='torch': dls = loaders(x, y, bs=4, shuffle=True)
+    if kind=='torch': dls = torch_loaders(x, y, bs=4, shuffle=True)
     elif kind in ('loader', 'sampler', 'batch_sampler'): dls = generator_in(kind, list(zip(x, y)))
     elif kind=='items': dls = DataLoaders(TfmdDL(list(zip(x, y)), 4, shuffle=True), TfmdDL(list(zip(x, y)), 4))
     else:
@@ -260,9 +266,6 @@ def busy(kind):
             dl = StreamDL(Sequences([u[:100],u[100:250],u[250:400]], [u[:100,:1],u[100:250,:1],u[250:400,:1]]), bs=2, sub_seq_len=10, shuffle=True)
             dls = DataLoaders(dl, dl)
     return TbpttLearner(dls, model, sub_seq_len=10, loss_func=nn.MSELoss())
-
-def fit(learn, n=2):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-2)
 
 def same_training(a, b):
     "Bit by bit"
@@ -307,7 +310,7 @@ def test_the_learner_stays_as_it_is(kind, interrupted, monkeypatch):
             assert before['vars'].keys()==vars(learn.dls.train).keys()
             assert not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules()) and 'carry_in_evaluation' not in vars(learn.model.rnn)
         learn.model.rnn.reset()
-        fit(learn)
+        fit(learn, 2)
         learns.append(learn)
     same_training(*learns)
 
@@ -335,20 +338,20 @@ class FindWithin(Callback):
         if self.training and self.train_iter==2: self.res = self.learn.tbptt_find(max_lag=6, step=2, show=False)
 
 @pytest.mark.parametrize('stateful', [True, False])
-def test_within_a_training(stateful):
+def test_what_is_measured_within_a_training_and_what_is_trained_are_as_if_alone(stateful):
     "What is measured and what is trained is as if each were done alone"
     learns,x,y = [],*data(12, dtype=torch.float32)
     for cbs in ([], [FindWithin()]):
         set_seed(0)
         rnn = nn.LSTM(2, 4, batch_first=True)
         model = nn.Sequential(StatefulRNN(rnn), nn.Linear(4, 1)) if stateful else Plain(rnn)
-        learn = TbpttLearner(loaders(x, y), model, sub_seq_len=5, loss_func=nn.MSELoss(), cbs=cbs)
+        learn = TbpttLearner(torch_loaders(x, y), model, sub_seq_len=5, loss_func=nn.MSELoss(), cbs=cbs)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)
             alone = learn.tbptt_find(max_lag=6, step=2, show=False)
-            with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+            fit(learn, 1, 0.)
             if cbs: np.testing.assert_allclose(learn.find_within.res.phi, alone.phi, rtol=1e-5)
-            fit(learn)
+            fit(learn, 2)
         learns.append(learn)
     same_training(*learns)
 
@@ -362,7 +365,8 @@ class Sum(nn.Module):
         return out,out[:,-1]
 
 @pytest.mark.parametrize('find,message', [
-    (lambda: TbpttLearner(loaders(*data()), nn.Linear(2, 1), sub_seq_len=None, loss_func=nn.MSELoss()).tbptt_find(), 'no recurrent layer'),
+    (lambda: TbpttLearner(torch_loaders(*data()), nn.Linear(2, 1), sub_seq_len=None,
+                          loss_func=nn.MSELoss()).tbptt_find(), 'no recurrent layer'),
     (lambda: leaky(.9, 1, None).tbptt_find(), 'window has 1 steps: too short for two lags'),
     (lambda: leaky(.9, 20).tbptt_find(max_lag=20), 'window has 20 steps: too short for max_lag=20'),
     (lambda: leaky(.9, 20).tbptt_find(step=6), 'or a smaller step'),
@@ -370,10 +374,13 @@ class Sum(nn.Module):
     (lambda: leaky(.9, 20).tbptt_find(bias=0), 'bias is 0'),
     (lambda: leaky(.9, 20).tbptt_find(n_batches=0), 'n_batches is 0'),
     (lambda: leaky(.9, 20).tbptt_find(tau=10), 'tau is 10'),
-    (lambda: TbpttLearner(loaders(*data()), GivesAState(nn.GRU(2, 4, batch_first=True)).double(), sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(), r'gives its recurrent layers \(rnn\) a state of its own'),
-    (lambda: TbpttLearner(loaders(*data(n_in=1)), nn.Sequential(StatefulRNN(Sum())), sub_seq_len=5, loss_func=nn.MSELoss()).tbptt_find(), 'Sequential has 0 parameters'),
+    (lambda: TbpttLearner(torch_loaders(*data()), GivesAState(nn.GRU(2, 4, batch_first=True)).double(), sub_seq_len=5,
+                          loss_func=nn.MSELoss()).tbptt_find(),
+     r'gives its recurrent layers \(rnn\) a state of its own'),
+    (lambda: TbpttLearner(torch_loaders(*data(n_in=1)), nn.Sequential(StatefulRNN(Sum())), sub_seq_len=5,
+                          loss_func=nn.MSELoss()).tbptt_find(), 'Sequential has 0 parameters'),
 ])
-def test_what_is_refused(find, message):
+def test_what_cannot_be_measured_is_refused_by_name(find, message):
     with pytest.raises(ValueError, match=message): find()
 
 def test_a_bias_in_words_is_refused():
@@ -407,7 +414,7 @@ class Cell(nn.Module):
 @pytest.mark.parametrize('cell,message', [(Cell, 'by itself, where no gradient can be followed'), (lambda: nn.GRU(1, 1, batch_first=True), 'No state of OwnState has a gradient')])
 def test_a_model_with_a_state_of_its_own_is_refused_and_keeps_it(cell, message):
     x,y = data(n_in=1, dtype=torch.float32)
-    learn = TbpttLearner(loaders(x, y), OwnState(cell()), sub_seq_len=5, loss_func=nn.MSELoss())
+    learn = TbpttLearner(torch_loaders(x, y), OwnState(cell()), sub_seq_len=5, loss_func=nn.MSELoss())
     learn.model.state,learn.model.n = (state := torch.ones(3, 1)),0
     with pytest.raises(ValueError, match=message): learn.tbptt_find()
     assert learn.model.state is state and learn.model.n==0 and learn.model.last is None and not hasattr(learn.model, 'added')
@@ -442,7 +449,7 @@ def test_the_estimate_is_conservative_on_the_copy_task():
     set_seed(0)
     rng = np.random.default_rng(0)
     x,y = copy_task(64, 80, 4, rng)
-    learn = TbpttLearner(loaders(x, y, bs=64), Copy(), sub_seq_len=20, loss_func=CrossEntropyLossFlat(), lr=1e-2)
+    learn = TbpttLearner(torch_loaders(x, y, bs=64), Copy(), sub_seq_len=20, loss_func=CrossEntropyLossFlat(), lr=1e-2)
     ks,table = (5,8,12,16,20,25,30),[]
     for n_epoch in (0, 60, 120):
         fit(learn, n_epoch) if n_epoch else None
@@ -456,7 +463,7 @@ def test_the_estimate_is_conservative_on_the_copy_task():
     for true,est in table: assert all(e>=t for e,t in zip(est, true))
 
 
-def test_silverbox(data_dir):
+def test_the_suggestion_for_silverbox_is_between_20_and_250_steps(data_dir):
     pytest.importorskip('nonlinear_benchmarks')
     from tbptt_fastai.datasets.benchmarks import create_dls_silverbox
     from tbptt_fastai.learner import RNNLearner
@@ -484,7 +491,7 @@ def test_a_memory_that_ends_is_suggested_whole_though_its_gradients_grow():
     model = nn.Sequential(StatefulRNN(Shift()), nn.Linear(4, 1)).double()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        res = TbpttLearner(loaders(x, y), model, sub_seq_len=10, loss_func=nn.MSELoss()).tbptt_find(show=False)
+        res = TbpttLearner(torch_loaders(x, y), model, sub_seq_len=10, loss_func=nn.MSELoss()).tbptt_find(show=False)
     lags = res.lags[res.phi.mean(0)>0]
     assert res.beta>1 and lags.tolist()==[1, 2] and res.reached and res.suggestion==3 and res.delta[2]==0<res.delta[1]
     assert np.isinf(relative_bias(np.arange(1, 5), np.array([1., 2, 4, 8]), np.ones(4), 2.)).all()
@@ -519,7 +526,7 @@ def test_parts_of_a_state_without_a_gradient_count_as_zero(memory):
     assert res.suggestion==expected.suggestion
 
 
-def test_first_states_of_groups():
+def test_a_learned_first_state_is_that_of_the_group_of_each_sequence():
     "A learned first state is found by the group of each sequence"
     rng = np.random.default_rng(0)
     xs,ys = ([rng.standard_normal((30,c)).astype(np.float32) for _ in range(3)] for c in (2,1))

@@ -59,7 +59,7 @@ def test_predictions_find_back_to_their_rows():
     assert df[df.name.isin(['a','c'])].pred.isna().all()
 
 
-def test_times_as_text_numbers_and_none():
+def test_times_may_be_text_or_numbers_or_left_out():
     df = frame([12, 8])
     days = from_df(df).train_ds
     for same in (df.assign(day=df.day.dt.strftime('%Y-%m-%d')), df.assign(day=df.day.dt.strftime('%m/%d/%Y')), df.assign(day=df.t), df.assign(day=df.day.dt.tz_localize('UTC'))):
@@ -70,7 +70,7 @@ def test_times_as_text_numbers_and_none():
     assert list(whole)==[None] and len(whole[None][0])==12
 
 
-def test_groups_of_several_columns_and_of_any_type():
+def test_groups_may_be_of_several_columns_and_of_any_type():
     df = frame([6, 6, 6]).assign(plant=lambda o: o.t%2)
     groups = group_sequences(df, 'u', 'y', group=['name','plant'], time='day')
     assert len(groups)==6 and ('a', 0) in groups
@@ -103,13 +103,13 @@ def test_integer_targets_are_classes():
     assert from_df(df, y=['label','y']).train_ds[0][1].dtype==torch.float32
 
 
-def test_long_groups_in_parts():
+def test_long_groups_are_cut_into_parts_for_training_only():
     dls = from_df(frame([40, 25]), win_sz=10, sub_seq_len=5)
     assert sum(dls.train_ds.lengths)==32+20 and max(dls.train_ds.lengths)==10 and len(dls.train_ds)==4+2
     assert len(dls.valid_ds.index)==13
 
 
-def test_what_else_is_refused():
+def test_what_makes_no_sequence_is_refused_by_name():
     df = frame([12, 8])
     twice = df.copy()
     i,j = np.flatnonzero(df.name=='b')[:2]
@@ -135,7 +135,7 @@ def test_a_group_too_short_for_validation_is_in_training_only():
     assert sum(dls.train_ds.lengths)==28
 
 
-def test_stocks(data_dir):
+def test_stocks_are_split_by_stock_and_by_date(data_dir):
     df = pd.read_csv(data_dir/'stocks.csv')
     dls = from_df(df, x='value', y='change', group='stock', time='Date', bs=5, sub_seq_len=64)
     assert dls.train_ds.lengths.tolist()==[1844]*5 and dls.valid_ds.lengths.tolist()==[461]*5

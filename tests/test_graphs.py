@@ -139,26 +139,27 @@ def same(make, do=cycle, replays=None, **kwargs):
 TWO_EPOCHS = (FULL-1-1)+(FULL-1)
 
 @pytest.mark.parametrize('model', [SequenceRNN, Plain, partial(Plain, nn.GRU), partial(Plain, nn.RNN), stateful, partial(stateful, nn.LSTM), Normed])
-def test_models(make, model): same(make, model=model, replays=TWO_EPOCHS)
+def test_every_kind_of_model_trains_as_without_graphs(make, model): same(make, model=model, replays=TWO_EPOCHS)
 
 @pytest.mark.parametrize('kwargs', [dict(dtype=torch.float64), dict(grad_clip=.05), dict(opt_func=Adam), dict(opt_func=fused), dict(opt_func=fused, grad_clip=.05),
     dict(opt_func=partial(OptimWrapper, opt=torch.optim.SGD)), dict(loss_func=nn.MSELoss(reduction='sum'))])
-def test_settings(make, kwargs): same(make, replays=TWO_EPOCHS, **kwargs)
+def test_every_setting_trains_as_without_graphs(make, kwargs): same(make, replays=TWO_EPOCHS, **kwargs)
 
 @pytest.mark.parametrize('n_skip,replays', [(3, 1+3), (25, 1+2), (30, 0), (50, 1+2)]) # second sub-windows; if the first is all washout, they are the first to be trained; 50: the last is as good as a full one
-def test_washout(make, n_skip, replays): same(make, replays=replays, n_skip=n_skip)
+def test_a_washout_trains_as_without_graphs(make, n_skip, replays): same(make, replays=replays, n_skip=n_skip)
 
 def test_washout_is_run_eagerly_and_all_else_replayed(make):
     learn = same(make, n_skip=10, sub=20) # of three sub-windows of 20 steps, the first has washout
     assert learn.graphs.n_replayed==4+6 # the first epoch runs one of either batch size by itself
 
-def test_a_window_of_one_sub_window(make): same(make, win=25, sub=25, replays=4+5) # 28 windows: five batches of 5, and one of 3
+def test_windows_of_one_sub_window_train_as_without_graphs(make):
+    same(make, win=25, sub=25, replays=4+5) # 28 windows: five batches of 5, and one of 3
 
-def test_no_ragged_tail(make): same(make, win=50, sub=25)
+def test_windows_without_a_ragged_tail_train_as_without_graphs(make): same(make, win=50, sub=25)
 
 def first_state(rnn): return learned_state(rnn)
 
-def test_a_first_state_that_is_learned(make):
+def test_a_first_state_is_learned_as_without_graphs(make):
     same(make, model=partial(stateful, nn.LSTM, initial=first_state), replays=3+3) # the second sub-window of each window
 
 class Cell(nn.Module):
@@ -173,7 +174,8 @@ class Cell(nn.Module):
             outs.append(state['h'])
         return torch.stack(outs, 1),state
 
-def test_a_module_of_ones_own(make): same(make, model=lambda: nn.Sequential(StatefulRNN(Cell()), nn.Linear(3, 1)), replays=3+3)
+def test_a_module_of_ones_own_trains_as_without_graphs(make):
+    same(make, model=lambda: nn.Sequential(StatefulRNN(Cell()), nn.Linear(3, 1)), replays=3+3)
 
 class Counting(Cell):
     def forward(self, x, state):
@@ -189,7 +191,7 @@ def two_fits(learn):
     learn.marks = [learn.validate(), learn.get_preds()[0].numpy()]
     learn.fit(2, 1e-2)
 
-def test_two_fits_and_an_evaluation_between(make): same(make, do=two_fits, replays=4+TWO_EPOCHS)
+def test_a_second_fit_after_an_evaluation_is_as_without_graphs(make): same(make, do=two_fits, replays=4+TWO_EPOCHS)
 
 class Within(Callback):
     "Evaluations in the middle of a training, and between its epochs"
@@ -206,7 +208,8 @@ class Within(Callback):
         with torch.no_grad(): self.model(*self.xb)
         self.model.train()
 
-def test_evaluations_within_a_fit(make): same(make, cbs=[Within], replays=4+4) # an evaluation between epochs ends a fit
+def test_evaluations_within_a_fit_change_nothing(make):
+    same(make, cbs=[Within], replays=4+4) # an evaluation between epochs ends a fit
 
 class Stop(Callback):
     order = 65
@@ -230,15 +233,17 @@ def interrupted(learn):
 
 @pytest.mark.parametrize('event', ['after_pred','after_loss','before_backward','before_step','after_batch'])
 @pytest.mark.parametrize('at', [2, 5, 13])
-def test_an_interrupted_fit(make, event, at): same(make, do=interrupted, cbs=[partial(Stop, KeyboardInterrupt, event, at)])
+def test_an_interrupted_fit_leaves_what_it_leaves_without_graphs(make, event, at):
+    same(make, do=interrupted, cbs=[partial(Stop, KeyboardInterrupt, event, at)])
 
 @pytest.mark.parametrize('opt_func', [Adam, fused])
 @pytest.mark.parametrize('exc,event', [(CancelBatchException,'after_pred'), (CancelBatchException,'after_loss'), (CancelBatchException,'before_step'), (CancelBackwardException,'before_backward'),
     (CancelStepException,'before_step'), (CancelTrainException,'after_batch'), (CancelTrainException,'after_pred'), (CancelFitException,'after_loss')])
-def test_what_is_cancelled(make, exc, event, opt_func): # a batch that is cancelled before the step leaves its gradient for the next one
+def test_what_is_cancelled_is_cancelled_as_without_graphs(make, exc, event, opt_func):
+    # a batch that is cancelled before the step leaves its gradient for the next one
     same(make, cbs=[partial(Stop, exc, event, 2, every=True)], opt_func=opt_func)
 
-def test_what_callbacks_see(make):
+def test_callbacks_see_what_they_see_without_graphs(make):
     seen = []
     for graphed in (False, True):
         cb = Seen()
@@ -259,7 +264,7 @@ def test_what_a_callback_keeps_stays(make):
         kept.append([[o.detach().numpy() for o in step] for step in cb.kept])
     np.testing.assert_equal(*kept)
 
-def test_short_epochs(make): same(make, cbs=[partial(ShortEpochCallback, .5)])
+def test_short_epochs_train_as_without_graphs(make): same(make, cbs=[partial(ShortEpochCallback, .5)])
 
 class Moves(Callback):
     "Parameters in other memory, as a callback that averages weights may put there"
@@ -267,26 +272,26 @@ class Moves(Callback):
         if self.training and self.learn.iter==5:
             for p in self.model.parameters(): p.data = p.data.clone()*.9
 
-def test_parameters_that_have_moved(make): same(make, cbs=[Moves])
+def test_parameters_that_have_moved_are_trained(make): same(make, cbs=[Moves])
 
 class Thaw(Callback):
     def before_epoch(self): self.model.head.requires_grad_(self.epoch>0)
 
-def test_parameters_that_are_frozen_for_an_epoch(make): same(make, cbs=[Thaw])
+def test_parameters_that_are_frozen_for_an_epoch_stay_and_are_trained_after_it(make): same(make, cbs=[Thaw])
 
 class NewMode(Callback):
     order = 20
     def before_train(self):
         if self.epoch: self.model.norm.eval()
 
-def test_another_mode_in_another_epoch(make): same(make, model=Normed, cbs=[NewMode])
+def test_another_mode_in_another_epoch_is_followed(make): same(make, model=Normed, cbs=[NewMode])
 
 class NewLoss(Callback):
     def before_batch(self): self.learn.loss_func = nn.MSELoss() if self.learn.iter>3 else nn.L1Loss()
 
-def test_another_loss_on_the_way(make): same(make, cbs=[NewLoss])
+def test_another_loss_on_the_way_is_used(make): same(make, cbs=[NewLoss])
 
-def test_no_more_shapes_than_asked_for(make):
+def test_no_more_shapes_are_recorded_than_asked_for(make):
     learn = make(graphed=False, cbs=[Graphs(n_shapes=1)])
     quietly(learn, cycle)
     assert learn.graphs.n_replayed==(3-0)+3 # full batches alone
@@ -343,7 +348,7 @@ class Own(OwnState):
 @pytest.mark.parametrize('kwargs,match', [(dict(cbs=[MixedPrecision]), 'MixedPrecision scales the loss'), (dict(cbs=[partial(GradientAccumulation, 8)]), 'GradientAccumulation scales the loss'),
     (dict(model=Own), 'Own carries a state by itself.*StatefulRNN'), (dict(truncation=Exact(25)), 'Exact.*computes activations again'), (dict(sub=None), 'sub_seq_len is None')])
 @pytest.mark.filterwarnings('ignore:(?s).*CUDA is not available')
-def test_refusals(make, kwargs, match):
+def test_what_cannot_be_replayed_is_refused(make, kwargs, match):
     learn = make(**kwargs)
     with pytest.raises(ValueError, match=match): quietly(learn, cycle)
 
@@ -380,7 +385,7 @@ def test_activation_statistics_are_refused(make):
 # --- what runs by itself
 
 @pytest.mark.parametrize('truncation', [Overlap(10, 20), Jittered(20)])
-def test_other_schemes(make, truncation): same(make, truncation=truncation)
+def test_other_schemes_train_as_without_graphs(make, truncation): same(make, truncation=truncation)
 
 def test_a_scheme_is_replayed_where_it_is_plain(make):
     assert same(make, truncation=Jittered(20)).graphs.n_replayed<=2*9 and same(make, truncation=Overlap(20, 20)).graphs.n_replayed>0
@@ -406,7 +411,7 @@ def test_fastai_is_what_it_was():
     "If this fails, fastai has changed what a training step is: compare with `GraphedRun`, then change the digest"
     assert is_known(_known_code, *(getattr(Learner, o) for o in _ours))
 
-def test_a_callback_that_is_taken_out_on_the_way(make):
+def test_a_callback_that_is_taken_out_on_the_way_leaves_nothing_behind(make):
     class TakesOut(Callback):
         def after_batch(self):
             if self.learn.iter==4 and self.training and hasattr(self.learn, 'graphs'): self.learn.remove_cb(self.learn.graphs)
@@ -417,7 +422,7 @@ def test_a_callback_that_is_taken_out_on_the_way(make):
 
 # --- what is left afterwards
 
-def test_a_learner_is_saved_and_loaded(make, tmp_path):
+def test_a_learner_that_was_saved_and_loaded_predicts_the_same(make, tmp_path):
     learn = make(path=tmp_path)
     quietly(learn, cycle)
     pickle.loads(pickle.dumps(learn))
@@ -429,7 +434,7 @@ def test_a_learner_is_saved_and_loaded(make, tmp_path):
 class Saves(Callback):
     def after_batch(self): pickle.dumps(self.learn)
 
-def test_a_learner_is_saved_in_the_middle(make):
+def test_a_learner_can_be_saved_in_the_middle_of_a_fit(make):
     quietly(make(cbs=[Saves]), lambda learn: learn.fit(1))
 
 class Watched(TapeGraph):
@@ -476,7 +481,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(Tensor, 'record_stream', lambda o, stream: log.append(f'{int(o)} is used on {stream.name}'))
     return log
 
-def test_calls_aside_then_one_capture_then_replays(cuda):
+def test_three_calls_run_aside_then_one_is_captured_then_all_are_replayed(cuda):
     calls = []
     def f():
         cuda.append('run')

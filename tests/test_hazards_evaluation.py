@@ -1,4 +1,5 @@
-"Where fastai and sub-windows collide, sections C to E, and text: a test for every known hazard, numbered as they are. fastai's own flaws are tested as they are today"
+"""Where fastai and sub-windows collide, in evaluation, other callbacks and text: a test for every known hazard.
+fastai's own flaws are tested as they are today"""
 import ast, copy, inspect
 from pathlib import Path
 import numpy as np
@@ -19,6 +20,7 @@ from fastai.text.learner import language_model_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
 from fastai.torch_core import set_seed
 from torch import nn
+from helpers import fit
 import tbptt_fastai
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.state.carry import Carry
@@ -27,15 +29,15 @@ from tbptt_fastai.learner import RNNLearner
 from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.models.sequence import SequenceRNN
-from hazards import BS, SUB, WIN, Watch, fit, items, learner, loaders, net, noise, same, whole
+from small_windows import BS, SUB, WIN, Watch, items, net, noise, same, small_learner, small_loaders, whole
 
 
-# --- C. Losses and metrics
+# --- losses and metrics
 
 @pytest.fixture
-def fitted(): return fit(learner(metrics=[rmse, mae]), 2)
+def fitted(): return fit(small_learner(metrics=[rmse, mae]), 2)
 
-def test_C1_C3_every_number_is_that_of_whole_windows(fitted):
+def test_every_number_is_that_of_whole_windows(fitted):
     "A mean of the losses of sub-windows, or of their RMSE, is another number; a metric of all predictions is the same either way"
     for accum in (False,True):
         fitted.metrics = [AccumMetric(lambda p,t: (p-t).square().mean().sqrt(), flatten=False)] if accum else [rmse, mae]
@@ -46,7 +48,7 @@ def test_C1_C3_every_number_is_that_of_whole_windows(fitted):
     parts = [e[:,s:s+SUB] for s in range(0, WIN, SUB)]
     assert np.mean([p.square().mean().item() for p in parts])!=pytest.approx(expected[0].item(), rel=1e-4)
 
-def test_C2_fastai_weighs_a_batch_by_its_rows():
+def test_fastai_weighs_a_batch_by_its_rows():
     "fastai's own: `AvgLoss` counts a short sub-window in full, which is why evaluation is never cut"
     class Fake: yb,loss = (),0
     met = AvgLoss()
@@ -57,14 +59,14 @@ def test_C2_fastai_weighs_a_batch_by_its_rows():
         met.accumulate(fake)
     assert met.value==2.5 # per step it is 2
 
-def test_C4_evaluation_in_pieces_by_choice_is_exact(fitted):
+def test_evaluation_in_pieces_by_choice_is_exact(fitted):
     "Pieces of a window, put together, are the window"
     x = torch.stack([x for x,_ in fitted.dls.train_ds])
     fitted.model.eval()
     with torch.no_grad(), Carry(fitted.model, evaluation=True): pieces = torch.cat([fitted.model(o) for o in x.split(SUB, 1)], 1)
     assert (pieces-fitted.model(x)).abs().max()<1e-6
 
-def test_C5_a_short_last_sub_window_weighs_less():
+def test_a_short_last_sub_window_weighs_less():
     "... as much as its steps: with a constant prediction, all sub-windows pull together as the whole window does"
     class Const(nn.Module):
         def __init__(self): super().__init__(); self.w,self.rnn = nn.Parameter(torch.zeros(1)),StatefulRNN(nn.GRU(1, 1, batch_first=True))
@@ -72,42 +74,42 @@ def test_C5_a_short_last_sub_window_weighs_less():
     grads = []
     class Keep(Callback):
         def after_backward(self): grads.append(self.model.w.grad.item())
-    learn = fit(learner(model=Const(), cbs=[Keep()]), 1, 0.)
+    learn = fit(small_learner(model=Const(), cbs=[Keep()]), 1, 0.)
     for i,batch in enumerate(torch.stack([y for _,y in learn.dls.train_ds]).split(BS)):
         assert SUB/WIN*sum(grads[3*i:3*i+3])==pytest.approx(-2*batch.mean().item(), abs=1e-6)
 
 
-# --- D. get_preds, show_results, Interpretation
+# --- get_preds, show_results, Interpretation
 
-def test_D1_a_loader_that_cuts_loses_rows_without_the_callback():
+def test_a_loader_that_cuts_loses_rows_without_the_callback():
     "fastai's own: it reorders as many rows as there are windows and says nothing. With TbpttResetCB all are there"
-    dls = loaders(items(8), TbpttDL, sub_seq_len=15)
+    dls = small_loaders(items(8), TbpttDL, sub_seq_len=15)
     bare = Learner(dls, nn.Sequential(nn.Linear(1, 1)), loss_func=MSELossFlat())
     with bare.no_bar(): assert bare.get_preds(ds_idx=0)[0].shape==(8,15,1) # of 16 halves
-    learn = learner(dls, sub='dls')
+    learn = small_learner(dls, sub='dls')
     with learn.no_bar(): assert learn.get_preds(ds_idx=0)[0].shape==(8,WIN,1)
 
-def test_D2_interpretation_has_a_loss_for_every_window(fitted):
-    fitted.dls = loaders(cls=TbpttDL, sub_seq_len=15)
+def test_interpretation_has_a_loss_for_every_window(fitted):
+    fitted.dls = small_loaders(cls=TbpttDL, sub_seq_len=15)
     fitted.tbptt_reset_cb.sub_seq_len = 15
     with fitted.no_bar(): losses,idxs = Interpretation.from_learner(fitted, ds_idx=0).top_losses()
     expected = (whole(fitted)-torch.stack([y for _,y in fitted.dls.train_ds])).square().mean((1,2))
     torch.testing.assert_close(losses, expected.sort(descending=True)[0])
 
-def test_D3_predictions_with_everything_from_a_shuffled_loader(fitted):
-    fitted.dls = loaders(shuffle=True)
+def test_predictions_from_a_shuffled_loader_come_in_the_order_of_the_data(fitted):
+    fitted.dls = small_loaders(shuffle=True)
     with fitted.no_bar(): x,preds,y,dec,losses = fitted.get_preds(ds_idx=0, with_input=True, with_decoded=True, with_loss=True)
     expected,(xs,ys) = whole(fitted),(torch.stack(o) for o in zip(*fitted.dls.train_ds))
     assert torch.equal(x, xs) and torch.equal(y, ys)
     torch.testing.assert_close([preds, dec, losses], [expected, expected, (expected-ys).square().mean((1,2))])
 
 @pytest.mark.parametrize('native', [False,True])
-def test_D4_a_data_block_predicts_shows_saves_and_loads(native):
+def test_a_data_block_predicts_saves_exports_and_loads(native):
     "`test_dl`, `predict`, `save`, `load`, `export` and `load_learner` of a pipeline with transforms"
     data = noise()
     kwargs = dict(dl_type=TbpttDL, sub_seq_len=SUB) if native else {}
     dls = DataBlock((TransformBlock, TransformBlock), get_x=lambda i: data[i][0], get_y=lambda i: data[i][1], splitter=IndexSplitter([7,8,9])).dataloaders(list(range(10)), bs=BS, num_workers=0, **kwargs)
-    learn = fit(learner(dls, sub='dls' if native else SUB))
+    learn = fit(small_learner(dls, sub='dls' if native else SUB))
     expected = whole(learn, data)
     with learn.no_bar():
         test = dls.test_dl(list(range(10)))
@@ -123,35 +125,36 @@ def test_D4_a_data_block_predicts_shows_saves_and_loads(native):
     with loaded.no_bar(): torch.testing.assert_close(loaded.predict(3)[2], expected[3])
 
 @pytest.mark.parametrize('item', [lambda x: (x,), lambda x: x], ids=['tuple', 'tensor'])
-def test_D5_predict_takes_a_window(item, signals):
+def test_predict_takes_a_window(item, signals):
     learn = fit(RNNLearner(SequenceDataLoaders.from_arrays(*signals, win_sz=WIN, sub_seq_len=SUB, bs=BS), hidden_size=3))
     x = learn.dls.valid_ds[1][0]
     with learn.no_bar(): pred = learn.predict(item(x))[2]
     torch.testing.assert_close(pred, learn.model.eval()(x[None])[0].detach())
 
 
-# --- E. Other callbacks: what each promises is in test_callbacks
+# --- other callbacks: what each promises is in test_callbacks
 
-def test_E1_callbacks_that_only_watch_change_nothing():
+def test_callbacks_that_only_watch_change_nothing():
     model = net()
     cbs = [ActivationStats(modules=[model[0].rnn]), CollectDataCallback(), CSVLogger(), FetchPredsCallback(), GradientClip(1e6), TerminateOnNaNCallback()]
-    assert same(fit(learner(model=model, cbs=cbs), 2), fit(learner(), 2))
+    assert same(fit(small_learner(model=model, cbs=cbs), 2), fit(small_learner(), 2))
 
 @pytest.mark.parametrize('kind', ['GradientAccumulation', 'RNNRegularizer'])
 @pytest.mark.parametrize('n_skip', [SUB,SUB+3])
-def test_E3_callbacks_that_change_the_loss_meet_no_step_without_one(kind, n_skip):
+def test_callbacks_that_change_the_loss_meet_no_step_without_one(kind, n_skip):
     "... for a sub-window that is all washout is no step; it only brings the state to the next"
     class Three(nn.Module):
         def __init__(self): super().__init__(); self.net = net()
         def forward(self, x): o = self.net(x); return o,o,o
     accumulate = kind=='GradientAccumulation'
-    learn = learner(model=None if accumulate else Three(), cbs=[GradientAccumulation(8), Watch()] if accumulate else [RNNCallback(), RNNRegularizer(1., 1.), Watch()])
+    cbs = [GradientAccumulation(8), Watch()] if accumulate else [RNNCallback(), RNNRegularizer(1., 1.), Watch()]
+    learn = small_learner(model=None if accumulate else Three(), cbs=cbs)
     learn.tbptt_reset_cb.n_skip = n_skip
     fit(learn)
     assert learn.watch.lens==[12,6]*3 and len(learn.recorder.losses)==6
 
 @pytest.mark.parametrize('kind', [nn.LSTM, nn.GRU])
-def test_E4_state_in_half_precision_and_a_nan(kind):
+def test_a_state_of_another_type_is_refused_and_a_nan_ends_with_its_window(kind):
     "An LSTM's state takes the type of the CPU's autocast, a GRU's does not; left in mid-window, such a state is refused by name. A NaN poisons the rest of its window, not the next"
     rnn,x = StatefulRNN(kind(1, 3, batch_first=True)),torch.randn(2, 5, 1)
     with torch.autocast('cpu', torch.bfloat16): rnn(x)
@@ -163,7 +166,7 @@ def test_E4_state_in_half_precision_and_a_nan(kind):
     rnn.reset()
     assert rnn(x).isfinite().all()
 
-def test_E5_models_with_a_state_can_be_copied():
+def test_models_with_a_state_can_be_copied():
     "A state that was not detached would break `deepcopy`"
     rnn = StatefulRNN(nn.LSTM(1, 3, batch_first=True))
     rnn(torch.randn(2, 5, 1, requires_grad=True))
@@ -174,52 +177,52 @@ def test_E5_models_with_a_state_can_be_copied():
     loose(torch.ones(1, requires_grad=True))
     with pytest.raises(RuntimeError, match='deepcopy'): copy.deepcopy(loose)
 
-def test_E6_the_model_on_top_has_a_reset():
+def test_the_model_on_top_has_a_reset():
     "fastai's callbacks call `model.reset` and look no deeper"
     model = SequenceRNN(1, 1, hidden_size=3)
     model(torch.randn(2, 5, 1))
-    learn = Learner(loaders(), model, loss_func=MSELossFlat())
+    learn = Learner(small_loaders(), model, loss_func=MSELossFlat())
     assert model.rnn.state is not None
     learn._grab_cbs(TrainEvalCallback)[0].before_fit()
     assert model.rnn.state is None
 
-def test_E7_compile_in_place_keeps_the_names():
+def test_compile_in_place_keeps_the_names():
     "`torch.compile(model)` would save other keys than the model has"
     model,keys = net(),list(net().state_dict())
     assert list(torch.compile(model, backend='eager').state_dict())==['_orig_mod.'+k for k in keys]
     model.compile(backend='eager')
     assert list(model.state_dict())==keys
 
-def test_E8_exceptions_have_a_message():
+def test_every_exception_we_raise_has_a_message():
     "fastai's own: in a callback, one without becomes an IndexError"
     class Mute(Callback):
         def before_fit(self): raise ValueError()
-    with pytest.raises(IndexError): fit(learner(cbs=[Mute()]))
+    with pytest.raises(IndexError): fit(small_learner(cbs=[Mute()]))
     package = Path(inspect.getfile(tbptt_fastai)).parent
     raised = [n.exc for f in package.rglob('*.py') for n in ast.walk(ast.parse(f.read_text())) if isinstance(n, ast.Raise) and n.exc]
     assert len(raised)>100 and all(isinstance(o, ast.Call) and o.args for o in raised)
 
-def test_E9_flat_cos_starts_at_the_start():
+def test_fit_flat_cos_ignores_start_epoch():
     "fastai's own: `fit_flat_cos` ignores `start_epoch`"
-    learn = learner(cbs=[Watch()])
+    learn = small_learner(cbs=[Watch()])
     with learn.no_bar(), learn.no_logging():
         learn.fit_flat_cos(2, start_epoch=1)
         assert len(learn.recorder.losses)==18
         learn.fit_one_cycle(2, start_epoch=1)
         assert len(learn.recorder.losses)==9
 
-def test_E9_export_wants_a_dataset_that_can_be_emptied():
+def test_export_wants_a_dataset_that_can_be_emptied():
     "fastai's own; SequenceWindows can"
-    with pytest.raises(AttributeError, match='new_empty'): fit(learner()).export('a.pkl')
+    with pytest.raises(AttributeError, match='new_empty'): fit(small_learner()).export('a.pkl')
     x = np.zeros(300, np.float32)
-    learner(SequenceDataLoaders.from_arrays(x, x, win_sz=WIN, bs=BS)).export('b.pkl')
+    small_learner(SequenceDataLoaders.from_arrays(x, x, win_sz=WIN, bs=BS)).export('b.pkl')
 
-def test_E9_names_of_callbacks():
+def test_only_the_word_callback_is_cut_off_a_name():
     "fastai's own: only the word Callback is cut off a name"
-    assert learner().tbptt_reset_cb.name=='tbptt_reset_cb' and TrainEvalCallback().name=='train_eval'
+    assert small_learner().tbptt_reset_cb.name=='tbptt_reset_cb' and TrainEvalCallback().name=='train_eval'
 
 
-# --- Text
+# --- text
 
 def lm(cbs, **config):
     set_seed(0)
@@ -228,7 +231,7 @@ def lm(cbs, **config):
     dls.vocab = [str(i) for i in range(20)]
     return language_model_learner(dls, AWD_LSTM, {**awd_lstm_lm_config, **dict(emb_sz=6, n_hid=8, n_layers=2), **config}, pretrained=False, drop_mult=.1, cbs=cbs)
 
-def test_T1_language_models_are_reset_by_their_own_protocol():
+def test_language_models_are_reset_by_their_own_protocol():
     "Every batch is a window: its sub-windows go on from each other, and a window, in training or evaluation, from zero"
     class Hidden(Callback):
         order,seen = 13,[]
@@ -243,6 +246,6 @@ def test_T1_language_models_are_reset_by_their_own_protocol():
     learn.model.reset()
     torch.testing.assert_close(preds[:,:20], learn.model.eval()(x[:,:20])[0].softmax(-1).detach())
 
-def test_T2_without_dropout_AWD_LSTM_cannot_be_reset():
+def test_without_dropout_AWD_LSTM_cannot_be_reset():
     "fastai's own: a dropout of 0 gives back the parameter itself, which `reset` then cannot replace"
     with pytest.raises(TypeError, match='cannot assign'): fit(lm([], weight_p=0.))

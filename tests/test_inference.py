@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback # with it comes Learner.no_bar
 from fastai.torch_core import set_seed
 from torch import nn
+from helpers import fit
 from tbptt_fastai.state.carry import Carry
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.deploy.predictor import StreamPredictor
@@ -81,7 +81,7 @@ def test_chunks_give_what_the_whole_gives(name, sizes, dtype):
     torch.testing.assert_close(one, y[1], rtol=0, atol=1e-5 if dtype==torch.float32 else 1e-10)
 
 
-def test_arrays_in_arrays_out_and_the_number_of_streams():
+def test_arrays_give_arrays_and_the_number_of_streams_stays():
     model,x = build('lstm')
     predictor,arrays = StreamPredictor(model),x.double().numpy()
     y = [predictor(o) for o in np.split(arrays, [5], axis=1)]
@@ -173,7 +173,7 @@ def test_a_state_of_a_memory_has_as_many_streams_as_it_says():
     with pytest.raises(ValueError, match='state of the model is of 3 streams; expected of 2 streams'): StreamPredictor(model).load_state_dict(saved_of(model, x)|{'n_streams':2})
 
 
-def test_a_state_from_before_the_first_chunk_and_one_with_layers_that_carry_nothing():
+def test_a_state_may_be_from_before_the_first_chunk_or_have_layers_that_carry_nothing():
     model = nn.ModuleDict(dict(used=nn.GRU(2, 3, batch_first=True), unused=StatefulRNN(nn.GRU(2, 3))))
     model.forward = lambda x: model['used'](x)[0]
     predictor,x = StreamPredictor(model),torch.randn(2, 5, 2)
@@ -260,7 +260,7 @@ def test_training_goes_on_as_if_nobody_predicted(signals, name, stream):
         if stream: dls = SequenceDataLoaders.from_arrays(*cut(parts[0]), valid=cut(parts[1]), bs=2, sub_seq_len=50)
         else: dls = SequenceDataLoaders.from_arrays(*signals, win_sz=200, stp_sz=100, bs=2, valid_pct=.4, sub_seq_len=50)
         learn = TbpttLearner(dls, nn.Sequential(MODELS[name](), nn.Linear(3, 1)), cbs=cbs)
-        with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+        fit(learn, 2)
         return [*learn.model.state_dict().values(), torch.get_rng_state(), torch.tensor(learn.recorder.values), torch.stack(learn.recorder.losses)],learn
     (alone,_),(watched,learn) = trained([]),trained(Predicting())
     for a,b in zip(alone, watched, strict=True): assert torch.equal(a, b)
@@ -268,7 +268,7 @@ def test_training_goes_on_as_if_nobody_predicted(signals, name, stream):
     assert {o for o,_ in seen}=={True,False} and len({y for training,y in seen if training})>len(learn.dls.train) # the weights of the moment
 
 
-def test_within_a_carried_evaluation():
+def test_a_predictor_within_a_carried_evaluation_meets_none_of_its_states():
     "Neither context sees the other's states"
     model,x = build('mixed')
     full,predictor = whole(model, x),StreamPredictor(model)
@@ -289,7 +289,7 @@ class Grouped(nn.Module):
     def whole(self, x, groups):
         with torch.no_grad(): return self.rnn.rnn(x, self.rnn.initial.tensors[0][:,[int(o=='b') for o in groups]].contiguous())[0]
 
-def test_first_states_of_groups():
+def test_first_states_are_those_of_the_groups_that_were_given():
     torch.manual_seed(0)
     model,x = Grouped(),torch.randn(3, 60, 2)
     predictor = StreamPredictor(model)
@@ -319,7 +319,7 @@ class NoFirst(nn.Module):
         out = x.cumsum(1)+(0 if state is None else state.h)
         return out,Sum(out[:,-1:])
 
-def test_what_is_refused():
+def test_models_whose_state_cannot_be_kept_are_refused():
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
@@ -358,7 +358,7 @@ def test_onnx_gives_what_the_whole_gives(name, sizes):
     torch.testing.assert_close(one, y[:1], rtol=0, atol=1e-5)
 
 
-def test_onnx_of_a_memory_step_by_step():
+def test_onnx_of_a_memory_gives_the_whole_step_by_step():
     pytest.importorskip('onnxruntime')
     model,x = build('memory')
     state = to_onnx(StreamPredictor(model), 'm.onnx', x[:,:1], dynamic=('streams',))
@@ -369,7 +369,7 @@ def test_onnx_of_a_memory_step_by_step():
     assert not Path('no.onnx').exists()
 
 
-def test_onnx_of_groups_and_what_it_refuses():
+def test_onnx_begins_with_the_first_states_of_groups_and_refuses_what_it_cannot_hold():
     pytest.importorskip('onnxruntime')
     torch.manual_seed(0)
     model,x = Grouped(),torch.randn(3, 60, 2)
@@ -387,7 +387,7 @@ def test_onnx_of_groups_and_what_it_refuses():
     with pytest.raises(ValueError, match='numbers that do not change'): to_onnx(StatefulRNN(Counting()), 'm.onnx', x)
 
 
-def test_one_dynamic_size_by_its_name():
+def test_one_dynamic_size_may_be_given_by_its_name():
     pytest.importorskip('onnxruntime')
     model,x = build('gru')
     state = to_onnx(model, 'm.onnx', x[:,:1], dynamic='streams')

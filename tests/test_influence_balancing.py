@@ -1,13 +1,14 @@
-"T1 in short: a parameter whose short gradients have the wrong sign. It pushes ten units of a chain up and thirteen down, and the first unit is seen; after Tallec and Ollivier 2017 (arXiv 1705.08209)"
+"""A parameter whose short gradients have the wrong sign. It pushes ten units of a chain up and thirteen down, and the
+first unit is seen; after Tallec and Ollivier 2017 (arXiv 1705.08209)"""
 import statistics
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelStepException
-from fastai.callback.progress import ProgressCallback # noqa: with it comes Learner.no_bar
 from fastai.data.core import DataLoaders
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
+from helpers import fit_own_lr
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.state.stateful import StatefulRNN
@@ -59,7 +60,7 @@ def theta_after(scheme, steps, seed=0, n_windows=1, n_skip=0, cbs=None):
     train = TbpttDL(Sequences(x, y, dtype=torch.float64), bs=1, num_workers=0)
     valid = TbpttDL(Sequences([x[0][:n_skip+1]], [y[0][:n_skip+1]], dtype=torch.float64), bs=1, num_workers=0)
     learn = TbpttLearner(DataLoaders(train, valid), StatefulRNN(Chain()), truncation=scheme, n_skip=n_skip, loss_func=HalfSquares(), opt_func=SGD, cbs=cbs)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
     return learn.model.rnn.theta.item()
 
 def mean_gradient(scheme, n_windows=1, steps=400):

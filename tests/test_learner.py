@@ -12,6 +12,7 @@ from fastai.metrics import mae
 from fastai.losses import CrossEntropyLossFlat, MSELossFlat
 from fastai.optimizer import Adam
 from torch import nn
+from helpers import fit, fit_own_lr
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.checks import resolve_truncation
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
@@ -44,7 +45,7 @@ def test_a_constant_channel_is_only_shifted():
     assert learn.model.scale_x.std[0]==1
     almost = Standardize(*channel_stats([torch.full((999,1), .1, dtype=torch.float64)])) # rounding leaves a deviation of 1e-17
     assert almost.std==1
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
     assert np.isfinite(learn.recorder.values[-1]).all()
 
 
@@ -56,7 +57,7 @@ def test_scaling_sees_what_the_model_sees(signals):
     torch.testing.assert_close(scaling_from_data(plain)[0].std, torch.from_numpy(signals[0][:900].std(0)))
 
 
-def test_defaults(dls):
+def test_the_defaults_are_the_l1_loss_the_fused_adam_and_no_clipping(dls):
     learn = TbpttLearner(dls, model())
     assert isinstance(learn, LeanLearner) and type(learn) is SequenceLearner
     assert isinstance(learn.loss_func, nn.L1Loss) and learn.opt_func is FusedAdam and not learn._grab_cbs(GradientClip)
@@ -100,7 +101,7 @@ def test_an_evaluation_in_the_middle_of_a_training_does_not_interrupt_its_record
             self.seen = True
             self.learn.get_preds()
     learn = TbpttLearner(dls, model(), cbs=(look := Look()))
-    with learn.no_bar(), learn.no_logging(): learn.fit(3)
+    fit_own_lr(learn, 3)
     assert look.seen and len(learn.recorder.values)==3
 
 def test_validate_still_returns_its_own_numbers_and_a_second_fit_its_own_records(dls):
@@ -114,7 +115,7 @@ def test_validate_still_returns_its_own_numbers_and_a_second_fit_its_own_records
     assert len(learn.recorder.values)==1 and len(learn.recorder.losses)==len(dls.train)
 
 
-def test_classes_per_step_with_a_loss_of_their_own(signals):
+def test_classes_per_step_are_trained_with_a_loss_that_is_given(signals):
     u,y = signals
     dls = SequenceDataLoaders.from_arrays(u, (y[:,0]>0).astype(np.int64), win_sz=100, sub_seq_len=40, bs=4)
     with pytest.raises(ValueError, match='No default loss for targets of type torch.int64'): TbpttLearner(dls, model())
@@ -141,7 +142,7 @@ def test_classes_per_step_with_a_loss_of_their_own(signals):
     (lambda dls: TbpttLearner(dls, model(), grad_clip=0), ValueError, 'grad_clip is 0'),
     (lambda dls: TbpttLearner(dls, model(), grad_clip=-1.), ValueError, 'grad_clip is -1.0'),
 ])
-def test_what_is_refused_before_training(dls, make, exc, message):
+def test_what_cannot_be_trained_is_refused_when_the_learner_is_made(dls, make, exc, message):
     with pytest.raises(exc, match=message): make(dls)
 
 
@@ -155,7 +156,7 @@ def test_a_callback_added_later_is_checked_before_the_first_step(signals):
     assert all(torch.equal(a, b) for a,b in zip(before, net.parameters())) and learn.dls.train is dls.train
 
 
-def test_a_model_that_resets_itself():
+def test_a_model_that_resets_itself_is_told_when():
     class Own(nn.Module):
         def __init__(self):
             super().__init__()
@@ -168,7 +169,7 @@ def test_a_model_that_resets_itself():
     rng = np.random.default_rng(0)
     dls = SequenceDataLoaders.from_arrays(rng.standard_normal((600,2)), rng.standard_normal(600), win_sz=50, bs=4, sub_seq_len=20)
     learn = TbpttLearner(dls, Own())
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
     assert learn.model.resets>=3+1+1 # three training batches, one for validation, and when it ends
 
 
@@ -208,7 +209,7 @@ def test_a_training_loader_without_targets_makes_no_step(dls, n_skip):
     learn = TbpttLearner(SequenceDataLoaders.from_arrays(torch.randn(600, 2), torch.randn(600), win_sz=100, sub_seq_len=40, bs=4), model(), n_skip=n_skip)
     learn.dls.train.dataset.arrays.pop()
     before = [p.clone() for p in learn.model.parameters()]
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
     assert all(torch.equal(a, b) for a,b in zip(before, learn.model.parameters()))
 
 
@@ -223,7 +224,7 @@ def test_a_sum_over_steps_needs_no_weight(signals):
     for reduction,expected in (('mean',[1,1,.5]), ('sum',[1,1,1])):
         seen.clear()
         learn = TbpttLearner(dls, model(), loss_func=nn.L1Loss(reduction=reduction), cbs=Weights())
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+        fit(learn, 1, 0.)
         assert seen[:3]==expected
 
 
@@ -239,11 +240,11 @@ def test_a_layer_that_takes_time_for_the_batch_is_refused(dls, wrapped):
     before = [p.clone() for p in net.parameters()]
     with pytest.raises(ValueError, match='took the 40 steps for a batch, and the 4 windows for steps'):
         learn = TbpttLearner(dls, net)
-        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        fit_own_lr(learn, 1)
     assert all(torch.equal(a, b) for a,b in zip(before, net.parameters()))
 
 
-def test_predict_and_new_sequences(dls, signals, tmp_path):
+def test_predictions_of_new_sequences_are_those_of_the_whole_model(dls, signals, tmp_path):
     learn = TbpttLearner(dls, model())
     x = torch.from_numpy(signals[0])
     def check(learn):
@@ -270,14 +271,14 @@ def test_interpretation_shows_windows(dls):
 def test_a_float64_learner_is_built_and_trained_in_float64(signals):
     learn = RNNLearner(SequenceDataLoaders.from_arrays(*signals, win_sz=100, sub_seq_len=40, bs=4, dtype=torch.float64), hidden_size=3)
     assert {p.dtype for p in learn.model.state_dict().values()}=={torch.float64}
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
 
 
-def test_the_loss_that_the_dataset_names(dls):
+def test_the_loss_that_the_dataset_names_is_used(dls):
     dls.train_ds.loss_func = MSELossFlat()
     assert TbpttLearner(dls, model()).loss_func is dls.train_ds.loss_func
 
 
 def test_an_empty_training_loader_is_refused_not_skipped(signals):
     learn = TbpttLearner(SequenceDataLoaders.from_arrays(*signals, win_sz=100, bs=64, drop_last=True), model())
-    with pytest.raises(ValueError, match='no batches: 9 windows, bs=64, drop_last=True'), learn.no_bar(), learn.no_logging(): learn.fit(1)
+    with pytest.raises(ValueError, match='no batches: 9 windows, bs=64, drop_last=True'): fit_own_lr(learn, 1)

@@ -37,7 +37,7 @@ def check_order(loader, n=10, win_sz=25, sub_seq_len=10, n_inp=2):
 @pytest.mark.parametrize('num_workers', [0,2])
 @pytest.mark.parametrize('shuffle', [False,True])
 @pytest.mark.parametrize('kind', ['TbpttDL', 'TfmdDL', 'DataLoader'])
-def test_order_with_and_without_workers(kind, shuffle, num_workers):
+def test_sub_windows_come_in_order_with_and_without_workers(kind, shuffle, num_workers):
     if kind=='TbpttDL': dl = TbpttDL(items(), bs=4, sub_seq_len=10, shuffle=shuffle, num_workers=num_workers)
     else: dl = SubWindows(dict(TfmdDL=TfmdDL, DataLoader=DataLoader)[kind](items(), 4, shuffle=shuffle, num_workers=num_workers), 10)
     check_order(dl)
@@ -89,7 +89,7 @@ def test_a_data_block_is_cut_in_training_only():
     assert [x.shape[1] for x,y in dls.train]==[10,10,5]*2 and [x.shape[1] for x,y in dls.valid]==[25]
 
 
-def test_batches_of_any_form():
+def test_batches_of_any_form_are_cut_along_time():
     x,static,typed = torch.zeros(2,6,3),torch.zeros(2,4),TensorBase(torch.zeros(2,6))
     window = Window((dict(x=(x,static)), [typed,None,5]), n_inp=1)
     inputs,targets = window.cut(2, 4)
@@ -99,7 +99,7 @@ def test_batches_of_any_form():
         with pytest.raises(ValueError, match=message): Window(batch)
 
 
-def test_elements_that_are_as_long_by_coincidence():
+def test_elements_that_are_as_long_by_coincidence_are_told_apart():
     "A static input of 6 features beside windows of 6 steps, or in front of windows of another length, is told apart by `timed`"
     x,static,y = torch.zeros(2,6,3),torch.zeros(2,6),torch.zeros(2,6)
     assert [o.shape[1] for o in Window((x, static, y), n_inp=2).cut(0, 2)]==[2,2,2]
@@ -122,7 +122,7 @@ def test_what_has_no_loss_is_not_a_step():
     assert torch.equal(b[0], x[:,20:]) and torch.equal(b[1], torch.tensor([1,2])) and torch.equal(torch.cat([w for _,(w,) in view.warm_up], 1), x[:,:20]) and len(view)==1
 
 
-def test_pinned_device_and_a_view_of_a_view():
+def test_a_view_keeps_the_device_and_a_view_of_a_view_is_one_of_the_loader():
     dl = TbpttDL(items(), bs=4, sub_seq_len=10, num_workers=0, device=torch.device('meta'))
     view = dl.sub_windows()
     assert next(iter(view))[0].device.type=='meta' and view.device==dl.device and view.bs==4

@@ -11,12 +11,12 @@ from fastai.callback.progress import ProgressCallback # with it comes Learner.no
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
-from fastai.learner import AvgSmoothLoss, Learner
+from fastai.learner import AvgSmoothLoss
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from tbptt_fastai.training.callback import TbpttResetCB
+from helpers import fit, fit_own_lr, learner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.training import callback
@@ -50,12 +50,18 @@ def of_torch(seed=0, **kwargs):
 def net(*layers): return nn.Sequential(StatefulRNN(nn.LSTM(1, 8, batch_first=True)), *layers, nn.Linear(8, 1))
 
 def plain(dls, model=None, cbs=(), sub_seq_len=20, **kwargs):
-    return Learner(dls, model or net(), loss_func=nn.MSELoss(), cbs=[TbpttResetCB(sub_seq_len), *cbs], **kwargs)
+    return learner(dls, model or net(), sub_seq_len, cbs, loss_func=nn.MSELoss(), **kwargs)
 
 def tbptt(dls, model=None, **kwargs): return TbpttLearner(dls, model or net(), loss_func=nn.MSELoss(), **kwargs)
 
 def find(learn, **kwargs):
     with learn.no_bar(): return learn.lr_find(show_plot=False, **kwargs)
+
+def fit_from_one_seed(learn):
+    "One epoch, with the same numbers for every learner"
+    set_seed(1)
+    learn.dls.train.rng.seed(1)
+    return fit(learn, 1, 1e-3)
 
 
 makers = {
@@ -201,18 +207,14 @@ def test_suggestions_are_near_those_of_fastai_where_every_place_is_as_hard():
 
 @pytest.mark.parametrize('make,smooth', [(windows, AvgSmoothLoss), (stream, StepSmoothLoss)])
 def test_a_training_after_it_records_ordinary_losses(make, smooth):
-    def fit(learn):
-        set_seed(1)
-        learn.dls.train.rng.seed(1)
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-        return torch.stack(learn.recorder.losses)
     set_seed(0)
     learn = tbptt(make())
     set_seed(0)
     other = tbptt(make())
     find(learn)
     assert type(learn.recorder.smooth_loss) is smooth
-    assert torch.equal(fit(learn), fit(other)) and type(learn.recorder.smooth_loss) is smooth
+    ours,theirs = (torch.stack(fit_from_one_seed(o).recorder.losses) for o in (learn, other))
+    assert torch.equal(ours, theirs) and type(learn.recorder.smooth_loss) is smooth
 
 def test_an_interrupted_search_leaves_nothing_behind():
     class Interrupt(Callback):
@@ -221,10 +223,10 @@ def test_an_interrupted_search_leaves_nothing_behind():
     set_seed(0)
     learn = tbptt(windows())
     finder = LRFinder()
-    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=[finder, Interrupt()])
+    with pytest.raises(KeyboardInterrupt): fit_own_lr(learn, 1, cbs=[finder, Interrupt()])
     finder.tmp_d.cleanup() # fastai does so where a search ends
     assert type(learn.recorder.smooth_loss) is AvgSmoothLoss and not Carry.entered
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    fit(learn, 1, 1e-3)
     assert type(learn.recorder.smooth_loss) is AvgSmoothLoss and len(learn.recorder.losses)==100 and not Carry.entered
 
 def test_a_loss_that_passes_through_zero_is_compared_by_its_difference():
@@ -257,18 +259,14 @@ def test_a_training_works_after_a_search_that_failed_before_its_first_step():
     def loss_func(pred, y):
         if failing: raise RuntimeError(f'the loss cannot be had, {failing.pop()}')
         return nn.functional.mse_loss(pred, y)
-    def fit(learn):
-        set_seed(1)
-        learn.dls.train.rng.seed(1)
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-        return list(learn.model.parameters())
     set_seed(0)
     learn = TbpttLearner(windows(), net(), loss_func=loss_func)
     with pytest.raises(RuntimeError, match='cannot be had'), learn.no_bar(): learn.fit(1, cbs=(finder := LRFinder()))
     finder.tmp_d.cleanup()
     set_seed(0)
     other = TbpttLearner(windows(), net(), loss_func=loss_func)
-    assert all(torch.equal(a, b) for a,b in zip(fit(learn), fit(other)))
+    ours,theirs = (list(fit_from_one_seed(o).model.parameters()) for o in (learn, other))
+    assert all(torch.equal(a, b) for a,b in zip(ours, theirs))
     assert learn.model[0].state is None # reset after a fit
 
 @pytest.mark.parametrize('how', [dict(sub_seq_len=None), dict(truncation=Exact())])

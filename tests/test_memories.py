@@ -5,12 +5,11 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils._pytree import tree_leaves
+from helpers import adam, fit, split_loaders
 from reference import train_any, window_epochs, windows_by_hand
-from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.models.memories import LRU, CachedAttention, CausalConv, FastWeights, WorkingMemory
 from tbptt_fastai.state.stateful import StatefulRNN
@@ -18,8 +17,8 @@ from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.sequences.windows import Sequences
 
 SEED,LR,WIN,BS,N_EPOCH = 3,1e-2,30,8,2
+WINDOWS = dict(n_train=600, seed=SEED, win_sz=WIN, bs=BS)
 TOL = {torch.float32: 1e-5, torch.float64: 1e-10}
-adam = partial(OptimWrapper, opt=torch.optim.Adam)
 MEMORIES = dict(slots=partial(WorkingMemory, slots=4, n_mem=5), fast=partial(FastWeights, n_mem=5), attention=partial(CachedAttention, mem_len=9, n_mem=6), short_attention=partial(CachedAttention, mem_len=2, n_mem=6),
                 lru=partial(LRU, n_mem=7), conv=partial(CausalConv, n_mem=5))
 # What the memory is made of: the parameters that feed the state, or the part of them that only acts through it
@@ -38,17 +37,9 @@ def memory_and_head(kind, dtype=torch.float32):
 
 def stateful(core, head): return nn.Sequential(StatefulRNN(copy.deepcopy(core)), copy.deepcopy(head))
 
-def loaders(signals, dtype=torch.float32, **kwargs):
-    set_seed(SEED)
-    u,y = signals
-    return SequenceDataLoaders.from_arrays(u[:600], y[:600], valid=(u[600:], y[600:]), **{**dict(win_sz=WIN, bs=BS, dtype=dtype), **kwargs})
-
 def batches(signals, dtype=torch.float32):
     x,y = windows_by_hand(*[torch.from_numpy(o[:600]).to(dtype) for o in signals], WIN, WIN)
     return [[(x[i],y[i]) for i in epoch] for epoch in window_epochs(len(x), BS, N_EPOCH, SEED)]
-
-def fit(learn, n_epoch=N_EPOCH):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, LR)
 
 class Gradients(Callback):
     "The gradients of each step"
@@ -148,7 +139,8 @@ def test_gradient_of_a_whole_window_is_full_backpropagation(signals, kind, dtype
     "... through a chain of single steps, whose states are not detached"
     core,head = memory_and_head(kind, dtype)
     seen = Gradients()
-    fit(TbpttLearner(loaders(signals, dtype, sub_seq_len=WIN), stateful(core, head), opt_func=adam, cbs=seen), 1)
+    fit(TbpttLearner(split_loaders(signals, **WINDOWS, dtype=dtype, sub_seq_len=WIN), stateful(core, head),
+                     opt_func=adam, cbs=seen), 1)
     x,y = batches(signals, dtype)[0][0]
     state,outs = None,[]
     for t in range(WIN):
@@ -162,8 +154,9 @@ def test_gradient_of_a_whole_window_is_full_backpropagation(signals, kind, dtype
 @each_memory
 def test_training_equals_the_loop_by_hand(signals, kind, sub_seq_len):
     core,head = memory_and_head(kind)
-    learn = TbpttLearner(loaders(signals, sub_seq_len=sub_seq_len), stateful(core, head), opt_func=adam)
-    fit(learn)
+    learn = TbpttLearner(split_loaders(signals, **WINDOWS, sub_seq_len=sub_seq_len), stateful(core, head),
+                         opt_func=adam)
+    fit(learn, N_EPOCH)
     def forward(inputs, state):
         out,state = core(*inputs, state)
         return head(out),state
@@ -206,16 +199,16 @@ def test_memory_is_trained_within_a_sub_window(signals, kind):
         grads = copy.deepcopy(rnn.rnn)
         for p,q in zip(grads.parameters(), rnn.parameters()): p.data = q.grad
         for g in FEEDS[kind](grads): assert g.abs().max()>1e-7
-    learn = TbpttLearner(loaders(signals, sub_seq_len=10), stateful(core, head), opt_func=adam)
-    fit(learn)
+    learn = TbpttLearner(split_loaders(signals, **WINDOWS, sub_seq_len=10), stateful(core, head), opt_func=adam)
+    fit(learn, N_EPOCH)
     for before,after in zip(FEEDS[kind](core), FEEDS[kind](learn.model[0].rnn), strict=True): assert (before-after).abs().max()>1e-3
 
 
 def test_a_sub_window_of_one_step_trains_no_write(signals):
     core,head = memory_and_head('slots')
     writes = lambda m: [m.turn, *m.write.parameters()]
-    learn = TbpttLearner(loaders(signals, sub_seq_len=1), stateful(core, head), opt_func=adam)
-    fit(learn)
+    learn = TbpttLearner(split_loaders(signals, **WINDOWS, sub_seq_len=1), stateful(core, head), opt_func=adam)
+    fit(learn, N_EPOCH)
     trained = learn.model[0].rnn
     assert all(torch.equal(a, b) for a,b in zip(writes(core), writes(trained))) and not torch.equal(core.query.weight, trained.query.weight)
     rnn = StatefulRNN(core)

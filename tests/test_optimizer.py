@@ -13,6 +13,7 @@ from fastai.optimizer import Adam, Lookahead, l2_reg
 from fastai.torch_core import params
 from fastcore.foundation import L
 from torch import nn
+from helpers import fit, fit_own_lr
 from tbptt_fastai.speed import optimizer
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
@@ -33,16 +34,16 @@ class Net(nn.Module):
 
 def thirds(m): return L(params(m.rnn), params(m.norm)+params(m.bn), params(m.head)+[m.gain, m.empty, m.unused])
 
-def loaders(dtype=torch.float64):
+def label_loaders(dtype=torch.float64):
     g = torch.Generator().manual_seed(1)
     rows = [(torch.randn(7, 2, generator=g, dtype=dtype), torch.randn(1, generator=g, dtype=dtype)) for _ in range(24)]
     return DataLoaders(*[torch.utils.data.DataLoader(rows, 4)]*2)
 
 def mse(pred, y): return nn.functional.mse_loss(pred, y).float() # fastai's smoothed loss is of float32
 
-def learner(opt_func, dtype=torch.float64, **kwargs):
+def net_learner(opt_func, dtype=torch.float64, **kwargs):
     torch.manual_seed(0)
-    return Learner(loaders(dtype), Net().to(dtype), loss_func=mse, opt_func=opt_func, lr=1e-2, **kwargs)
+    return Learner(label_loaders(dtype), Net().to(dtype), loss_func=mse, opt_func=opt_func, lr=1e-2, **kwargs)
 
 def tensors(shapes=((3,2), (4,), (), (0,3)), dtype=torch.float64):
     g = torch.Generator().manual_seed(0)
@@ -84,7 +85,7 @@ def no_kernel(monkeypatch):
     monkeypatch.setattr(optimizer, 'adamw', refuse)
 
 
-def test_defaults_and_signature():
+def test_defaults_and_signature_are_those_of_fastai():
     a,b = (f(tensors(), 1e-3) for f in BOTH)
     assert_same(a, b)
     assert a.hypers==b.hypers and list(a.hypers[0])==list(b.hypers[0])
@@ -95,7 +96,7 @@ def test_defaults_and_signature():
 
 @pytest.mark.parametrize('dtype', TOL)
 @pytest.mark.parametrize('kwargs', [{}, dict(wd=0), dict(wd=.3), dict(mom=0., sqr_mom=.9, eps=1e-2), dict(mom=.5, sqr_mom=.999, eps=1e-8, wd=.1)], ids=str)
-def test_fifty_steps(dtype, kwargs):
+def test_fifty_steps_are_those_of_fastai(dtype, kwargs):
     opts = [f(tensors(dtype=dtype), lr=1e-2, **kwargs) for f in BOTH]
     for opt in opts:
         opt.state[opt.param_lists[0][1]]['do_wd'] = False
@@ -118,17 +119,17 @@ def test_one_call_per_group(calls):
 @pytest.mark.parametrize('dtype', TOL)
 @pytest.mark.parametrize('wd_bn_bias', [False, True])
 def test_a_learner_trains_the_same(dtype, wd_bn_bias):
-    learns = [learner(f, dtype, wd_bn_bias=wd_bn_bias) for f in BOTH]
+    learns = [net_learner(f, dtype, wd_bn_bias=wd_bn_bias) for f in BOTH]
     for learn in learns:
-        with learn.no_bar(), learn.no_logging(): learn.fit(4, wd=.3)
+        fit_own_lr(learn, 4, wd=.3)
     a,b = learns
     assert fused(a.opt) and any('do_wd' in s for s in a.opt.state.values())!=wd_bn_bias
     assert_same(a.opt, b.opt, **(TOL[dtype] if dtype is torch.float64 else dict(rtol=1e-4, atol=1e-5))) # float32: 24 steps of training amplify the rounding
     np.testing.assert_allclose(a.recorder.values, b.recorder.values, rtol=1e-10 if dtype is torch.float64 else 1e-4)
 
 
-def test_discriminative_rates_freezing_and_one_cycle():
-    learns = [learner(f, splitter=thirds, wd_bn_bias=False) for f in BOTH]
+def test_discriminative_rates_freezing_and_one_cycle_train_as_with_fastai():
+    learns = [net_learner(f, splitter=thirds, wd_bn_bias=False) for f in BOTH]
     for learn in learns:
         learn.rates = []
         with learn.no_bar(), learn.no_logging():
@@ -160,14 +161,14 @@ def test_parameters_without_gradient_are_left_alone():
     assert torch.equal(opts[0].param_lists[0][3], before)
 
 
-def test_a_step_without_any_gradient(no_kernel):
+def test_a_step_without_any_gradient_changes_nothing(no_kernel):
     opt = FusedAdam(tensors(), lr=.1)
     opt.zero_grad()
     opt.step()
     assert_same(opt, Adam(tensors(), lr=.1))
 
 
-def test_what_a_user_changes_in_between():
+def test_what_a_user_changes_in_between_counts_as_with_fastai():
     "Hypers, states, groups and gradients may be replaced at any time"
     opts = [f([tensors(), tensors()], lr=.1, wd=.3) for f in BOTH]
     for opt in opts:
@@ -212,14 +213,14 @@ def test_clear_state_keeps_what_fastai_keeps():
 @pytest.mark.parametrize('first,then', [(FusedAdam, Adam), (Adam, FusedAdam), (FusedAdam, FusedAdam)])
 def test_checkpoints_are_exchanged(first, then):
     "Trained by one, saved, loaded and trained by the other: as if one had done all"
-    whole,a,b = (learner(f, splitter=thirds, wd_bn_bias=False) for f in (Adam, first, then))
+    whole,a,b = (net_learner(f, splitter=thirds, wd_bn_bias=False) for f in (Adam, first, then))
     for learn in (whole, a):
-        with learn.no_bar(), learn.no_logging(): learn.fit(2, slice(1e-3, 1e-2), wd=.2)
+        fit(learn, 2, slice(1e-3, 1e-2), wd=.2)
     a.save('half')
     b.load('half')
     assert_same(a.opt, b.opt, rtol=0, atol=0)
     for learn in (whole, b):
-        with learn.no_bar(), learn.no_logging(): learn.fit(2)
+        fit_own_lr(learn, 2)
     assert_same(b.opt, whole.opt)
 
 
@@ -234,7 +235,7 @@ def test_a_saved_state_is_a_copy_of_the_steps():
     assert [s['step'] for s in opt.state_dict()['state']]==[2]*4 and fused(opt)
 
 
-def test_copies_pickles_and_exports():
+def test_copies_and_pickles_go_on_by_themselves():
     opt = FusedAdam(tensors(), lr=.1, wd=.3)
     give_grads(opt.param_lists[0], 0)
     opt.step()
@@ -254,17 +255,17 @@ def test_copies_pickles_and_exports():
         assert_same(other, plain)
 
 
-def test_an_exported_learner(signals):
+def test_an_exported_learner_keeps_its_optimizer(signals):
     dls = SequenceDataLoaders.from_arrays(*signals, win_sz=100, sub_seq_len=50, bs=4, valid_pct=.25)
     learn = TbpttLearner(dls, rnn_type='gru', hidden_size=3, opt_func=partial(FusedAdam, wd=0))
-    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    fit_own_lr(learn, 1)
     assert type(learn.opt) is FusedAdam and learn.opt.hypers[0]['wd']==0
     step = learn.opt.state_dict()['state'][0]['step']
     learn.export('model.pkl')
     assert learn.opt.state_dict()['state'][0]['step']==step>0
     loaded = load_learner('model.pkl')
     loaded.dls = dls
-    with loaded.no_bar(), loaded.no_logging(): loaded.fit(1)
+    fit_own_lr(loaded, 1)
     assert type(loaded.opt) is FusedAdam and fused(loaded.opt) and loaded.opt.hypers[0]['wd']==0
 
 
@@ -279,7 +280,7 @@ def result(f):
 
 @pytest.mark.parametrize('n', [1, 3])
 @pytest.mark.parametrize('v', HYPER, ids=lambda v: 'generator' if hasattr(v, 'send') else repr(v))
-def test_set_hyper(v, n):
+def test_set_hyper_takes_and_refuses_what_fastai_does(v, n):
     res = []
     for f in BOTH:
         opt = f([tensors() for _ in range(n)], lr=1.)
@@ -290,7 +291,7 @@ def test_set_hyper(v, n):
         res[-1] = [res[-1], result(lambda: opt.hypers)]
     assert res[0]==res[1]
 
-def test_set_hyper_where_groups_were_taken_away():
+def test_set_hyper_where_groups_were_taken_away_does_what_fastai_does():
     res = []
     for v,attr in [(v, attr) for v in (.1, [.1], [.1, .2], np.array([.1]), np.array([.1, .2])) for attr in ('param_lists', 'hypers')]:
         for f in BOTH:
@@ -303,7 +304,7 @@ def test_set_hyper_where_groups_were_taken_away():
         assert res[-1]==res[-2]
 
 
-def test_zero_grad():
+def test_zero_grad_keeps_the_tensors_and_cuts_them_off_their_graph():
     "In place, so that a gradient stays the tensor that it is; cut off from its graph"
     for f in BOTH:
         ps = tensors(((3,), (4,), (2,)))
@@ -360,7 +361,7 @@ def test_other_kinds_of_parameters_are_left_to_fastai(kind, no_kernel):
     assert_same(*opts, rtol=0, atol=0)
 
 @pytest.mark.parametrize('make', [lambda p: torch.ones(2, dtype=p.dtype).expand(3, 2), lambda p: torch.ones(2, 3, dtype=p.dtype).T], ids=['expanded', 'transposed'])
-def test_gradients_that_are_not_contiguous(make, no_kernel):
+def test_gradients_that_are_not_contiguous_are_left_to_fastai(make, no_kernel):
     opts = [f(tensors(((3,2), (2,))), lr=.1) for f in BOTH]
     for opt in opts:
         p,q = opt.param_lists[0]
@@ -370,7 +371,7 @@ def test_gradients_that_are_not_contiguous(make, no_kernel):
 
 
 @pytest.mark.parametrize('what', ['param', 'grad_avg', 'sqr_avg'])
-def test_one_tensor_that_is_laid_out_otherwise(what, calls):
+def test_one_tensor_that_is_laid_out_otherwise_is_left_to_fastai(what, calls):
     opts = [f(tensors(((3,2), (2,))), lr=.1, wd=.3) for f in BOTH]
     def turned(o): return o.T.contiguous().T
     for opt in opts:
@@ -384,7 +385,7 @@ def test_one_tensor_that_is_laid_out_otherwise(what, calls):
     assert len(calls)==3 and not fused(opts[0])
     assert_same(*opts)
 
-def test_gradients_that_were_there_before_the_parameter_changed(no_kernel):
+def test_gradients_from_before_the_parameter_changed_do_what_they_do_with_fastai(no_kernel):
     "Such as one that `p.data = ` gave another dtype or shape, its states with it or not"
     for data,with_state in [(data, o) for data in (lambda p: p.data.double(), lambda p: p.data[:2]) for o in (False, True)]:
         opts = [f(tensors(((3,2),), torch.float32), lr=.1) for f in BOTH]
@@ -407,7 +408,7 @@ def test_devices_without_a_kernel_are_left_to_fastai(no_kernel):
         assert opt.state[p]['step']==1 and opt.state[p]['grad_avg'].is_meta
 
 
-def test_between_kernel_and_fastai():
+def test_steps_of_fastai_between_those_of_the_kernel_go_on_with_its_states():
     "A step of fastai's own between steps of the kernel, and all again after the state was loaded"
     opts = [f(tensors(((3,2), (2,))), lr=.1, wd=.3) for f in BOTH]
     kinds = []
@@ -422,7 +423,7 @@ def test_between_kernel_and_fastai():
     assert kinds[:12]==[True]*3+[False]*2+[True]*2+[False]*2+[True]*3
     assert_same(*opts)
 
-def test_a_model_that_becomes_another_dtype():
+def test_a_model_that_becomes_another_dtype_is_trained_as_with_fastai():
     "States of the old one: fastai computes with both; states converted by hand, their steps too: the kernel again"
     opts = [f(tensors(dtype=torch.float32), lr=.1, wd=.3) for f in BOTH]
     for opt in opts:
@@ -460,7 +461,7 @@ def test_states_of_another_model_or_device_are_refused(key, wrong):
         with pytest.raises((RuntimeError, NotImplementedError)): opt.step()
 
 
-def test_a_parameter_twice():
+def test_a_parameter_that_is_there_twice_takes_two_steps():
     "Two steps, one after the other, as fastai takes them: within a group, and from group to group"
     for groups in (lambda a,b: [a, b, a], lambda a,b: [[a, b], [b]]):
         opts = []
@@ -471,7 +472,7 @@ def test_a_parameter_twice():
         assert_same(*opts)
 
 
-def test_gradient_of_a_gradient():
+def test_gradients_that_hold_a_graph_leave_none_in_the_state():
     "Gradients that hold a graph"
     opts = [f(tensors(((3,),)), lr=.1) for f in BOTH]
     for opt in opts:
@@ -486,7 +487,7 @@ def test_gradient_of_a_gradient():
 
 
 @pytest.mark.parametrize('cbs', [lambda: GradientAccumulation(12), lambda: []], ids=['accumulated', 'plain'])
-def test_sub_windows(cbs, signals):
+def test_sub_windows_are_trained_as_with_fastai(cbs, signals):
     "Through the library's own learner"
     learns = []
     for f in BOTH:
@@ -494,13 +495,13 @@ def test_sub_windows(cbs, signals):
         dls = SequenceDataLoaders.from_arrays(*signals, win_sz=100, sub_seq_len=40, bs=4, valid_pct=.25)
         learn = TbpttLearner(dls, SequenceRNN(2, 1, rnn_type='lstm', hidden_size=4), opt_func=f, cbs=cbs(), n_skip=10, grad_clip=.5, wd_bn_bias=False)
         learn.dls.train.shuffle = False
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 3e-3)
+        fit(learn, 2, 3e-3, 'fit_one_cycle')
         learns.append(learn)
     assert fused(learns[0].opt)
     assert_same(learns[0].opt, learns[1].opt, rtol=1e-4, atol=1e-5)
 
 
-def test_lookahead():
+def test_lookahead_goes_as_with_fastai():
     opts = [Lookahead(f(tensors(), lr=.1), k=3) for f in BOTH]
     for opt in opts:
         for i in range(10): give_grads(opt.param_lists[0], i); opt.step()

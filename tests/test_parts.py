@@ -1,12 +1,11 @@
 "Before the first step of a fit, TbpttLearner compares a sub-window in one piece with its halves, and leaves nothing behind"
-from functools import partial
 import numpy as np
 import pytest
 import torch
 from fastai.learner import Learner
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
+from helpers import adam, fit, loaders
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
@@ -16,14 +15,6 @@ from tbptt_fastai.training.parts import SubWindowCheckCB, compare_parts
 from tbptt_fastai.state.stateful import StatefulRNN, learned_state
 import tbptt_fastai.instruments.diagnose # noqa: it adds methods to Learner
 
-
-def loaders(signals, sub_seq_len=20, **kwargs):
-    set_seed(0)
-    u,y = signals
-    return SequenceDataLoaders.from_arrays(u, y, **{**dict(win_sz=100, sub_seq_len=sub_seq_len, bs=4), **kwargs})
-
-def fit(learn, n=1):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-2)
 
 class Flip(nn.Module):
     "Bidirectional by hand"
@@ -95,7 +86,7 @@ def test_training_is_the_same_with_and_without(signals, make, kwargs):
         set_seed(0)
         u,y = signals
         dls = SequenceDataLoaders.from_arrays([u[:300], u[300:700], u[700:900]], [y[:300], y[300:700], y[700:900]], sub_seq_len=20, bs=2) if 'stream' in kwargs else loaders(signals)
-        learn = TbpttLearner(dls, make(), n_skip=kwargs.get('n_skip', 0), opt_func=partial(OptimWrapper, opt=torch.optim.Adam))
+        learn = TbpttLearner(dls, make(), n_skip=kwargs.get('n_skip', 0), opt_func=adam)
         if not check: learn.remove_cb(SubWindowCheckCB)
         set_seed(1)
         fit(learn)
@@ -132,7 +123,7 @@ def test_one_value_per_window_is_left_alone():
 
 def test_a_sub_window_of_one_step_is_left_alone(signals): fit(TbpttLearner(loaders(signals, 1, win_sz=4), with_rnn()))
 
-def test_learned_first_states_of_groups():
+def test_learned_first_states_of_groups_are_not_taken_for_an_error():
     rng = np.random.default_rng(0)
     xs,ys = ([rng.standard_normal((60,c)).astype(np.float32) for _ in range(4)] for c in (2,1))
     dls = SequenceDataLoaders.from_arrays(xs, ys, sub_seq_len=20, bs=2, groups=list('abcd'))
@@ -176,8 +167,9 @@ def test_a_later_element_may_be_as_long_as_a_window_or_a_sub_window(n):
     fit(learn)
     learn.check_sub_windows()
     learn = Learner(dls, Two(), nn.L1Loss(), cbs=[TbpttResetCB(10), SubWindowCheckCB()])
-    if n==10: return fit(learn)
-    with pytest.raises(ValueError, match='other predictions'): fit(learn)
+    if n==10: fit(learn)
+    else:
+        with pytest.raises(ValueError, match='other predictions'): fit(learn)
 
 def test_a_layer_made_for_a_window_is_named(signals):
     learn = TbpttLearner(loaders(signals), with_rnn(nn.BatchNorm1d(100)))

@@ -1,7 +1,6 @@
 "Each truncation scheme against a loop by hand, step by step, in float64 to 1e-10; alone, and with washout, ragged tails, streams and callbacks"
 import dataclasses
 import warnings
-from functools import partial
 from itertools import pairwise
 import numpy as np
 import pytest
@@ -10,9 +9,9 @@ from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.progress import ProgressCallback # noqa: with it comes Learner.no_bar
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
+from helpers import adam, fit, fit_own_lr, sgd
 from reference import scaled_gradients, stream_by_hand, stream_of_sizes, train_overlap, train_scheme_on_stream
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
@@ -26,7 +25,6 @@ from tbptt_fastai.truncation.plan import Fixed, SubWindow, Truncation
 from tbptt_fastai.sequences.windows import Sequences
 
 f64 = dict(dtype=torch.float64)
-sgd = partial(OptimWrapper, opt=torch.optim.SGD)
 WIN = 23
 
 class Plain(nn.Module):
@@ -43,19 +41,15 @@ def data(n=9, steps=WIN):
     rng = np.random.default_rng(0)
     return torch.from_numpy(rng.standard_normal((n, steps, 2))),torch.from_numpy(rng.standard_normal((n, steps, 1)))
 
-def loaders(bs=4, steps=WIN, n=9):
+def scheme_loaders(bs=4, steps=WIN, n=9):
     x,y = data(n, steps)
     dl = TbpttDL(Sequences(list(x), list(y), **f64), bs=bs, shuffle=False, num_workers=0, device='cpu')
     return DataLoaders(dl, dl)
 
-def learner(dls, scheme, rnn, head, stateful=True, lr=.05, **kwargs):
+def scheme_learner(dls, scheme, rnn, head, stateful=True, lr=.05, **kwargs):
     model = nn.Sequential(StatefulRNN(rnn), head) if stateful else Plain(rnn, head)
     kwargs = {**dict(loss_func=nn.MSELoss(), opt_func=sgd, lr=lr), **kwargs}
     return TbpttLearner(dls, model, truncation=scheme, **kwargs)
-
-def fit(learn, n=1):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n)
-    return learn
 
 def same(model, *modules, tol=1e-10):
     mine,theirs = [p for p in model.parameters()],[p for m in modules for p in m.parameters()]
@@ -67,15 +61,17 @@ def batches(bs=4, n=9): return [list(range(i, min(i+bs, n))) for i in range(0, n
 @pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False), ('gru', True), ('rnn', False)])
 @pytest.mark.parametrize('k1,k2', [(5, 10), (5, 12), (4, 4), (7, WIN), (1, 6), (10, 30), (WIN, WIN)])
 @pytest.mark.parametrize('losses,n_skip', [('last', 0), ('all', 0), ('last', 8), ('all', 8)])
-def test_overlap(kind, stateful, k1, k2, losses, n_skip):
+def test_overlap_equals_the_loop_by_hand(kind, stateful, k1, k2, losses, n_skip):
     x,y = data()
-    learn = fit(learner(loaders(), Overlap(k1, k2, losses), *parts(kind), stateful, n_skip=n_skip), 2)
+    scheme = Overlap(k1, k2, losses)
+    learn = fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(kind), stateful, n_skip=n_skip), 2)
     rnn,head = parts(kind)
     train_overlap(rnn, head, x, y, [batches()]*2, k1, k2, torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=.05), nn.functional.mse_loss, losses, n_skip)
     same(learn.model, rnn, head)
 
 def test_overlap_of_equal_lengths_is_the_fixed_scheme_bit_by_bit():
-    a,b = (fit(learner(loaders(steps=20), scheme, *parts()), 2) for scheme in (Overlap(5, 5), Fixed(5)))
+    a,b = (fit_own_lr(scheme_learner(scheme_loaders(steps=20), scheme, *parts()), 2)
+           for scheme in (Overlap(5, 5), Fixed(5)))
     for p,q in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(p, q)
 
 
@@ -94,11 +90,11 @@ def recorded(scheme):
 
 @pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False), ('gru', False)])
 @pytest.mark.parametrize('alpha,block,n_skip', [(6, 1, 0), (3, 4, 0), (None, 3, 0), (4, 2, 7)])
-def test_unbiased(kind, stateful, alpha, block, n_skip):
+def test_unbiased_equals_the_loop_by_hand(kind, stateful, alpha, block, n_skip):
     x,y = data()
     mean = 6
     scheme,plans,on = recorded(RandomUnbiased(mean, alpha, block))
-    learn = fit(learner(loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, cbs=on), 2)
+    learn = fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, cbs=on), 2)
     assert len(plans)==6 and any(o.cuts for p in plans for o in p) and any(len(p)>1 for p in plans)
     rnn,head = parts(kind)
     opt = torch.optim.SGD([*rnn.parameters(), *head.parameters()], lr=.05)
@@ -126,7 +122,7 @@ def test_lengths_have_the_mean_that_was_asked_for(alpha, block):
     assert np.mean(lengths)==pytest.approx(20, rel=.05)
 
 def test_the_mean_gradient_is_the_full_one():
-    "T2 in short: an error within three times of what as many draws have, for the scheme; far more without the factors, and for a fixed length"
+    "An error within three times of what as many draws have; far more without the factors, and for a fixed length"
     rng = np.random.default_rng(0)
     x,y = torch.from_numpy(rng.standard_normal((1, 40, 2))),torch.from_numpy(rng.standard_normal((1, 40, 1)))
     torch.manual_seed(0)
@@ -146,7 +142,8 @@ def test_the_mean_gradient_is_the_full_one():
         dl = TbpttDL(Sequences([x[0]]*n, [y[0]]*n, **f64), bs=1, shuffle=False, num_workers=0)
         summed = Sum()
         set_seed(1)
-        fit(TbpttLearner(DataLoaders(dl, dl), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=0., cbs=summed))
+        fit_own_lr(TbpttLearner(DataLoaders(dl, dl), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd,
+                                lr=0., cbs=summed))
         return summed.total/n,((summed.squares/n-(summed.total/n)**2).sum()/n)**.5
     full,_ = mean_gradient(None, 1)
     full = full*40/10 # a mean over 40 steps there, a sum over 10 here
@@ -164,10 +161,10 @@ def test_the_mean_gradient_is_the_full_one():
 @pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False)])
 @pytest.mark.parametrize('n_skip', [0, 9])
 @pytest.mark.parametrize('rescale', ['loss', 'lr'])
-def test_jittered(kind, stateful, n_skip, rescale):
+def test_jittered_equals_the_loop_by_hand(kind, stateful, n_skip, rescale):
     x,y = data()
     scheme,plans,on = recorded(Jittered(7, half=.3, std=2, least=2, longest=9, rescale=rescale))
-    learn = fit(learner(loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, cbs=on), 2)
+    learn = fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, cbs=on), 2)
     assert len(plans)==6 and len({tuple(o.start for o in p) for p in plans})>3
     assert learn.opt.hypers[0]['lr']==.05
     rnn,head = parts(kind)
@@ -191,7 +188,8 @@ def test_jittered(kind, stateful, n_skip, rescale):
 @pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False), ('gru', True)])
 @pytest.mark.parametrize('segment,n_skip', [(None, 0), (5, 0), (1, 0), (WIN, 0), (50, 0), (5, 8)])
 def test_exact_is_full_backpropagation(kind, stateful, segment, n_skip):
-    a,b = (fit(learner(loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, **kwargs), 2) for scheme,kwargs in ((Exact(segment), {}), (None, dict(sub_seq_len=None))))
+    a,b = (fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(kind), stateful, n_skip=n_skip, **kwargs), 2)
+           for scheme,kwargs in ((Exact(segment), {}), (None, dict(sub_seq_len=None))))
     for p,q in zip(a.model.parameters(), b.model.parameters()): assert (p-q).abs().max()<1e-12
 
 def test_exact_draws_the_same_dropout_again():
@@ -208,9 +206,10 @@ def test_exact_draws_the_same_dropout_again():
         torch.manual_seed(0)
         model = nn.Sequential(StatefulRNN(Dropping()), nn.Linear(3, 1)).double()
         set_seed(5)
-        learn = TbpttLearner(loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05, **kwargs)
+        learn = TbpttLearner(scheme_loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05,
+                             **kwargs)
         learn.remove_cb(SubWindowCheckCB)
-        return fit(learn)
+        return fit_own_lr(learn)
     for p,q in zip(trained(Exact(5)).model.parameters(), trained(None, sub_seq_len=None).model.parameters()): assert (p-q).abs().max()<1e-12
 
 def test_exact_needs_a_tenth_of_the_memory():
@@ -241,9 +240,10 @@ def test_exact_needs_a_tenth_of_the_memory():
                     del sizes[self.key]
                     if self.key not in held: live -= self.n
         sizes,watch = {},Watch()
-        learn = learner(DataLoaders(dl, dl), scheme, rnn, head, cbs=watch, **({} if scheme else dict(sub_seq_len=None)))
+        learn = scheme_learner(DataLoaders(dl, dl), scheme, rnn, head, cbs=watch,
+                               **({} if scheme else dict(sub_seq_len=None)))
         watch.name_of,held = name,{p.untyped_storage().data_ptr() for p in learn.model.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda o: o.t): fit(learn)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda o: o.t): fit_own_lr(learn)
         saved[name] = peak
     assert saved['exact']<.1*saved['plain']
     for a,b in zip(grads['exact'], grads['plain'], strict=True): assert (a-b).abs().max()<1e-10*max(b.abs().max(), 1)
@@ -258,12 +258,13 @@ def stream(scheme, bs, size, rnn, head, stateful, n_skip=0, n_epoch=2, cbs=None)
     dl = StreamDL(Sequences(xs, ys, **f64), bs=bs, sub_seq_len=size, device='cpu')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning) # some sequences may be all washout
-        return fit(learner(DataLoaders(dl, dl), scheme, rnn, head, stateful, n_skip=n_skip, cbs=cbs), n_epoch)
+        learn = scheme_learner(DataLoaders(dl, dl), scheme, rnn, head, stateful, n_skip=n_skip, cbs=cbs)
+        return fit_own_lr(learn, n_epoch)
 
 @pytest.mark.parametrize('stateful', [True, False])
 @pytest.mark.parametrize('bs', [1, 2, 4])
 @pytest.mark.parametrize('k1,k2,losses,n_skip', [(5, 15, 'last', 0), (5, 15, 'all', 0), (4, 8, 'last', 7), (6, 6, 'last', 0)])
-def test_overlap_on_streams(stateful, bs, k1, k2, losses, n_skip):
+def test_overlap_on_streams_equals_each_row_alone(stateful, bs, k1, k2, losses, n_skip):
     "Rows begin their sequences in the middle of what gradients go back over"
     xs,ys = ([torch.from_numpy(o) for o in seqs] for seqs in sequences())
     learn = stream(Overlap(k1, k2, losses), bs, k1, *parts(), stateful, n_skip)
@@ -278,7 +279,7 @@ def test_overlap_on_streams(stateful, bs, k1, k2, losses, n_skip):
 
 @pytest.mark.parametrize('stateful', [True, False])
 @pytest.mark.parametrize('bs,n_skip', [(1, 0), (3, 0), (3, 7)])
-def test_unbiased_on_streams(stateful, bs, n_skip):
+def test_unbiased_on_streams_equals_each_row_alone(stateful, bs, n_skip):
     xs,ys = ([torch.from_numpy(o) for o in seqs] for seqs in sequences())
     plans = []
     class Watch(Callback):
@@ -301,17 +302,17 @@ def test_exact_on_streams_is_full_backpropagation(bs):
     same(a.model, b.model, tol=1e-12)
     xs,ys = sequences()
     dl = StreamDL(Sequences(xs, ys, **f64), bs=bs, device='cpu')
-    c = fit(learner(DataLoaders(dl, dl), None, *parts(), sub_seq_len=None), 2)
+    c = fit_own_lr(scheme_learner(DataLoaders(dl, dl), None, *parts(), sub_seq_len=None), 2)
     same(a.model, c.model, tol=1e-12)
 
-def test_what_a_stream_refuses():
+def test_schemes_that_fit_no_stream_are_refused():
     with pytest.raises(ValueError, match='does not cut in blocks of one length'): stream(Overlap(5, 12), 2, 5, *parts(), True)
     with pytest.raises(ValueError, match="Use rescale='loss'"): stream(Jittered(7, rescale='lr'), 2, 5, *parts(), True)
     with pytest.raises(ValueError, match='sequences of 50 steps or more, but the longest has 31'): stream(Jittered(50), 2, 5, *parts(), True)
 
 @pytest.mark.parametrize('stateful', [True, False])
 @pytest.mark.parametrize('bs,n_skip', [(1, 0), (3, 0), (3, 6), (9, 0)])
-def test_jittered_on_streams(stateful, bs, n_skip):
+def test_jittered_on_streams_equals_each_row_alone(stateful, bs, n_skip):
     xs,ys = ([torch.from_numpy(o) for o in seqs] for seqs in sequences())
     sizes = []
     class Watch(Callback):
@@ -328,7 +329,7 @@ def test_jittered_on_streams(stateful, bs, n_skip):
         train_scheme_on_stream(rnn, head, xs, ys, bs, 7, runs, opt, nn.functional.mse_loss, lambda run,n,rows: n/(7*rows), n_skip, steps)
     same(learn.model, rnn, head)
 
-def test_jittered_on_text():
+def test_jittered_on_text_reads_every_token_in_pieces_of_several_lengths():
     "Where AWD-LSTM uses it"
     dls = SequenceDataLoaders.from_text('the quick brown fox jumps over the lazy dog '*40, bs=4, sub_seq_len=20)
     seen = []
@@ -337,7 +338,7 @@ def test_jittered_on_text():
         def before_batch(self):
             if self.training: seen.append(self.xb[0].shape[1])
     learn = TbpttLearner(dls, rnn_type='lstm', hidden_size=8, truncation=Jittered(20), cbs=Watch())
-    fit(learn)
+    fit_own_lr(learn)
     n = dls.train.dataset.lengths.max()
     assert sum(seen)==n and len(set(seen))>3
 
@@ -346,10 +347,10 @@ SCHEMES = [Fixed(6), Overlap(4, 10), Overlap(4, 10, 'all'), Jittered(7, std=2, l
 @pytest.mark.parametrize('scheme', SCHEMES, ids=repr)
 @pytest.mark.parametrize('n_skip', [0, 9])
 def test_every_number_a_user_reads_is_that_of_whole_windows(scheme, n_skip):
-    "Rule 6: validation, predictions, and after training the state; the schedule ends where it should"
+    "Validation, predictions, and after training the state; the schedule ends where it should"
     rnn,head = parts()
-    learn = learner(loaders(), scheme, rnn, head, n_skip=n_skip, lr=1e-3, opt_func=partial(OptimWrapper, opt=torch.optim.Adam))
-    with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(2, 1e-3)
+    learn = scheme_learner(scheme_loaders(), scheme, rnn, head, n_skip=n_skip, lr=1e-3, opt_func=adam)
+    fit(learn, 2, 1e-3, 'fit_flat_cos')
     assert float(learn.pct_train)==pytest.approx(1) and learn.recorder.lrs[-1]<learn.recorder.lrs[0]
     x,y = data()
     learn.model.eval()
@@ -363,28 +364,28 @@ def test_every_number_a_user_reads_is_that_of_whole_windows(scheme, n_skip):
 def test_an_interrupted_fit_leaves_nothing_behind(scheme):
     def trained(interrupt):
         rnn,head = parts()
-        learn = learner(loaders(), scheme, rnn, head)
+        learn = scheme_learner(scheme_loaders(), scheme, rnn, head)
         if interrupt:
             class Stop(Callback):
                 order = 80
                 def after_pred(self):
                     if self.train_iter==1: raise RuntimeError('stop')
             before = {k:v.clone() for k,v in learn.model.state_dict().items()}
-            with pytest.raises(RuntimeError, match='stop'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop())
+            with pytest.raises(RuntimeError, match='stop'): fit_own_lr(learn, 1, cbs=Stop())
             learn.model.load_state_dict(before)
             learn.create_opt()
         set_seed(0)
-        return list(fit(learn).model.parameters())
+        return list(fit_own_lr(learn).model.parameters())
     for a,b in zip(trained(True), trained(False), strict=True): assert torch.equal(a, b)
 
 @pytest.mark.parametrize('scheme', SCHEMES, ids=repr)
-def test_other_callbacks(scheme):
+def test_other_callbacks_do_not_change_what_a_scheme_is(scheme):
     "Clipping, accumulation and an evaluation in the middle do not change what a scheme is"
     def trained(cbs):
         rnn,head = parts()
         set_seed(4)
-        learn = learner(loaders(), scheme, rnn, head, cbs=cbs)
-        return list(fit(learn).model.parameters())
+        learn = scheme_learner(scheme_loaders(), scheme, rnn, head, cbs=cbs)
+        return list(fit_own_lr(learn).model.parameters())
     class Evaluate(Callback):
         def after_batch(self):
             if not self.training or getattr(self, 'busy', False): return
@@ -401,7 +402,7 @@ def test_other_callbacks(scheme):
     assert any((a-b).abs().max()>1e-6 for a,b in zip(plain, trained([GradientClip(1e-3)])))
     trained([GradientAccumulation(8)])
 
-def test_a_scheme_of_ones_own():
+def test_a_scheme_of_ones_own_equals_the_loop_by_hand():
     "Sub-windows of 3, 6, 12, ... steps, in a few lines"
     class Doubling(Truncation):
         def __init__(self, first): self.first = first
@@ -411,7 +412,7 @@ def test_a_scheme_of_ones_own():
                 yield start,min(start+n, win_sz)
                 start,n = start+n,2*n
     x,y = data()
-    learn = fit(learner(loaders(), Doubling(3), *parts()))
+    learn = fit_own_lr(scheme_learner(scheme_loaders(), Doubling(3), *parts()))
     rnn,head = parts()
     for idxs in batches():
         state = None
@@ -432,18 +433,20 @@ class OwnState(nn.Module):
         self.h = h.detach()
         return self.head(out)
 
-def test_what_is_refused():
+def test_schemes_and_settings_that_do_not_go_together_are_refused():
     rnn,head = parts()
-    with pytest.raises(ValueError, match='Two schemes'): learner(loaders(), Overlap(5, 10), rnn, head, sub_seq_len=5)
-    with pytest.raises(TypeError, match='truncation is 5; expected a scheme'): learner(loaders(), 5, rnn, head)
+    with pytest.raises(ValueError, match='Two schemes'):
+        scheme_learner(scheme_loaders(), Overlap(5, 10), rnn, head, sub_seq_len=5)
+    with pytest.raises(TypeError, match='truncation is 5; expected a scheme'):
+        scheme_learner(scheme_loaders(), 5, rnn, head)
     for scheme in (Overlap(5, 10), RandomUnbiased(6), Exact(4)):
         with pytest.raises(ValueError, match='OwnState carries a state by itself'):
-            fit(TbpttLearner(loaders(), OwnState().double(), truncation=scheme, loss_func=nn.MSELoss()))
-    fit(TbpttLearner(loaders(), OwnState().double(), truncation=Jittered(7), loss_func=nn.MSELoss()))
+            fit_own_lr(TbpttLearner(scheme_loaders(), OwnState().double(), truncation=scheme, loss_func=nn.MSELoss()))
+    fit_own_lr(TbpttLearner(scheme_loaders(), OwnState().double(), truncation=Jittered(7), loss_func=nn.MSELoss()))
     for make in (lambda: Overlap(0, 4), lambda: Overlap(5, 4), lambda: Overlap(4, 5, 'some'), lambda: Jittered(7, half=2), lambda: RandomUnbiased(1), lambda: RandomUnbiased(9, alpha=2), lambda: Exact(-1), lambda: Jittered(7, rescale='x')):
         with pytest.raises(ValueError, match='; expected|is needed|Use'): make()
 
-def test_labels_of_windows():
+def test_one_label_per_window_has_the_loss_of_the_last_sub_window():
     "One label per window: the loss is that of the last sub-window"
     x,_ = data()
     label = torch.randn(9, 1, dtype=torch.float64)
@@ -452,7 +455,8 @@ def test_labels_of_windows():
     for scheme in (Overlap(5, 12), Exact(4), Jittered(7)):
         dl = torch.utils.data.DataLoader(list(zip(x, label)), 4)
         rnn,head = parts()
-        learn = fit(TbpttLearner(DataLoaders(dl, dl), Last(rnn, head), truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05))
+        learn = fit_own_lr(TbpttLearner(DataLoaders(dl, dl), Last(rnn, head), truncation=scheme, loss_func=nn.MSELoss(),
+                                        opt_func=sgd, lr=.05))
         if isinstance(scheme, Jittered): continue
         rnn2,head2 = parts()
         params = [*rnn2.parameters(), *head2.parameters()]
@@ -476,7 +480,9 @@ def test_what_is_as_long_as_a_piece_is_not_cut():
         dls = DataLoaders(dl, dl)
         dls.n_inp = 2
         rnn,head = parts()
-        return list(fit(TbpttLearner(dls, Two(rnn, head), truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05, **kwargs)).model.parameters())
+        model = Two(rnn, head)
+        fit_own_lr(TbpttLearner(dls, model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05, **kwargs))
+        return list(model.parameters())
     for a,b in zip(trained(Exact(10)), trained(None, sub_seq_len=None), strict=True): assert (a-b).abs().max()<1e-12
 
 
@@ -497,13 +503,17 @@ def test_one_prediction_per_window_is_not_joined():
             dl = torch.utils.data.DataLoader(list(zip(x, label)), 4)
             rnn,_ = parts()
             torch.manual_seed(1)
-            return list(fit(TbpttLearner(DataLoaders(dl, dl), Last(rnn, nn.Linear(3, n_out).double()), truncation=scheme, loss_func=loss, opt_func=sgd, lr=.05, **kwargs)).model.parameters())
+            model = Last(rnn, nn.Linear(3, n_out).double())
+            fit_own_lr(TbpttLearner(DataLoaders(dl, dl), model, truncation=scheme, loss_func=loss, opt_func=sgd, lr=.05,
+                                    **kwargs))
+            return list(model.parameters())
         for a,b in zip(trained(Exact(n_out)), trained(None, sub_seq_len=None), strict=True): assert (a-b).abs().max()<1e-12
         trained(RandomUnbiased(8, 6))
 
 def test_a_sub_window_without_a_loss_is_run_in_its_turn():
     x,y = data()
-    learn = fit(learner(loaders(), Own(SubWindow(0, 8, 0), SubWindow(8, 16, 16), SubWindow(16, 0, 16)), *parts()))
+    learn = fit_own_lr(scheme_learner(scheme_loaders(),
+                                      Own(SubWindow(0, 8, 0), SubWindow(8, 16, 16), SubWindow(16, 0, 16)), *parts()))
     rnn,head = parts()
     params = [*rnn.parameters(), *head.parameters()]
     for idxs in batches():
@@ -521,7 +531,8 @@ def test_a_sub_window_without_a_loss_is_run_in_its_turn():
 def test_what_is_computed_again_is_part_of_any_plan(stateful):
     "Several sub-windows, with states kept in the middle and gradients scaled: the same with and without"
     plan = SubWindow(0, 9, 0, carry=4, cuts=((2, 1.), (6, .5))),SubWindow(4, 15, 7, cuts=((10, 2.), (12, 1.))),SubWindow(15, 0, 15, cuts=((20, .3),))
-    a,b = (fit(learner(loaders(), Own(*plan, recompute=o), *parts(), stateful), 2) for o in (True, False))
+    a,b = (fit_own_lr(scheme_learner(scheme_loaders(), Own(*plan, recompute=o), *parts(), stateful), 2)
+           for o in (True, False))
     for p,q in zip(a.model.parameters(), b.model.parameters(), strict=True): assert (p-q).abs().max()<1e-13
 
 def test_exact_on_streams_needs_less_memory():
@@ -531,7 +542,7 @@ def test_exact_on_streams_needs_less_memory():
     rnn.register_forward_pre_hook(lambda m,args: seen.append(args[0].shape[1]) if torch.is_grad_enabled() else None)
     x,y = data(2, 30)
     dl = StreamDL(Sequences(list(x), list(y), **f64), bs=2)
-    fit(learner(DataLoaders(dl, dl), Exact(10), rnn, head))
+    fit_own_lr(scheme_learner(DataLoaders(dl, dl), Exact(10), rnn, head))
     assert seen==[10]*5
 
 def test_pieces_of_a_cancelled_batch_are_not_those_of_the_next():
@@ -540,37 +551,39 @@ def test_pieces_of_a_cancelled_batch_are_not_those_of_the_next():
         def before_batch(self):
             if self.training and self.train_iter%2==0: raise CancelBatchException()
     scheme = Own(SubWindow(0, 10, 0, cuts=((5, 2.),)), SubWindow(10, 0, 10))
-    fit(learner(loaders(), scheme, *parts(), cbs=Skip()))
-    fit(learner(loaders(), RandomUnbiased(4, 6), *parts(), cbs=Skip()))
+    fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(), cbs=Skip()))
+    fit_own_lr(scheme_learner(scheme_loaders(), RandomUnbiased(4, 6), *parts(), cbs=Skip()))
 
 def test_an_interrupted_step_leaves_the_learning_rate_as_it_was():
     class Stop(Callback):
         order = 90
         def before_step(self):
             if self.train_iter==1: raise RuntimeError('stop')
-    learn = learner(loaders(), Jittered(7, std=3, least=2, rescale='lr'), *parts())
-    with pytest.raises(RuntimeError, match='stop'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop())
+    learn = scheme_learner(scheme_loaders(), Jittered(7, std=3, least=2, rescale='lr'), *parts())
+    with pytest.raises(RuntimeError, match='stop'): fit_own_lr(learn, 1, cbs=Stop())
     assert learn.opt.hypers[0]['lr']==.05
     seen = []
     class Watch(Callback):
         order = 90
         def before_step(self): seen.append(self.opt.hypers[0]['lr']/self.dl.sub_window.lr)
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, .001, cbs=Watch())
+    fit(learn, 1, .001, cbs=Watch())
     assert seen==pytest.approx([.001]*len(seen))
 
 @pytest.mark.parametrize('scheme', [Overlap(10, 20), RandomUnbiased(10, 6, block=5)], ids=repr)
-def test_plans_of_long_windows(scheme): # a hundred times as long took ten thousand times as long before
+def test_plans_of_long_windows_are_made_in_time(scheme):
+    # a hundred times as long took ten thousand times as long before
     assert len(scheme.sub_windows(400_000))>20_000
 
 def test_a_layer_with_statistics_is_warned_about():
     rnn,head = parts()
     model = nn.Sequential(StatefulRNN(rnn), nn.BatchNorm1d(WIN).double(), head)
-    with pytest.warns(UserWarning, match=r'BatchNorm1d \(1\) takes the statistics of a segment'): TbpttLearner(loaders(), model, truncation=Exact(5), loss_func=nn.MSELoss())
+    with pytest.warns(UserWarning, match=r'BatchNorm1d \(1\) takes the statistics of a segment'):
+        TbpttLearner(scheme_loaders(), model, truncation=Exact(5), loss_func=nn.MSELoss())
 
 def test_the_smoothed_loss_weighs_sub_windows_by_their_steps():
     x,y = data()
-    learn = learner(loaders(bs=9), Own(SubWindow(0, 20, 0), SubWindow(20, 0, 20)), *parts(), lr=0.)
-    fit(learn)
+    learn = scheme_learner(scheme_loaders(bs=9), Own(SubWindow(0, 20, 0), SubWindow(20, 0, 20)), *parts(), lr=0.)
+    fit_own_lr(learn)
     with torch.no_grad(): errors = (learn.model(x)-y).square() if not learn.model.train(False).training else None
     beta = learn.recorder.smooth_loss.beta
     a,b = errors[:,:20].mean(),errors[:,20:].mean()
@@ -590,32 +603,34 @@ def test_a_state_may_be_infinite():
             return torch.stack(out, 1),(mean, log_sum)
     torch.manual_seed(0)
     model = nn.Sequential(StatefulRNN(LogSum()), nn.Linear(3, 1)).double()
-    fit(TbpttLearner(loaders(), model, truncation=RandomUnbiased(8, block=2), loss_func=nn.MSELoss(), opt_func=sgd, lr=.05))
+    fit_own_lr(TbpttLearner(scheme_loaders(), model, truncation=RandomUnbiased(8, block=2), loss_func=nn.MSELoss(),
+                            opt_func=sgd, lr=.05))
     assert all(p.isfinite().all() for p in model.parameters())
 
 @pytest.mark.parametrize('plan,error', [
     ([(0, 10, 3)], 'expected a SubWindow, or a pair'), ([SubWindow(0, 10, 0, cuts=((5, .5), (5, .5)))], 'each cut once'), ([SubWindow(0, 10, 0, cuts=((5, float('nan')),))], 'finite factors'),
     ([SubWindow(0, 10, 0, lr=-1.)], 'finite factors'), ([SubWindow(0, 10, 0, cuts=(5,))], 'cuts are pairs'), ([SubWindow(0, None, 0)], 'of whole steps'), ([(0., 10.)], 'of whole steps'), (None, 'The plan of Bad for 10 steps is a NoneType'),
     ([(0, 5)], 'ends at 5'), ([(0, 5), (6, 10)], 'expected start=5'), ([], 'ends at 0'), ([SubWindow(0, 10, 10)], 'no step counts'), ([(0, 11)], 'expected start=0'), ([(0, 0), (0, 10)], 'start < stop'), ([SubWindow(0, 10, 0, carry=11)], 'expected start=0')])
-def test_plans_that_cannot_be(plan, error):
+def test_plans_that_cannot_be_are_refused(plan, error):
     class Bad(Truncation):
         def plan(self, win_sz, rng): return plan
     with pytest.raises((ValueError, TypeError), match=error): Bad().sub_windows(10)
 
-def test_a_scheme_that_draws_says_so():
+def test_a_scheme_that_draws_has_to_say_so():
     class Draws(Truncation):
         def plan(self, win_sz, rng): return [(0, rng.randint(1, 5)), (5, win_sz)]
     with pytest.raises(ValueError, match='say so by `random = True`'): Draws().sub_windows(10)
 
-def test_a_block_that_is_none():
+def test_a_plan_with_bounds_off_its_blocks_is_refused():
     class Wrong(Truncation):
         block = 5
         def plan(self, win_sz, rng): return [(0, 7), (7, win_sz)]
     with pytest.raises(ValueError, match='blocks have 5 steps, but it has a bound at step 7'): stream(Wrong(), 2, 5, *parts(), True)
 
 @pytest.mark.parametrize('scheme', [Overlap(50, 100), Jittered(500), RandomUnbiased(500)], ids=repr)
-def test_windows_that_are_too_short(scheme):
-    with pytest.raises(ValueError, match='is for windows of (50|500) steps or more, but a window has 23'): learner(loaders(), scheme, *parts())
+def test_windows_that_are_too_short_are_refused(scheme):
+    with pytest.raises(ValueError, match='is for windows of (50|500) steps or more, but a window has 23'):
+        scheme_learner(scheme_loaders(), scheme, *parts())
 
 def test_the_lengths_of_jittered_are_those_of_awd_lstm():
     "b = k with probability .95, else k/2; max(5, int(N(b, 5)))"
@@ -625,7 +640,7 @@ def test_the_lengths_of_jittered_are_those_of_awd_lstm():
     assert n[~short].std()==pytest.approx(5, abs=.15) and min(o.steps for o in Jittered(6).sub_windows(10_000)[:-1])==5 and max(o.steps for o in Jittered(70, longest=75).sub_windows(10_000))==75
 
 @pytest.mark.parametrize('scheme', SCHEMES, ids=repr)
-def test_an_evaluation_in_the_middle_of_training(scheme):
+def test_an_evaluation_in_the_middle_of_training_changes_nothing(scheme):
     def trained(evaluate):
         class Evaluate(Callback):
             order = 70
@@ -638,23 +653,23 @@ def test_an_evaluation_in_the_middle_of_training(scheme):
                     learn.model.train()
         set_seed(4)
         rnn,head = parts()
-        return list(fit(learner(loaders(), scheme, rnn, head, cbs=Evaluate())).model.parameters())
+        return list(fit_own_lr(scheme_learner(scheme_loaders(), scheme, rnn, head, cbs=Evaluate())).model.parameters())
     for a,b in zip(trained(True), trained(False), strict=True): assert torch.equal(a, b)
 
-def test_groups_of_a_stream():
+def test_first_states_of_the_groups_of_a_stream_are_learned():
     xs,ys = sequences()
     names = list('abcdef')
     rnn,head = parts()
     dl = StreamDL(Sequences(xs, ys, groups=names, **f64), bs=2, sub_seq_len=5)
     first = learned_state(rnn, names)
     learn = TbpttLearner(DataLoaders(dl, dl), nn.Sequential(StatefulRNN(rnn, initial=first), head), truncation=Overlap(5, 15), n_skip=2, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05)
-    fit(learn)
+    fit_own_lr(learn)
     assert all((p!=0).any() for p in first.parameters()) and float(learn.pct_train)==pytest.approx(1)
     assert 'keep_graph' not in vars(learn.model[0])
 
 
 @pytest.mark.parametrize('scheme', [Own(SubWindow(0, 10, 0, cuts=((5, 3.),)), SubWindow(10, 0, 10)), Exact(5), Overlap(4, 10)], ids=['scaled', 'again', 'kept'])
-def test_states_in_a_dataclass_that_was_not_met_before(scheme):
+def test_states_in_a_dataclass_that_was_not_met_before_train_as_in_a_dict(scheme):
     "The same as in a dict"
     def trained(as_state, of_state):
         class Core(nn.Module):
@@ -667,13 +682,13 @@ def test_states_in_a_dataclass_that_was_not_met_before(scheme):
         torch.manual_seed(0)
         model = nn.Sequential(StatefulRNN(Core()), nn.Linear(3, 1)).double()
         set_seed(1)
-        learn = TbpttLearner(loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05)
+        learn = TbpttLearner(scheme_loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05)
         learn.remove_cb(SubWindowCheckCB) # which would meet it
-        return list(fit(learn).model.parameters())
+        return list(fit_own_lr(learn).model.parameters())
     State = dataclasses.make_dataclass('State', ['h'])
     for a,b in zip(trained(State, lambda o: o.h), trained(lambda h: {'h': h}, lambda o: o['h']), strict=True): assert torch.equal(a, b)
 
-def test_random_callbacks_and_runs_of_blocks():
+def test_random_callbacks_are_refused_where_rows_begin_within_a_run():
     "Rows begin in the middle of a run, where no callback is asked"
     class Noisy(Callback):
         def before_batch(self): torch.rand(1)

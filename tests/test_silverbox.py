@@ -2,6 +2,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from helpers import fit
 from tbptt_fastai.all import RNNLearner, TbpttLearner, create_dls_silverbox, fun_rmse, rmse, set_seed # by name: a star would import fastcore's test_eq and friends as tests
 
 pytest.importorskip('nonlinear_benchmarks')
@@ -25,8 +26,8 @@ def test_the_example_reaches_the_published_figures(data_dir):
 
 
 @pytest.mark.parametrize('sub_seq_len', ['dls', None, 100])
-def test_every_way_to_say_it(data_dir, sub_seq_len):
+def test_sub_windows_are_said_by_the_loaders_or_by_the_learner(data_dir, sub_seq_len):
     dls = create_dls_silverbox(bs=16, win_sz=500, stp_sz=1000, sub_seq_len=100)
     learn = TbpttLearner(dls, rnn_type='lstm', hidden_size=40, metrics=rmse, sub_seq_len=sub_seq_len)
-    with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(1, 3e-3)
+    fit(learn, 1, 3e-3, 'fit_flat_cos')
     assert len(learn.recorder.losses)==len(dls.train)//(5 if sub_seq_len is None else 1)

@@ -49,7 +49,7 @@ def test_detached_state_keeps_values_and_form_and_no_history(nest):
 
 @pytest.mark.parametrize('nest', NESTS.values(), ids=NESTS)
 @pytest.mark.parametrize('zeros', [True, False])
-def test_rows_begin_anew(nest, zeros):
+def test_rows_that_begin_anew_take_the_first_state_and_the_others_keep_theirs(nest, zeros):
     old,new = nest(*tensors()),nest(*tensors())
     rows = torch.tensor([True, False, True])
     state = where_state(rows, None if zeros else new, old)
@@ -109,7 +109,7 @@ def test_rows_are_one_bool_for_each(rows):
 
 @pytest.mark.parametrize('initial,match', [((torch.zeros(3, 5), None), r'shape \(3, 5\), the state shape \(3, 2\)'), ((torch.zeros(1, 3, 2), None), r'shape \(1, 3, 2\)'), ((7, None), 'int 7, the state shape'),
     ([torch.zeros(3, 2)], 'expected the same form'), ({'h': torch.zeros(3, 2), 'n': 1}, 'expected the same form'), (torch.zeros(3, 2), 'expected the same form')])
-def test_a_first_state_that_does_not_fit(initial, match):
+def test_a_first_state_that_does_not_fit_is_refused(initial, match):
     with pytest.raises(ValueError, match=match): where_state(torch.tensor([True,False,True]), initial, (torch.ones(3, 2), 1))
 
 
@@ -138,7 +138,7 @@ class Counting(nn.Module):
 DIMS = {'memory': Memory(0, 0), 'seen': None}
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_a_module_with_a_first_state_of_its_own(dtype):
+def test_a_module_with_a_first_state_of_its_own_begins_rows_with_it(dtype):
     torch.manual_seed(0)
     core = Counting().to(dtype)
     rnn,x = StatefulRNN(core, batch_dim=DIMS),torch.randn(3, 20, 2, dtype=dtype)
@@ -197,7 +197,7 @@ def test_a_batch_in_another_dimension_is_declared():
 
 
 @pytest.mark.parametrize('groups', [None, ['a','b']])
-def test_first_states_of_any_nesting(groups):
+def test_first_states_may_be_of_any_nesting(groups):
     @dataclasses.dataclass
     class Unmet:
         h: torch.Tensor

@@ -11,9 +11,9 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder, load_learner
 from fastai.metrics import accuracy, mae, rmse
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from torch import nn
+from helpers import adam, fit, sgd
 from reference import OwnState, permutations, rows_by_hand, stream_by_hand, train_stream
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
@@ -30,7 +30,6 @@ from tbptt_fastai.sequences.windows import Sequences, SequenceWindows
 SEED,N_EPOCH,LR = 3,2,1e-2
 LENGTHS = [17,20,46,30,12,5,33]
 unhurried = partial(settings, deadline=None, suppress_health_check=[HealthCheck.too_slow]) # a busy machine is no failure
-adam = partial(OptimWrapper, opt=torch.optim.Adam)
 
 
 def sequences(lengths, dtype=torch.float32, seed=0):
@@ -38,7 +37,7 @@ def sequences(lengths, dtype=torch.float32, seed=0):
     xs = [torch.randn(n, 2, generator=g, dtype=dtype) for n in lengths]
     return xs,[torch.cumsum(x[:,:1]*.3, 0).sin() for x in xs]
 
-def loaders(xs, ys, n_valid=None, dtype=torch.float32, **kwargs):
+def stream_loaders(xs, ys, n_valid=None, dtype=torch.float32, **kwargs):
     set_seed(SEED)
     kw = {**dict(bs=3, sub_seq_len=7, shuffle=True), **kwargs}
     return DataLoaders(StreamDL(Sequences(xs, ys, dtype=dtype), **kw), StreamDL(Sequences(xs[:n_valid], ys[:n_valid], dtype=dtype), **{**kw, 'shuffle': False}))
@@ -49,10 +48,7 @@ def recurrent_and_head(rnn=partial(nn.LSTM, num_layers=2), dtype=torch.float32):
 
 def stateful(rnn, head, **kwargs): return nn.Sequential(StatefulRNN(copy.deepcopy(rnn), **kwargs), copy.deepcopy(head))
 
-def learner(dls, model, **kwargs): return TbpttLearner(dls, model, **{**dict(opt_func=adam), **kwargs})
-
-def fit(learn, n_epoch=N_EPOCH, lr=LR):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, lr)
+def stream_learner(dls, model, **kwargs): return TbpttLearner(dls, model, **{**dict(opt_func=adam), **kwargs})
 
 def alone(rnn, head, xs):
     with torch.no_grad(): return [head(rnn(x[None])[0])[0] for x in xs]
@@ -122,12 +118,12 @@ def test_order_is_that_of_the_seed_and_shuffles_sequences():
 def test_predictions_are_those_of_each_sequence_alone(lengths, bs, sub_seq_len, shuffle, dtype, kind):
     xs,ys = sequences(lengths, dtype)
     rnn,head = recurrent_and_head(nn.GRU if kind=='gru' else nn.LSTM, dtype)
-    dls = loaders(xs, ys, dtype=dtype, bs=bs, sub_seq_len=min(sub_seq_len, max(lengths)), shuffle=shuffle)
+    dls = stream_loaders(xs, ys, dtype=dtype, bs=bs, sub_seq_len=min(sub_seq_len, max(lengths)), shuffle=shuffle)
     class Plain(nn.Module):
         def __init__(self): super().__init__(); self.rnn,self.head = copy.deepcopy(rnn),copy.deepcopy(head)
         def forward(self, x): return self.head(self.rnn(x)[0])
     seen = Seen()
-    learn = learner(dls, Plain() if kind=='plain' else stateful(rnn, head), cbs=seen, metrics=[fun_rmse, mae])
+    learn = stream_learner(dls, Plain() if kind=='plain' else stateful(rnn, head), cbs=seen, metrics=[fun_rmse, mae])
     tol = 1e-12 if dtype==torch.float64 else 1e-6
     expected = alone(rnn, head, xs)
     with learn.no_bar():
@@ -151,8 +147,8 @@ def test_predictions_are_those_of_each_sequence_alone(lengths, bs, sub_seq_len, 
 def test_equals_the_loop_by_hand(rnn, bs, sub_seq_len, shuffle):
     xs,ys = sequences(LENGTHS)
     rnn,head = recurrent_and_head(rnn)
-    learn = learner(loaders(xs, ys, bs=bs, sub_seq_len=sub_seq_len, shuffle=shuffle), stateful(rnn, head))
-    fit(learn)
+    learn = stream_learner(stream_loaders(xs, ys, bs=bs, sub_seq_len=sub_seq_len, shuffle=shuffle), stateful(rnn, head))
+    fit(learn, N_EPOCH)
     orders = permutations(len(xs), N_EPOCH, SEED) if shuffle else [range(len(xs))]*N_EPOCH
     train_stream(rnn, head, xs, ys, orders, bs, sub_seq_len, LR, nn.functional.l1_loss)
     assert_same(learn.model, rnn, head)
@@ -164,8 +160,8 @@ def test_washout_equals_the_loop_by_hand(lengths, n_skip):
     rnn,head = recurrent_and_head()
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*not longer than n_skip')
-        learn = learner(loaders(xs, ys), stateful(rnn, head), n_skip=n_skip, metrics=[fun_rmse, mae])
-        fit(learn)
+        learn = stream_learner(stream_loaders(xs, ys), stateful(rnn, head), n_skip=n_skip, metrics=[fun_rmse, mae])
+        fit(learn, N_EPOCH)
         assert learn.pct_train==pytest.approx(1)
         train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 3, 7, LR, nn.functional.l1_loss, n_skip)
         assert_same(learn.model, rnn, head)
@@ -189,9 +185,10 @@ def test_plain_layers_of_an_existing_learner_equal_the_loop_by_hand():
         def forward(self, x): return self.head(self.rnn(x)[0])
     xs,ys = sequences(LENGTHS)
     rnn,head = recurrent_and_head()
-    learn = Learner(loaders(xs, ys), Plain(copy.deepcopy(rnn), copy.deepcopy(head)), loss_func=nn.L1Loss(), opt_func=adam)
+    learn = Learner(stream_loaders(xs, ys), Plain(copy.deepcopy(rnn), copy.deepcopy(head)), loss_func=nn.L1Loss(),
+                    opt_func=adam)
     learn.add_cb(TbpttResetCB())
-    fit(learn)
+    fit(learn, N_EPOCH)
     train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 3, 7, LR, nn.functional.l1_loss)
     assert_same(learn.model, rnn, head)
 
@@ -199,8 +196,8 @@ def test_plain_layers_of_an_existing_learner_equal_the_loop_by_hand():
 def test_float64_equals_the_loop_by_hand():
     xs,ys = sequences(LENGTHS, torch.float64)
     rnn,head = recurrent_and_head(dtype=torch.float64)
-    learn = learner(loaders(xs, ys, dtype=torch.float64), stateful(rnn, head))
-    fit(learn)
+    learn = stream_learner(stream_loaders(xs, ys, dtype=torch.float64), stateful(rnn, head))
+    fit(learn, N_EPOCH)
     train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 3, 7, LR, nn.functional.l1_loss)
     assert_same(learn.model, rnn, head)
 
@@ -213,20 +210,20 @@ def test_windows_in_a_stream_equal_windows_in_a_loader(signals):
         set_seed(SEED)
         ds = SequenceWindows(u, y, win_sz=120)
         dls = DataLoaders(dl_type(ds, bs=4, sub_seq_len=50, shuffle=True, num_workers=0), dl_type(ds, bs=4, sub_seq_len=50, num_workers=0))
-        learn = learner(dls, stateful(rnn, head), metrics=fun_rmse)
-        fit(learn)
+        learn = stream_learner(dls, stateful(rnn, head), metrics=fun_rmse)
+        fit(learn, N_EPOCH)
         with learn.no_bar(): return learn.model,learn.validate()
     (a,values_a),(b,values_b) = trained(TbpttDL),trained(StreamDL)
     assert_same(a, b)
     np.testing.assert_allclose(values_a, values_b, rtol=1e-6)
 
 
-def test_whole_sequences():
+def test_whole_sequences_are_full_backpropagation():
     "sub_seq_len=None: full backpropagation through padded sequences"
     xs,ys = sequences(LENGTHS)
     rnn,head = recurrent_and_head()
-    learn = learner(loaders(xs, ys, sub_seq_len=None), stateful(rnn, head), sub_seq_len=None)
-    fit(learn)
+    learn = stream_learner(stream_loaders(xs, ys, sub_seq_len=None), stateful(rnn, head), sub_seq_len=None)
+    fit(learn, N_EPOCH)
     train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 3, 46, LR, nn.functional.l1_loss)
     assert_same(learn.model, rnn, head)
     with learn.no_bar(): torch.testing.assert_close(learn.get_preds()[0], torch.cat(alone(rnn, head, xs)), rtol=0, atol=1e-6)
@@ -244,13 +241,13 @@ def test_learned_first_state_equals_the_loop_by_hand(rnn, per_group):
     set_seed(SEED)
     ds = Sequences(xs, ys, groups=list('abcdefg'))
     dls = DataLoaders(StreamDL(ds, bs=3, sub_seq_len=7, shuffle=True), StreamDL(ds, bs=3, sub_seq_len=7))
-    learn = learner(dls, model)
+    learn = stream_learner(dls, model)
     by_hand = copy.deepcopy(learned_state(rnn, names))
     tensors = list(by_hand.tensors)
     def first_state(seq):
         h = [t[:,seq:seq+1] if per_group else t for t in tensors]
         return tuple(h) if isinstance(rnn, nn.LSTM) else h[0]
-    fit(learn)
+    fit(learn, N_EPOCH)
     train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 3, 7, LR, nn.functional.l1_loss, first_state=first_state, params=[*rnn.parameters(), *tensors, *head.parameters()])
     assert all(t.abs().max()>0 for t in tensors) # they have learned something
     for a,b in zip(learn.model.parameters(), [*rnn.parameters(), *tensors, *head.parameters()], strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -272,7 +269,7 @@ def test_first_state_is_a_function_of_the_group(sub_seq_len):
     def initial(groups):
         asked.append(groups)
         return torch.stack([torch.full((6,), float(o)/10) for o in groups])[None]
-    learn = learner(loaders(xs, ys, sub_seq_len=sub_seq_len), stateful(rnn, head, initial=initial), lr=0.)
+    learn = stream_learner(stream_loaders(xs, ys, sub_seq_len=sub_seq_len), stateful(rnn, head, initial=initial), lr=0.)
     with learn.no_bar(): preds = learn.get_preds()[0]
     for i,(p,x) in enumerate(zip(learn.dls.valid.by_sequence(preds), xs)):
         with torch.no_grad(): torch.testing.assert_close(p, head(rnn(x[None], torch.full((1,1,6), i/10))[0])[0], rtol=0, atol=1e-6)
@@ -292,10 +289,11 @@ class Leaky(nn.Module):
 
 def test_single_rows_of_a_module_of_ones_own_need_a_first_state():
     xs,ys = sequences(LENGTHS)
-    learn = learner(loaders(xs, ys), nn.Sequential(StatefulRNN(Leaky()), nn.Linear(2, 1)))
-    with pytest.raises(ValueError, match='first state of a Leaky is not known'): fit(learn)
+    learn = stream_learner(stream_loaders(xs, ys), nn.Sequential(StatefulRNN(Leaky()), nn.Linear(2, 1)))
+    with pytest.raises(ValueError, match='first state of a Leaky is not known'): fit(learn, N_EPOCH)
     leaky,head = Leaky(),nn.Linear(2, 1)
-    learn = learner(loaders(xs, ys), nn.Sequential(StatefulRNN(leaky, initial=lambda groups: (torch.ones(len(groups), 2),0)), head))
+    rnn = StatefulRNN(leaky, initial=lambda groups: (torch.ones(len(groups), 2),0))
+    learn = stream_learner(stream_loaders(xs, ys), nn.Sequential(rnn, head))
     with learn.no_bar(), torch.no_grad():
         for p,x in zip(learn.dls.valid.by_sequence(learn.get_preds()[0]), xs): torch.testing.assert_close(p, head(leaky(x[None])[0])[0], rtol=0, atol=1e-6)
 
@@ -319,10 +317,10 @@ def test_evaluation_in_the_middle_changes_nothing(event):
             vars(learn).update(kept)
             learn.model.train()
     evaluated = []
-    plain = learner(loaders(xs, ys), stateful(rnn, head))
-    fit(plain)
-    learn = learner(loaders(xs, ys), stateful(rnn, head), cbs=Evaluate())
-    fit(learn)
+    plain = stream_learner(stream_loaders(xs, ys), stateful(rnn, head))
+    fit(plain, N_EPOCH)
+    learn = stream_learner(stream_loaders(xs, ys), stateful(rnn, head), cbs=Evaluate())
+    fit(learn, N_EPOCH)
     assert len(evaluated)==N_EPOCH*9 # in every step
     for preds,expected in evaluated: torch.testing.assert_close(preds, expected, rtol=0, atol=1e-6)
     assert_same(learn.model, plain.model)
@@ -336,7 +334,7 @@ def test_second_fit_and_interrupted_fit_begin_anew():
         def __init__(self, e): self.e = e
         def after_batch(self):
             if self.training and self.iter==3: raise self.e
-    learn = learner(loaders(xs, ys), stateful(rnn, head))
+    learn = stream_learner(stream_loaders(xs, ys), stateful(rnn, head))
     for e in (CancelEpochException, CancelFitException, KeyboardInterrupt('stop')):
         stop = Stop(e)
         learn.add_cb(stop)
@@ -362,7 +360,7 @@ def test_a_cancelled_batch_resets_no_row_too_many_and_none_too_few():
         def before_batch(self):
             if self.training and self.iter==2: raise CancelBatchException()
     seen = Seen()
-    learn = learner(loaders(xs, ys, bs=3, shuffle=False), stateful(rnn, head), cbs=[Drop(), seen])
+    learn = stream_learner(stream_loaders(xs, ys, bs=3, shuffle=False), stateful(rnn, head), cbs=[Drop(), seen])
     blocks = list(learn.dls.train.layout(7))
     fit(learn, 1, 0.)
     state,expected = {},[]
@@ -380,9 +378,10 @@ def test_a_cancelled_batch_resets_no_row_too_many_and_none_too_few():
 def test_losses_and_metrics_are_means_over_real_steps():
     xs,ys = sequences(LENGTHS)
     rnn,head = recurrent_and_head()
-    learn = learner(loaders(xs, ys, n_valid=4), stateful(rnn, head), metrics=[fun_rmse, rmse, mae], loss_func=nn.MSELoss())
+    learn = stream_learner(stream_loaders(xs, ys, n_valid=4), stateful(rnn, head), metrics=[fun_rmse, rmse, mae],
+                           loss_func=nn.MSELoss())
     learn.recorder.train_metrics = True
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.)
+    fit(learn, 1, 0.)
     names,values = list(learn.recorder.metric_names)[1:-1],list(learn.recorder.log)[1:-1]
     train,valid = (torch.cat([(p-y) for p,y in zip(alone(rnn, head, xs[:n]), ys[:n])]).double().numpy() for n in (None,4))
     by_name = dict(zip(names, values))
@@ -400,7 +399,8 @@ def test_gradient_accumulation_counts_steps(n_skip):
     rnn,head = recurrent_and_head(nn.GRU)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*not longer than n_skip')
-        learn = learner(loaders(xs, ys, shuffle=False), stateful(rnn, head), cbs=GradientAccumulation(40), n_skip=n_skip, opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
+        learn = stream_learner(stream_loaders(xs, ys, shuffle=False), stateful(rnn, head), cbs=GradientAccumulation(40),
+                               n_skip=n_skip, opt_func=sgd)
         fit(learn, 1, .1)
     params = [*rnn.parameters(), *head.parameters()]
     opt,count,states = torch.optim.SGD(params, lr=.1),0,{}
@@ -425,7 +425,7 @@ def test_the_smoothed_training_loss_counts_steps():
     "... and is what fastai smooths, if all blocks are full"
     xs,ys = sequences([7, 7, 30, 2, 40, 3])
     rnn,head = recurrent_and_head()
-    learn = learner(loaders(xs, ys, bs=2), stateful(rnn, head), cbs=(seen := Seen()))
+    learn = stream_learner(stream_loaders(xs, ys, bs=2), stateful(rnn, head), cbs=(seen := Seen()))
     fit(learn, 1, 0.)
     losses,weights = [],[]
     for preds in seen.preds:
@@ -437,8 +437,8 @@ def test_the_smoothed_training_loss_counts_steps():
     w = [k*beta**(len(weights)-1-i) for i,k in enumerate(weights)]
     expected = sum(a*b for a,b in zip(w, losses))/sum(w)
     assert learn.recorder.values[-1][0]==pytest.approx(expected, abs=1e-6)
-    full = [loaders(*sequences([28]*4), bs=2) for _ in range(2)]
-    by_steps,plain = learner(full[0], stateful(rnn, head)),learner(full[1], stateful(rnn, head))
+    full = [stream_loaders(*sequences([28]*4), bs=2) for _ in range(2)]
+    by_steps,plain = stream_learner(full[0], stateful(rnn, head)),stream_learner(full[1], stateful(rnn, head))
     fit(by_steps, 1)
     plain.dls = DataLoaders(*(TbpttDL(SequenceWindows(*sequences([28]*4)), bs=2, sub_seq_len=7, num_workers=0) for _ in range(2)))
     fit(plain, 1)
@@ -459,7 +459,7 @@ def test_a_row_that_has_ended_cannot_spoil_the_gradient():
         def __init__(self): super().__init__(); self.rnn,self.head = copy.deepcopy(rnn),copy.deepcopy(head)
         def forward(self, x): return self.head(self.rnn(x)[0])
     for model in (stateful(rnn, head), Plain()):
-        learn = learner(loaders(xs, ys, bs=2, sub_seq_len=100, shuffle=False), model)
+        learn = stream_learner(stream_loaders(xs, ys, bs=2, sub_seq_len=100, shuffle=False), model)
         fit(learn, 1, 1e-6)
         assert all(p.isfinite().all() for p in learn.model.parameters())
 
@@ -474,18 +474,18 @@ def test_the_layout_is_made_once_for_a_run(monkeypatch):
     monkeypatch.setattr('tbptt_fastai.loaders.streams.Layout', Counted)
     few,many = [],[]
     for n,count in ((4, few), (20, many)):
-        learn = learner(loaders(xs[:n], ys[:n]), stateful(*recurrent_and_head(nn.GRU)))
+        learn = stream_learner(stream_loaders(xs[:n], ys[:n]), stateful(*recurrent_and_head(nn.GRU)))
         made.clear()
         fit(learn, 1)
         count.append(len(made))
     assert few==many
 
 
-def test_predictions_fetched_within_a_fit():
+def test_predictions_fetched_within_a_fit_are_those_of_each_sequence_alone():
     xs,ys = sequences(LENGTHS)
     rnn,head = recurrent_and_head()
     fetch = FetchPredsCallback(ds_idx=1)
-    learn = learner(loaders(xs, ys), stateful(rnn, head), cbs=fetch)
+    learn = stream_learner(stream_loaders(xs, ys), stateful(rnn, head), cbs=fetch)
     fit(learn, 1, 0.)
     torch.testing.assert_close(fetch.preds[0], torch.cat(alone(rnn, head, xs)), rtol=0, atol=1e-6)
     assert 'all_batches' not in vars(learn)
@@ -493,9 +493,9 @@ def test_predictions_fetched_within_a_fit():
 
 # What is shown, saved, copied
 
-def test_shown_and_exported(tmp_path):
+def test_a_learner_on_streams_shows_exports_and_predicts_the_same(tmp_path):
     xs,ys = sequences(LENGTHS)
-    learn = learner(loaders(xs, ys), stateful(*recurrent_and_head()))
+    learn = stream_learner(stream_loaders(xs, ys), stateful(*recurrent_and_head()))
     fit(learn, 1)
     x,y = learn.dls.one_batch()
     assert x.shape==(3,7,2) and y.shape==(3,7,1)
@@ -515,7 +515,7 @@ def test_shown_and_exported(tmp_path):
 
 def test_one_batch_has_no_padding():
     xs,ys = sequences([20, 3, 30, 7])
-    x,y = loaders(xs, ys, bs=4, shuffle=False).one_batch()
+    x,y = stream_loaders(xs, ys, bs=4, shuffle=False).one_batch()
     assert x.shape==(3,7,2) and not (x==0).any()
 
 
@@ -524,7 +524,7 @@ def test_new_data_of_one_length_is_predicted_whole():
     dls = SequenceDataLoaders.from_arrays(xs, ys, valid=(xs, ys), bs=3, sub_seq_len=7)
     assert isinstance(dls.train, StreamDL)
     assert len(dls.train)==len(dls.valid)==len(list(dls.valid.sub_windows())) and next(iter(dls.valid.sub_windows()))[0].shape==(3,7,2)
-    learn = learner(dls, stateful(*recurrent_and_head()))
+    learn = stream_learner(dls, stateful(*recurrent_and_head()))
     with learn.no_bar():
         expected = learn.get_preds()[0]
         pred,*_ = learn.predict(xs[2])
@@ -535,7 +535,7 @@ def test_new_data_of_one_length_is_predicted_whole():
 
 # What is refused
 
-def test_refused():
+def test_what_makes_no_stream_is_refused_by_name():
     xs,ys = sequences(LENGTHS)
     ds = Sequences(xs, ys)
     for match,make in {
@@ -545,27 +545,34 @@ def test_refused():
         'sub_seq_len is 47, but the longest sequence has 46': lambda: StreamDL(ds, sub_seq_len=47),
         'bs is 0': lambda: StreamDL(ds, bs=0),
         'reads sub-windows, not items': lambda: StreamDL(ds, after_item=lambda o: o),
-        'n_skip is 46, the longest': lambda: learner(loaders(xs, ys), stateful(*recurrent_and_head()), n_skip=46),
+        'n_skip is 46, the longest': lambda: stream_learner(stream_loaders(xs, ys), stateful(*recurrent_and_head()),
+                                                            n_skip=46),
         '2 sequences and 3 groups': lambda: Sequences(xs[:2], groups=list('abc')),
         'n is given, but a StreamDL reads all': lambda: StreamDL(ds, n=3),
         'get_idxs is given': lambda: StreamDL(ds, get_idxs=lambda: [0]),
         'y is None': lambda: SequenceDataLoaders.from_arrays(xs, None),
         'give win_sz as well': lambda: SequenceDataLoaders.from_arrays(xs, ys, stp_sz=3),
-        'bidirectional': lambda: learner(loaders(xs, ys), nn.LSTM(2, 1, bidirectional=True, batch_first=True)),
+        'bidirectional': lambda: stream_learner(stream_loaders(xs, ys),
+                                                nn.LSTM(2, 1, bidirectional=True, batch_first=True)),
     }.items():
         with pytest.raises((ValueError,TypeError), match=match): make()
-    with pytest.warns(UserWarning, match=r'2 of 7 sequences are not longer than n_skip=12.*\[4, 5\]'): learner(loaders(xs, ys), stateful(*recurrent_and_head()), n_skip=12)
+    with pytest.warns(UserWarning, match=r'2 of 7 sequences are not longer than n_skip=12.*\[4, 5\]'):
+        stream_learner(stream_loaders(xs, ys), stateful(*recurrent_and_head()), n_skip=12)
 
 
-def test_a_model_that_resets_all_rows_only():
+def test_a_model_that_resets_all_rows_only_needs_as_many_rows_as_sequences():
     xs,ys = sequences(LENGTHS)
-    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'): learner(loaders(xs, ys), OwnState(*recurrent_and_head(nn.GRU)))
-    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'): learner(loaders(xs, ys), OwnState(*recurrent_and_head(nn.GRU)), sub_seq_len=None) # validation goes by sub-windows
-    learn = learner(loaders(xs, ys, bs=7), OwnState(*recurrent_and_head(nn.GRU)))
+    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'):
+        stream_learner(stream_loaders(xs, ys), OwnState(*recurrent_and_head(nn.GRU)))
+    with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'):
+        # validation goes by sub-windows
+        stream_learner(stream_loaders(xs, ys), OwnState(*recurrent_and_head(nn.GRU)), sub_seq_len=None)
+    learn = stream_learner(stream_loaders(xs, ys, bs=7), OwnState(*recurrent_and_head(nn.GRU)))
     with pytest.raises(ValueError, match=r'reset\(\) of OwnState resets all rows'), learn.no_bar(): learn.get_preds(dl=learn.dls.valid.new(bs=3))
-    learn = learner(loaders(xs, ys, bs=7), OwnState(*recurrent_and_head(nn.GRU))) # as many rows as sequences
+    # as many rows as sequences
+    learn = stream_learner(stream_loaders(xs, ys, bs=7), OwnState(*recurrent_and_head(nn.GRU)))
     rnn,head = recurrent_and_head(nn.GRU)
-    fit(learn)
+    fit(learn, N_EPOCH)
     train_stream(rnn, head, xs, ys, permutations(len(xs), N_EPOCH, SEED), 7, 7, LR, nn.functional.l1_loss)
     assert_same(learn.model, rnn, head)
     with learn.no_bar(): torch.testing.assert_close(learn.get_preds()[0], torch.cat(alone(rnn, head, xs)), rtol=0, atol=1e-6)
@@ -576,7 +583,8 @@ def test_a_learner_without_the_callback_is_warned():
     class Plain(nn.Module):
         def __init__(self): super().__init__(); self.rnn = nn.GRU(2, 1, batch_first=True)
         def forward(self, x): return self.rnn(x)[0]
-    with pytest.warns(UserWarning, match='A Learner needs a TbpttResetCB'): fit(Learner(loaders(xs, ys), Plain(), loss_func=nn.L1Loss()), 1)
+    with pytest.warns(UserWarning, match='A Learner needs a TbpttResetCB'):
+        fit(Learner(stream_loaders(xs, ys), Plain(), loss_func=nn.L1Loss()), 1)
 
 
 def test_validation_sequences_have_names_of_their_own():
@@ -605,21 +613,25 @@ def test_mixup_draws_once_for_windows_of_a_stream():
     for n_skip in (0, 16):
         dl = StreamDL(ds, bs=2, sub_seq_len=8)
         note = Callback(after_pred=lambda self: drawn.append(self.learn.mix_up.lam[:1].tolist()) if self.training else None)
-        learn = learner(DataLoaders(dl, dl), stateful(*recurrent_and_head(nn.GRU)), n_skip=n_skip, cbs=[once_per_window(MixUp()), note])
+        learn = stream_learner(DataLoaders(dl, dl), stateful(*recurrent_and_head(nn.GRU)), n_skip=n_skip,
+                               cbs=[once_per_window(MixUp()), note])
         fit(learn, 1)
     first,second,third,fourth = drawn[:4],drawn[4:8],drawn[8:10],drawn[10:]
     for window in (first, second, third, fourth): assert all(o==window[0] for o in window)
     assert first[0]!=second[0] and third[0]!=fourth[0] and len(fourth)==2
 
 
-def test_refused_in_use():
+def test_what_a_stream_cannot_do_is_refused_in_use():
     xs,ys = sequences(LENGTHS)
-    learn = learner(loaders(xs, ys), stateful(*recurrent_and_head()))
+    learn = stream_learner(stream_loaders(xs, ys), stateful(*recurrent_and_head()))
     with learn.no_bar():
         with pytest.raises(ValueError, match='leave out with_input'): learn.get_preds(with_input=True)
         with pytest.raises(ValueError, match='evaluated in sub-windows by itself'): learn.validate(cbs=SubWindowEvalCB(3))
-        with pytest.raises(ValueError, match='begin their sequences at different times'), learn.added_cbs(once_per_window(MixUp())): fit(learn)
+        with (pytest.raises(ValueError, match='begin their sequences at different times'),
+              learn.added_cbs(once_per_window(MixUp()))): fit(learn, N_EPOCH)
     class LastOnly(nn.Module):
         def __init__(self): super().__init__(); self.rnn = nn.GRU(2, 1, batch_first=True)
         def forward(self, x): return self.rnn(x)[0][:,-1]
-    with pytest.raises(TypeError, match=r'predictions and targets for every step, \(3, 7, ...\), not of shape \(3, 1\)'): fit(learner(loaders(xs, ys), LastOnly()))
+    error = r'predictions and targets for every step, \(3, 7, ...\), not of shape \(3, 1\)'
+    with pytest.raises(TypeError, match=error):
+        fit(stream_learner(stream_loaders(xs, ys), LastOnly()), N_EPOCH)

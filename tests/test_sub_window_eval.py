@@ -8,6 +8,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.metrics import mae, rmse
 from torch import nn
+from helpers import fit
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
@@ -31,7 +32,7 @@ def learn(signals):
     torch.manual_seed(0)
     dls = SequenceDataLoaders.from_arrays(*signals, win_sz=130, stp_sz=60, bs=3, valid_pct=.4)
     learn = Learner(dls, Mixed(), loss_func=nn.functional.l1_loss, metrics=[fun_rmse, rmse, mae], cbs=TbpttResetCB(50, n_skip=70))
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    fit(learn, 1)
     return learn
 
 def values(learn):
@@ -49,12 +50,12 @@ def test_loss_metrics_and_predictions_are_those_of_whole_windows(learn, sub_seq_
     assert max(learn.model.seen)==min(sub_seq_len, 130)
 
 
-def test_training_is_not_touched(learn, signals):
+def test_training_is_the_same_bit_by_bit(learn, signals):
     def trained(cbs):
         torch.manual_seed(0)
         dls = SequenceDataLoaders.from_arrays(*signals, win_sz=130, stp_sz=60, bs=3, valid_pct=.4, shuffle=False)
         learn = Learner(dls, Mixed(), loss_func=nn.functional.l1_loss, cbs=[TbpttResetCB(50), *cbs])
-        with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+        fit(learn, 2)
         return list(learn.model.parameters())
     for a,b in zip(trained([]), trained([SubWindowEvalCB(40)])): assert torch.equal(a, b)
 
@@ -86,7 +87,7 @@ def test_a_failing_evaluation_leaves_nothing_behind(learn):
     np.testing.assert_allclose(values(learn)[0], expected, atol=1e-6) # the training loader shuffles: sums are in another order
 
 
-def test_what_is_refused(learn):
+def test_settings_and_models_that_cannot_be_cut_are_refused(learn):
     with pytest.raises(ValueError, match='sub_seq_len is 0'): SubWindowEvalCB(0)
     class Pair(Mixed):
         def forward(self, x): return (super().forward(x),)*2
@@ -95,7 +96,7 @@ def test_what_is_refused(learn):
     with pytest.raises(TypeError, match='Pair gives a tuple'), learn.no_bar(): learn.validate()
 
 
-def test_a_model_that_carries_by_itself(signals):
+def test_a_model_that_carries_by_itself_predicts_the_same(signals):
     class Own(nn.Module):
         def __init__(self):
             super().__init__()

@@ -10,6 +10,7 @@ from fastai.torch_core import set_seed
 from functools import partial
 from torch import nn
 from torch.utils._pytree import tree_map
+from helpers import fit
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loaders.streams import StreamDL
@@ -39,7 +40,7 @@ def test_equals_the_loop_by_hand():
     dls,model = make()
     by_hand = copy.deepcopy(model)
     learn = TbpttLearner(dls, model, opt_func=partial(OptimWrapper, opt=torch.optim.Adam), grad_clip=.5, metrics=[accuracy, Perplexity()])
-    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    fit(learn, 2)
     vocab = sorted(set(TEXT))
     n_train = len(TEXT)-int(len(TEXT)*.2)
     ids = torch.tensor([vocab.index(c) for c in TEXT[:n_train]])
@@ -78,16 +79,16 @@ def test_equals_the_loop_by_hand():
     assert perplexity==pytest.approx(torch.tensor(total/count).exp().item(), rel=1e-5)
 
 
-def test_a_learner_builds_its_model():
+def test_a_learner_builds_its_model_from_the_text():
     learn = TbpttLearner(make()[0], rnn_type='gru', hidden_size=8, num_layers=2)
     assert isinstance(learn.model, TextRNN) and learn.model.rnn.rnn.num_layers==2
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    fit(learn, 1)
 
 
 def test_sampling_steps_through_the_state():
     dls,model = make(dropout=.5)
     learn = TbpttLearner(dls, model)
-    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
+    fit(learn, 3)
     model.train() # sampling has no dropout in any case
     likeliest,text = sample_text(learn, 'the qu', n=30, temperature=0),'the qu'
     model.eval()
@@ -146,7 +147,7 @@ def test_tokens_of_any_kind_are_shown(capsys):
     assert 'predicted' in capsys.readouterr().out
 
 
-def test_texts_of_their_own_and_a_vocabulary(tmp_path):
+def test_a_text_for_validation_joins_the_vocabulary_and_an_export_samples_the_same(tmp_path):
     dls = SequenceDataLoaders.from_text(TEXT, valid=TEXT[:200]+'X', bs=4, val_bs=2, sub_seq_len=25)
     assert 'X' in dls.vocab and len(dls.valid_ds)==2 and isinstance(dls.valid, StreamDL)
     learn = TbpttLearner(dls, TextRNN(len(dls.vocab), hidden_size=8))
@@ -157,7 +158,7 @@ def test_texts_of_their_own_and_a_vocabulary(tmp_path):
     assert sample_text(load_learner(tmp_path/'text.pkl'), 'the', n=10)==text
 
 
-def test_refused():
+def test_what_makes_no_text_is_refused_by_name():
     dls,model = make()
     learn = TbpttLearner(dls, model)
     for match,make_it in {

@@ -9,6 +9,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import set_seed
 from torch import nn
+from helpers import fit
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
@@ -45,9 +46,6 @@ class Threads(Callback):
     def __init__(self): self.seen = []
     def _note(self): self.seen.append((self.training, torch.get_num_threads()))
     after_pred = after_backward = after_epoch = _note
-
-def fit(learn, n=1, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, 1e-2, **kwargs)
 
 def hints(f):
     "The hints that a call gives"

@@ -25,7 +25,7 @@ def test_the_plan_covers_the_window_and_weighs_steps_alike(win_sz, data):
     ((100, '10'), TypeError, "sub_seq_len is '10'"), ((0, 10), ValueError, 'win_sz is 0'),
     ((100, 10, -1), ValueError, 'n_skip is -1; expected at least 0'), ((100, 10, 100), ValueError, 'n_skip is 100, the window has 100 steps'),
 ])
-def test_lengths_that_make_no_sense(args, exc, message):
+def test_lengths_that_make_no_sense_are_refused(args, exc, message):
     with pytest.raises(exc, match=message): Fixed(args[1]).sub_windows(args[0], *args[2:])
 
 

@@ -34,7 +34,7 @@ def test_every_window_is_a_slice_and_all_are_there(lengths, data):
 
 
 @pytest.mark.parametrize('to', [torch.from_numpy, lambda a: a, lambda a: a.astype(np.float64), lambda a: torch.from_numpy(a).double()])
-def test_arrays_of_every_kind(to):
+def test_arrays_of_every_kind_become_float32(to):
     x,y = SequenceWindows(to(ramp(50)), to(ramp(50, 3)), win_sz=10)[2]
     assert x.dtype==y.dtype==torch.float32 and x.shape==(10,1) and y.shape==(10,3)
     np.testing.assert_array_equal(y, ramp(50, 3)[20:30])
@@ -49,7 +49,7 @@ def test_memory_is_shared_and_types_are_kept_where_asked():
     assert SequenceWindows(frames, tokens, win_sz=10).gather([0,1])[0].shape==(2,10,4,5)
 
 
-def test_a_read_only_memory_map(tmp_path):
+def test_a_read_only_memory_map_is_read_without_a_warning(tmp_path):
     ramp(1000, 2).tofile(tmp_path/'x.bin')
     x = np.memmap(tmp_path/'x.bin', dtype=np.float32, mode='r', shape=(1000,2))
     np.testing.assert_array_equal(SequenceWindows(x, x, win_sz=100, stp_sz=1)[900][0], ramp(1000, 2)[900:])
@@ -124,7 +124,7 @@ def bad(i, value, n=5000, channels=2):
     (lambda: SequenceDataLoaders.from_arrays(ramp(999), ramp(999), win_sz=30, sub_seq_len=31), ValueError, 'sub_seq_len is 31, but a window has 30 steps'),
     (lambda: SequenceDataLoaders.from_arrays(ramp(999), ramp(999), win_sz=30, sub_seq_len=0), ValueError, 'sub_seq_len is 0'),
 ])
-def test_wrong_data_is_refused(make, exc, message):
+def test_wrong_data_is_refused_by_name_and_step(make, exc, message):
     with pytest.raises(exc, match=message): make()
 
 
@@ -169,7 +169,7 @@ def test_a_tensor_with_a_graph_is_data_all_the_same():
     assert not SequenceWindows(x, win_sz=10)[0][0].requires_grad
 
 
-def test_a_list_of_windows():
+def test_a_list_of_windows_is_taken_in_its_order():
     ds = SequenceWindows(ramp(100), ramp(100), win_sz=10)
     for got,i in zip(ds.items.iloc[[3,1]], (3,1)): np.testing.assert_array_equal(got[0], ds[i][0])
     assert SequenceWindows(ramp(100), win_sz=10, stp_sz=10**30).stp_sz==100
@@ -239,6 +239,6 @@ def test_numbers_of_windows_may_be_of_any_type(seqs, kind):
     assert SequenceParts(seqs, win_sz=10).locate(np.array([9], kind))[1].tolist()==[90]
 
 @pytest.mark.parametrize('seqs', [[np.arange(50.)], [np.arange(50.), np.arange(40.)]], ids=len)
-def test_a_batch_of_no_windows(seqs):
+def test_a_batch_of_no_windows_is_empty(seqs):
     ds = SequenceWindows(seqs, win_sz=10)
     for none in ([], np.array([], int), torch.tensor([], dtype=torch.int64)): assert ds.gather(none)[0].shape==(0, 10, 1)

@@ -1,14 +1,10 @@
-"Small windows, models and learners for test_hazards and test_hazards_evaluation"
+"Ten windows of 30 steps, a small model, a learner of both, and what each of its training steps saw"
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback # with it comes Learner.no_bar
-from fastai.data.core import DataLoaders, TfmdDL
-from fastai.learner import Learner
-from fastai.losses import MSELossFlat
-from fastai.optimizer import OptimWrapper
+from fastai.data.core import TfmdDL
 from fastai.torch_core import set_seed
 from torch import nn
-from tbptt_fastai.training.callback import TbpttResetCB
+from helpers import item_loaders, learner
 from tbptt_fastai.state.stateful import StatefulRNN
 
 WIN,SUB,BS = 30,12,4 # sub-windows of 12, 12 and 6 steps
@@ -26,19 +22,13 @@ def net():
     torch.manual_seed(0)
     return nn.Sequential(StatefulRNN(nn.GRU(1, 3, batch_first=True)), nn.Linear(3, 1))
 
-def loaders(its=None, cls=TfmdDL, shuffle=False, **kwargs):
+def small_loaders(its=None, cls=TfmdDL, shuffle=False, **kwargs):
     its = its or noise()
-    return DataLoaders(cls(its, bs=BS, shuffle=shuffle, num_workers=0, **kwargs), TfmdDL(its[:7], bs=BS, num_workers=0))
+    return item_loaders(its, 7, BS, cls, shuffle=shuffle, **kwargs)
 
-def learner(dls=None, model=None, cbs=(), sub=SUB, **kwargs):
+def small_learner(dls=None, model=None, cbs=(), sub=SUB, **kwargs):
     set_seed(0)
-    return Learner(dls or loaders(), model or net(), loss_func=kwargs.pop('loss_func', MSELossFlat()), cbs=[TbpttResetCB(sub), *cbs], **kwargs)
-
-def adam(params, lr, **kwargs): return OptimWrapper(params, torch.optim.Adam, lr=lr)
-
-def fit(learn, n=1, lr=1e-2, **kwargs):
-    with learn.no_bar(), learn.no_logging(): learn.fit(n, lr, **kwargs)
-    return learn
+    return learner(dls or small_loaders(), model or net(), sub, cbs, **kwargs)
 
 def same(a, b): return all(torch.equal(p, q) for p,q in zip(a.model.parameters(), b.model.parameters()))
 def whole(learn, ds=None):
