@@ -550,8 +550,11 @@ def test_pieces_of_a_cancelled_batch_are_not_those_of_the_next():
         order = 20
         def before_batch(self):
             if self.training and self.train_iter%2==0: raise CancelBatchException()
-    scheme = Own(SubWindow(0, 10, 0, cuts=((5, 2.),)), SubWindow(10, 0, 10))
-    fit_own_lr(scheme_learner(scheme_loaders(), scheme, *parts(), cbs=Skip()))
+    scheme,steps = Own(SubWindow(0, 10, 0, cuts=((5, 2.),)), SubWindow(10, 0, 10)),[]
+    learn = scheme_learner(scheme_loaders(), scheme, *parts(), cbs=Skip())
+    learn.model.register_forward_pre_hook(lambda m,x: steps.append(x[0].shape[1]) if m.training else None)
+    fit_own_lr(learn)
+    assert set(steps)=={WIN-10}
     fit_own_lr(scheme_learner(scheme_loaders(), RandomUnbiased(4, 6), *parts(), cbs=Skip()))
 
 def test_an_interrupted_step_leaves_the_learning_rate_as_it_was():
