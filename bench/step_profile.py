@@ -23,7 +23,6 @@ from tbptt_fastai.speed.dispatch import LeanLearner
 from tbptt_fastai.loaders.views import SubWindows
 from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.speed.optimizer import FusedAdam
-from tbptt_fastai.training.parts import SubWindowCheckCB
 from tbptt_fastai.speed.shortcuts import shortcuts
 from tbptt_fastai.sequences.windows import SequenceWindows
 import step_loops
@@ -31,7 +30,7 @@ from harness import arguments, headline, save, table, turns
 from step_loops import CASES, Work, by_fastai, by_hand, tbptt
 
 HOOKS = '_start_pass','_before','_after','_before_stateful'
-CALLBACKS = {TrainEvalCallback: 'step counter', CastToTensor: 'cast', SubWindowCheckCB: 'other callbacks', TbpttResetCB: 'TbpttResetCB', GradientClip: 'clipping',
+CALLBACKS = {TrainEvalCallback: 'step counter', CastToTensor: 'cast', TbpttResetCB: 'TbpttResetCB', GradientClip: 'clipping',
              Recorder: 'recorder', ProgressCallback: 'progress bar', ParamScheduler: 'scheduler'}
 PLACES = [(torch.Tensor, ['backward'], 'backward'), (nn.L1Loss, ['forward'], 'loss'), (step_loops, ['clip_grad_norm_'], 'clipping'), (step_loops, ['set_lr'], 'scheduler'),
           (torch.optim.Adam, ['step'], 'optimizer'), (FusedAdam, ['step'], 'optimizer'), (torch.optim.Adam, ['zero_grad'], 'zero_grad'), (FusedAdam, ['zero_grad'], 'zero_grad'),

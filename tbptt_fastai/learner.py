@@ -22,7 +22,6 @@ from .training.callback import TbpttResetCB
 from .speed.dispatch import LeanLearner
 from .loaders.views import first_item
 from .speed.optimizer import FusedAdam
-from .training.parts import SubWindowCheckCB
 from .models.sequence import SequenceRNN, Standardize
 from .sequences.text import TextRows
 from .models.text import TextRNN
@@ -120,15 +119,18 @@ def TbpttLearner(
     loss_func=None, # Default: the dataset's own, or `nn.L1Loss()` for real targets
     opt_func=FusedAdam, # Optimizer; the default is fastai's `Adam` by a fused kernel
     cbs=None, # More callbacks
+    timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
+    check:bool=True, # Before the first step of a fit, refuse a model that sub-windows cannot train
     num_threads:int=None, # Threads of the CPU; default: PyTorch's, and a hint if one is several times as fast
     **kwargs
 )->SequenceLearner:
     "A `Learner` that trains by truncated backpropagation through time; its methods do what fastai's do"
     own = dict(loss_func=loss_func, opt_func=opt_func, num_threads=num_threads)
     if model is None:
-        return RNNLearner(dls, sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, grad_clip=grad_clip, cbs=cbs, **own, **kwargs)
+        settings = dict(sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, timed=timed, check=check)
+        return RNNLearner(dls, grad_clip=grad_clip, cbs=cbs, **settings, **own, **kwargs)
     own['loss_func'] = loss_func or default_loss(dls)
-    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, truncation=truncation)+SubWindowCheckCB()
+    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check)
     if num_threads is None: cbs += ThreadHintCB()
     if grad_clip is not None: cbs += clipping(grad_clip)
     return SequenceLearner(dls, model, cbs=cbs, **own, **kwargs)

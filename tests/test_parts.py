@@ -11,7 +11,7 @@ from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loaders.segment import Window
-from tbptt_fastai.training.parts import SubWindowCheckCB, compare_parts
+from tbptt_fastai.training.parts import compare_parts
 from tbptt_fastai.state.stateful import StatefulRNN, learned_state
 import tbptt_fastai.instruments.diagnose # noqa: it adds methods to Learner
 
@@ -48,7 +48,7 @@ def test_what_cannot_be_carried_is_named_before_it_learns(signals, make, name, d
     with pytest.raises(ValueError, match=f'first layer that differs is {name}.*sub_seq_len=None'): fit(learn)
     for k,v in model.state_dict().items(): assert torch.equal(v, before[k])
     assert all(p.grad is None for p in model.parameters()) and model.training
-    learn.remove_cb(SubWindowCheckCB)
+    learn.tbptt_reset_cb.check = False
     fit(learn)
     fit(TbpttLearner(loaders(signals, None, dtype=dtype), model)) # whole windows need nothing carried
 
@@ -87,7 +87,7 @@ def test_training_is_the_same_with_and_without(signals, make, kwargs):
         u,y = signals
         dls = SequenceDataLoaders.from_arrays([u[:300], u[300:700], u[700:900]], [y[:300], y[300:700], y[700:900]], sub_seq_len=20, bs=2) if 'stream' in kwargs else loaders(signals)
         learn = TbpttLearner(dls, make(), n_skip=kwargs.get('n_skip', 0), opt_func=adam)
-        if not check: learn.remove_cb(SubWindowCheckCB)
+        if not check: learn.tbptt_reset_cb.check = False
         set_seed(1)
         fit(learn)
         fit(learn)
@@ -103,8 +103,8 @@ def test_it_runs_once_in_each_fit_and_not_in_evaluation(signals):
     for _ in range(2):
         seen.clear()
         fit(learn, 2)
-        assert seen[:4]==[(False,20),(False,10),(False,10),(True,20)]
-        assert sum(not training for training,_ in seen)==3+2*evaluated
+        assert seen[:10]==[(False,20), *[(False,10)]*8, (True,20)]
+        assert sum(not training for training,_ in seen)==9+2*evaluated
 
 def test_a_model_for_one_number_of_steps_is_left_alone(signals):
     class Fixed(nn.Module):
@@ -131,7 +131,7 @@ def test_learned_first_states_of_groups_are_not_taken_for_an_error():
     fit(TbpttLearner(dls, nn.Sequential(StatefulRNN(rnn, initial=learned_state(rnn, list('abcd'))), nn.Linear(6, 1))))
 
 def test_it_can_be_added_to_another_learner(signals):
-    learn = Learner(loaders(signals), with_rnn(TimeNorm()), nn.L1Loss(), cbs=[SubWindowCheckCB(), TbpttResetCB()])
+    learn = Learner(loaders(signals), with_rnn(TimeNorm()), nn.L1Loss(), cbs=TbpttResetCB())
     with pytest.raises(ValueError, match='TimeNorm'): fit(learn)
 
 class RunningSum(nn.Module):
@@ -163,10 +163,10 @@ def test_a_later_element_may_be_as_long_as_a_window_or_a_sub_window(n):
     dl = torch.utils.data.DataLoader(list(zip(x, torch.rand(8, n), x[...,:1])), 4)
     dls = DataLoaders(dl, dl)
     dls.n_inp = 2
-    learn = Learner(dls, Two(), nn.L1Loss(), cbs=[TbpttResetCB(10, timed=(True, False, True)), SubWindowCheckCB()])
+    learn = Learner(dls, Two(), nn.L1Loss(), cbs=[TbpttResetCB(10, timed=(True, False, True))])
     fit(learn)
     learn.check_sub_windows()
-    learn = Learner(dls, Two(), nn.L1Loss(), cbs=[TbpttResetCB(10), SubWindowCheckCB()])
+    learn = Learner(dls, Two(), nn.L1Loss(), cbs=[TbpttResetCB(10)])
     if n==10: fit(learn)
     else:
         with pytest.raises(ValueError, match='other predictions'): fit(learn)

@@ -17,7 +17,6 @@ from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.training.once import once_per_window
-from tbptt_fastai.training.parts import SubWindowCheckCB
 from tbptt_fastai.state.stateful import StatefulRNN, learned_state
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
@@ -208,7 +207,7 @@ def test_exact_draws_the_same_dropout_again():
         set_seed(5)
         learn = TbpttLearner(scheme_loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05,
                              **kwargs)
-        learn.remove_cb(SubWindowCheckCB)
+        learn.tbptt_reset_cb.check = False
         return fit_own_lr(learn)
     for p,q in zip(trained(Exact(5)).model.parameters(), trained(None, sub_seq_len=None).model.parameters()): assert (p-q).abs().max()<1e-12
 
@@ -686,7 +685,7 @@ def test_states_in_a_dataclass_that_was_not_met_before_train_as_in_a_dict(scheme
         model = nn.Sequential(StatefulRNN(Core()), nn.Linear(3, 1)).double()
         set_seed(1)
         learn = TbpttLearner(scheme_loaders(), model, truncation=scheme, loss_func=nn.MSELoss(), opt_func=sgd, lr=.05)
-        learn.remove_cb(SubWindowCheckCB) # which would meet it
+        learn.tbptt_reset_cb.check = False # which would meet it
         return list(fit_own_lr(learn).model.parameters())
     State = dataclasses.make_dataclass('State', ['h'])
     for a,b in zip(trained(State, lambda o: o.h), trained(lambda h: {'h': h}, lambda o: o['h']), strict=True): assert torch.equal(a, b)

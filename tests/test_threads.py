@@ -14,7 +14,6 @@ from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.state.stateful import StatefulRNN
-from tbptt_fastai.training.parts import SubWindowCheckCB
 from tbptt_fastai.training.threads import ThreadHintCB, on_threads, pass_seconds
 
 pytestmark = pytest.mark.filterwarnings('ignore:On 2 threads a pass:UserWarning') # the machine that tests run on may be busy
@@ -206,7 +205,7 @@ def test_a_model_that_counts_its_calls_trains_as_without_the_measurement(dls):
         set_seed(0)
         dls.train.rng.seed(0)
         learn = TbpttLearner(dls, Generated(), loss_func=nn.L1Loss())
-        learn.remove_cb(SubWindowCheckCB)
+        learn.tbptt_reset_cb.check = False
         if not with_hint: learn.remove_cb(ThreadHintCB)
         hints(lambda: fit(learn))
         return [*learn.model.parameters(), torch.tensor(learn.model.calls)]

@@ -247,10 +247,16 @@ def check(self:SubWindows):
     A dataset that cannot be indexed is not looked at."""
     whole = self.truncation is None and not self.n_skip
     if getattr(self.dl, 'n', None)==0 or whole or first_item(self.dl) is None: return
-    steps = self.first_window.steps
-    scheme = self.truncation or Fixed(steps)
-    _check_fits(scheme, steps)
-    scheme.sub_windows(steps, self.n_skip)
+    self.check_window(self.first_window)
+
+@patch
+def check_window(self:SubWindows,
+    window:Window, # The first one
+):
+    "A `ValueError` if it is too short"
+    scheme = self.truncation or Fixed(window.steps)
+    _check_fits(scheme, window.steps)
+    scheme.sub_windows(window.steps, self.n_skip)
 
 @patch
 def check_training(self:SubWindows,

@@ -11,11 +11,12 @@ import torch
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
-from fastai.torch_core import find_bs
+from fastai.torch_core import find_bs, get_model
 from fastcore.basics import first, patch
-from .checks import check_carries, check_states, check_statistics, resolve_truncation
-from ..loaders.views import SubWindows, given_n_inp, view_of
+from .checks import check_carries, check_shapes, check_states, check_statistics, resolve_truncation
+from ..loaders.views import SubWindows, first_item, given_n_inp, view_of
 from ..state.carry import Carry
+from .parts import check_remembers, compare_parts
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss
 from .resets import CarryingRun, StateResets, back_to_method, cancels
@@ -26,6 +27,7 @@ class TbpttResetCB(StateResets):
     """Train on the sub-windows of each window in turn, and reset the state where a window or sequence starts
 
     Evaluation runs whole windows; sequences of a `StreamDL` in sub-windows too."""
+    _is_new,_is_held = False,True # is the first batch of a fit still to be looked at, are predictions held against targets?
     _search = None # of a learning rate, for the time of its fit
     _whole = None # predictions and targets of a batch in evaluation, while the washout is left out of them
     _lrs = None # the schedule's learning rates, while a step has its own
@@ -36,6 +38,7 @@ class TbpttResetCB(StateResets):
         n_skip:int=0, # Washout: first steps of each window or sequence that count neither in loss nor in metrics
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
         truncation:Truncation=None, # A scheme such as `Overlap`; what the loaders say is then for evaluation
+        check:bool=True, # Before the first step of a fit, refuse a model that sub-windows cannot train
     ):
         if truncation is not None and sub_seq_len!='dls':
             raise ValueError(
@@ -45,14 +48,14 @@ class TbpttResetCB(StateResets):
                 f"truncation is {truncation!r}; expected a scheme, such as Overlap(k1=20, k2=100). "
                 "For sub-windows of one length: sub_seq_len.")
         self.sub_seq_len,self.truncation = sub_seq_len,truncation
-        self.n_skip,self.timed = check_steps('n_skip', n_skip, least=0),timed
+        self.n_skip,self.timed,self.check = check_steps('n_skip', n_skip, least=0),timed,check
 
     @property
     def setting(self):
         "What was asked for: a scheme, a number of steps, `None` or 'dls'"
         return self.sub_seq_len if self.truncation is None else self.truncation
 
-    def check(self):
+    def check_settings(self):
         "Refuse settings that contradict each other, the data or the model"
         if len(self.learn._grab_cbs(TbpttResetCB))>1:
             raise ValueError(
@@ -65,7 +68,7 @@ class TbpttResetCB(StateResets):
         if scheme is not None: check_carries(self.model)
         if scheme is not None and scheme.recompute: check_statistics(self.model, scheme)
         for view in views: view.check_training(scheme, carry)
-    after_create = check
+    after_create = check_settings
 
 # %% ../../nbs/training/04_callback.ipynb #4ad29d7a
 @patch
@@ -93,7 +96,8 @@ def broken_off(self:TbpttResetCB, error):
 # %% ../../nbs/training/04_callback.ipynb #6ec05001
 @patch
 def before_fit(self:TbpttResetCB):
-    self.check()
+    self.check_settings()
+    self._is_new,self._is_held = True,False
     self._search = None
     self._set_smooth_loss(self._smooth_loss)
 
@@ -153,6 +157,22 @@ def end_search(self:TbpttResetCB):
     self._set_smooth_loss(without_search)
     self._search = None
 
+# %% ../../nbs/training/04_callback.ipynb #ce938fbc
+@patch
+def before_batch(self:TbpttResetCB):
+    if self._is_new and self.learn.training and self.check: self._check_model()
+    StateResets.before_batch(self)
+
+@patch
+def _check_model(self:TbpttResetCB):
+    self._is_new = False
+    view,model,groups = self.view,get_model(self.learn.model),self.segment.groups
+    if view.truncation is None: return
+    if self.segment.window is not None and first_item(view) is None: view.check_window(self.segment.window)
+    window = view.inputs(self.xb)
+    compare_parts(model, window, -(-window.steps//2), groups)
+    check_remembers(model, window, groups)
+
 # %% ../../nbs/training/04_callback.ipynb #50f22b39
 @patch
 def training_view(self:TbpttResetCB,
@@ -202,8 +222,14 @@ def after_pred(self:TbpttResetCB):
     if self._searching: self._compare_untrained()
     pred,yb = segment.real(learn.pred, learn.yb)
     learn.pred,learn.yb = segment.counted(pred, yb)
+    if self.check and not self._is_held: self._hold_against_targets()
     skipped = learn.pred is not pred or learn.yb is not yb
     if skipped and not learn.training: self._whole = pred,yb
+
+@patch
+def _hold_against_targets(self:TbpttResetCB):
+    self._is_held = True
+    check_shapes(self.learn.loss_func, self.learn.pred, self.learn.yb)
 
 @patch
 def _check_states(self:TbpttResetCB):
