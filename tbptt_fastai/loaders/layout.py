@@ -104,7 +104,7 @@ def starts(self:Block, seen):
 @patch
 def pieces(self:Block, seen):
     start = self.starts(seen)
-    return [Piece(self.steps, start=start)] if self.plan is None else planned_pieces(self.plan, start)
+    return [Piece(self.steps, start=start)] if self.plan is None else planned_pieces(self, self.plan, start)
 
 # %% ../../nbs/loaders/03_layout.ipynb #88ab330c
 @patch
@@ -155,7 +155,7 @@ def pieces(self:BlockRun, seen):
     for i,(block,last) in enumerate(zip(self.blocks, [seen, *self.blocks])):
         start = block.starts(last)
         if i in apart or start is not None:
-            pieces.append(Piece(block.steps, factors.get(i, 1.), start, keep=i==self.plan.carry))
+            pieces.append(Piece(block.steps, factors.get(i, 1.), start, i==self.plan.carry, block))
         else: pieces[-1] = pieces[-1]._replace(steps=pieces[-1].steps+block.steps)
     return pieces
 

@@ -124,13 +124,15 @@ def plan(self:Window,
 
 # %% ../../nbs/loaders/00_segment.ipynb #0e3052a5
 def planned_pieces(
-    plan:SubWindow, # Of a training step
+    segment:Segment, # A training step
+    plan:SubWindow, # Its plan, in steps
     start:Start, # What starts over at its first step
 )->list[Piece]:
     "Its calls of the model"
     if plan.carry is None and not plan.cuts: return [Piece(None, start=start)]
-    return [Piece(stop-first, factor, start if first==plan.start else None, keep=first==plan.carry)
-            for first,stop,factor in plan.pieces()]
+    def piece(first, stop, factor):
+        return Piece(stop-first, factor, start if first==plan.start else None, first==plan.carry, segment)
+    return [piece(*o) for o in plan.pieces()]
 
 class WindowPart(Segment):
     "A sub-window of a window"
@@ -154,7 +156,7 @@ class WindowPart(Segment):
         return None if same_window else Start()
 
     def after(self, seen): return self if self.moves_on else seen
-    def pieces(self, seen): return planned_pieces(self.sub_window, self.starts(seen))
+    def pieces(self, seen): return planned_pieces(self, self.sub_window, self.starts(seen))
 
 # %% ../../nbs/loaders/00_segment.ipynb #c79368ed
 @patch

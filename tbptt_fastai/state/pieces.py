@@ -22,6 +22,7 @@ class Piece(NamedTuple):
     factor:float=1. # What the gradient of the state that it starts from is multiplied by
     start:Start=None # What starts over before it
     keep:bool=False # Is the state that it starts from the one that the next sub-window starts from?
+    seen:object=None # The segment that the states are at the end of, once it was run
 
 # %% ../../nbs/state/03_pieces.ipynb #7f928b42
 class _Scale(torch.autograd.Function):
@@ -54,15 +55,16 @@ class PieceCarry(Carry):
         evaluation:bool=False, # As for `Carry`
     ):
         super().__init__(model, evaluation)
-        self._done()
+        self.drop_pieces()
 
-    def _done(self):
+    def drop_pieces(self):
+        "What was to be run in pieces is not, or was broken off"
         self.pieces,self._outs,self._after = [],None,None
         self._kept_states,self.keep_graph = None,False
 
     def __exit__(self, *exc):
         self._hooked = False # a hook ends with the context
-        self._done()
+        self.drop_pieces()
         super().__exit__(*exc)
 
     def in_pieces(self,
@@ -97,6 +99,7 @@ def _run_all_but_the_last(self:PieceCarry, model, args):
         if i: self.restore(_with_states(self.snapshot(), lambda o: _scaled(o, piece.factor)))
         if piece.keep: self._kept_states = _with_states(self.snapshot(), detach_state)
         self.start(piece.start)
+        self.seen = piece.seen
         xb = self._cut(at, at+piece.steps, args)
         at += piece.steps
         if i==len(pieces)-1: break

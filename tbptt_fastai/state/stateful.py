@@ -135,8 +135,9 @@ class Slot:
         rows=None, # bool `(bs,)`: the rows that start over in the next call; default: all
         groups:list=None, # The group of each row
     ):
-        "Forget the state, or have some rows of it start over"
+        "Forget the state, or have some rows of it start over, and those that were to do so already"
         if rows is None: self.state = None
+        elif self.rows is not None: rows = torch.as_tensor(rows)|self.rows
         self.rows = rows if rows is None else torch.as_tensor(rows)
         self.groups = groups
 

@@ -30,6 +30,7 @@ class TbpttResetCB(StateResets):
     _is_new,_is_held = False,True # is the first batch of a fit still to be looked at, are predictions held against targets?
     _search = None # of a learning rate, for the time of its fit
     _whole = None # predictions and targets of a batch in evaluation, while the washout is left out of them
+    _is_cut = False # was it left out of this batch?
     _lrs = None # the schedule's learning rates, while a step has its own
     # after GatherPredsCallback (0), MixedPrecision (10), DistributedTrainer (11); before Recorder (50), ProgressCallback (60)
     order = 12
@@ -137,9 +138,10 @@ def within(self:TbpttResetCB):
 
 # %% ../../nbs/training/04_callback.ipynb #d7bc36c4
 @patch
-def begin_batch(self:TbpttResetCB, owner):
-    if self._searching: StateResets.begin_batch(self, self._search.carry)
-    StateResets.begin_batch(self, owner)
+def begin_batch(self:TbpttResetCB, view, owner):
+    if self._searching:
+        with torch.random.fork_rng(): StateResets.begin_batch(self, view, self._search.carry)
+    StateResets.begin_batch(self, view, owner)
 
 # %% ../../nbs/training/04_callback.ipynb #7c7fb99d
 @patch
@@ -160,6 +162,7 @@ def end_search(self:TbpttResetCB):
 # %% ../../nbs/training/04_callback.ipynb #ce938fbc
 @patch
 def before_batch(self:TbpttResetCB):
+    self._is_cut,self._whole = False,None # of a batch that was cancelled
     if self._is_new and self.learn.training and self.check: self._check_model()
     StateResets.before_batch(self)
 
@@ -223,8 +226,8 @@ def after_pred(self:TbpttResetCB):
     pred,yb = segment.real(learn.pred, learn.yb)
     learn.pred,learn.yb = segment.counted(pred, yb)
     if self.check and not self._is_held: self._hold_against_targets()
-    skipped = learn.pred is not pred or learn.yb is not yb
-    if skipped and not learn.training: self._whole = pred,yb
+    self._is_cut = learn.pred is not pred or learn.yb is not yb
+    if self._is_cut and not learn.training: self._whole = pred,yb
 
 @patch
 def _hold_against_targets(self:TbpttResetCB):
@@ -266,7 +269,7 @@ def after_loss(self:TbpttResetCB):
 def after_batch(self:TbpttResetCB):
     learn = self.learn
     if not learn.training:
-        learn.pred,learn.yb = self.segment.counted(learn.pred, learn.yb)
+        if self._is_cut and self._whole is None: learn.pred,learn.yb = self.segment.counted(learn.pred, learn.yb)
         return
     n = self.segment.n_sub
     if n is None: return

@@ -47,7 +47,8 @@ class StepSmoothLoss(AvgSmoothLoss):
         self.weight = 0.
 
     def accumulate(self, learn, detach=to_detach): # `to_detach` brings a loss to the CPU
-        weight = learn.dl.segment.weight
+        segment = getattr(learn.dl, 'segment', None) # of a loader of ours
+        weight = 1. if segment is None else segment.weight
         self.count += 1
         self.val = torch.lerp(detach(learn.loss.mean())*weight, self.val, self.beta)
         self.weight = self.beta*self.weight+(1-self.beta)*weight

@@ -13,6 +13,8 @@ from fastai.callback.core import (Callback, CancelBackwardException, CancelBatch
 from fastai.torch_core import find_device
 from fastcore.basics import patch
 from ..loaders.views import SubWindows, plain_batch
+from ..loaders.segment import Segment
+from ..state.carry import out_of_reach
 from ..state.pieces import PieceCarry
 
 # %% ../../nbs/training/02_resets.ipynb #7f7ed874
@@ -60,7 +62,9 @@ class StateResets(Callback):
         return dl if isinstance(dl, SubWindows) else SubWindows(dl)
 
     @property
-    def segment(self): return self.view.segment
+    def segment(self):
+        "What the batch is; of another loader, a whole window"
+        return getattr(self.learn.dl, 'segment', None) or Segment()
     @property
     def sub_window(self): return self.segment.sub_window
     @property
@@ -81,24 +85,26 @@ class StateResets(Callback):
 
     def within(self):
         "The context of a run over the batches"
-        return self.carry if self.view.carries else nullcontext()
+        if self.view.carries: return self.carry
+        return nullcontext() if self.learn.training else out_of_reach(self.carry.inner)
 
     def broken_off(self, error): "A run over the batches has ended by an error"
 
 # %% ../../nbs/training/02_resets.ipynb #e484072e
 @patch
 def begin_batch(self:StateResets,
+    view:SubWindows, # That the batch comes from
     owner:PieceCarry, # Of the states of a model
 ):
     "Bring the states to where the batch starts"
-    view,segment = self.view,self.segment
-    owner.pieces = [] # of a batch that was cancelled
+    segment = view.segment
+    owner.drop_pieces() # of a batch that was cancelled
     if not (self.carrying or self.learn.training):
         owner.reset_own()
         return owner.name_groups(segment.groups)
     for earlier,xb in view.warm_up: self._warm_up(owner, earlier, xb)
     pieces,after = segment.pieces(owner.seen),segment.after(owner.seen)
-    if len(pieces)>1 or not segment.ends_at_last: return self._in_pieces(owner, segment, pieces, after)
+    if len(pieces)>1 or not segment.ends_at_last: return self._in_pieces(view, owner, pieces, after)
     owner.start(pieces[0].start)
     owner.seen = after
 
@@ -111,16 +117,17 @@ def _warm_up(self:StateResets, owner, segment, xb):
 
 @patch
 def before_batch(self:StateResets):
-    if self.view.carries and not self.carrying: raise RuntimeError(
+    view = self.view
+    if view.carries and not self.carrying: raise RuntimeError(
         "No state would be carried: another callback evaluated in `before_epoch`, after this one, "
         "or asked for `inner` predictions of a StreamDL. Give it an order below 12, or let it evaluate in another event.")
-    self.begin_batch(self.owner)
+    self.begin_batch(view, self.owner)
 
 # %% ../../nbs/training/02_resets.ipynb #184be1eb
 @patch
-def _in_pieces(self:StateResets, owner, segment, pieces, after):
+def _in_pieces(self:StateResets, view, owner, pieces, after):
     "Have the next call of the model run so"
-    scheme,inputs = self.view.truncation,self.view.inputs
+    segment,scheme,inputs = view.segment,view.truncation,view.inputs
     if owner.is_own: raise ValueError(
         f"{type(owner.inner).__name__} carries a state by itself, which cannot be kept at a step in the middle, "
         f"nor with its graph, as {scheme} asks for. "
