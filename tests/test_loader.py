@@ -12,7 +12,7 @@ from fastai.torch_core import TensorBase, set_seed
 from fastai.vision.augment import RandTransform
 from fasttransform import Transform
 from torch.utils.data import DataLoader
-from tbptt_fastai.loaders.segment import Window
+from tbptt_fastai.loaders.segment import Window, WindowPart
 from tbptt_fastai.loaders.windows import SubWindows, TbpttDL
 from tbptt_fastai.sequences.windows import SequenceWindows
 
@@ -181,3 +181,12 @@ def test_a_loader_that_grows_is_counted_anew():
     assert len(view)==len(list(view))==6
     batches.append(batches[0])
     assert len(view)==len(list(view))==8
+
+def test_a_washout_leaves_targets_without_a_time_axis_whole():
+    x,labels,pred = torch.zeros(4, 10, 1),torch.arange(4),torch.zeros(4, 3)
+    segment = WindowPart(Window((x, labels)), SubWindow(0, 10, 4))
+    res,(targets,) = segment.counted(pred, (labels,))
+    assert res is pred and targets is labels
+    segment = WindowPart(Window((x, x, labels)), SubWindow(0, 10, 4))
+    _,(steps,targets) = segment.counted(pred, (x, labels))
+    assert steps.shape[1]==6 and targets is labels

@@ -79,7 +79,7 @@ class SubWindows(GetAttr):
 
     @property
     def is_first(self):
-        "Is it the first sub-window that its window yields? Then a state has to be reset"
+        "Does a window start with it, in all rows? Then a state has to be reset, before `warm_up` is run"
         return self.segment.is_first
     @property
     def window(self): return self.segment.window
