@@ -12,6 +12,7 @@ from fastai.torch_core import TensorBase, set_seed
 from fastai.vision.augment import RandTransform
 from fasttransform import Transform
 from torch.utils.data import DataLoader
+from tbptt_fastai.truncation.plan import SubWindow
 from tbptt_fastai.loaders.segment import Window, WindowPart
 from tbptt_fastai.loaders.windows import SubWindows, TbpttDL
 from tbptt_fastai.sequences.windows import SequenceWindows
