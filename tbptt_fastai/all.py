@@ -29,7 +29,6 @@ from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
 from tbptt_fastai.training.metrics import StreamingRMSE, fun_rmse
 from tbptt_fastai.training.once import once_per_window
-from tbptt_fastai.training.parts import SubWindowCheckCB
 from tbptt_fastai.training.threads import ThreadHintCB
 from tbptt_fastai.truncation.plan import Fixed, SubWindow, Truncation
 from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
