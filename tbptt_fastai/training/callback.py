@@ -162,7 +162,7 @@ def end_search(self:TbpttResetCB):
 # %% ../../nbs/training/04_callback.ipynb #ce938fbc
 @patch
 def before_batch(self:TbpttResetCB):
-    self._is_cut,self._whole = False,None # of a batch that was cancelled
+    if self._is_cut: self._is_cut,self._whole = False,None # of a batch that was cancelled
     if self._is_new and self.learn.training and self.check: self._check_model()
     StateResets.before_batch(self)
 
@@ -226,8 +226,8 @@ def after_pred(self:TbpttResetCB):
     pred,yb = segment.real(learn.pred, learn.yb)
     learn.pred,learn.yb = segment.counted(pred, yb)
     if self.check and not self._is_held: self._hold_against_targets()
-    self._is_cut = learn.pred is not pred or learn.yb is not yb
-    if self._is_cut and not learn.training: self._whole = pred,yb
+    is_cut = learn.pred is not pred or learn.yb is not yb
+    if is_cut and not learn.training: self._is_cut,self._whole = True,(pred, yb)
 
 @patch
 def _hold_against_targets(self:TbpttResetCB):
@@ -243,8 +243,9 @@ def _check_states(self:TbpttResetCB):
 @patch
 def _restore_whole(self:TbpttResetCB):
     learn = self.learn
-    if self._whole is not None: learn.pred,learn.yb = self._whole
-    self._whole = None
+    if self._whole is not None:
+        learn.pred,learn.yb = self._whole
+        self._whole = None
     if len(learn.yb) and getattr(self.loss_func, 'reduction', None)=='none':
         learn.loss = self.segment.step_losses(learn.loss, learn.pred, learn.yb)
 
@@ -287,6 +288,7 @@ def before_step(self:TbpttResetCB):
 
 @patch
 def after_step(self:TbpttResetCB):
-    if self._lrs is not None: self.opt.set_hyper('lr', self._lrs)
+    if self._lrs is None: return
+    self.opt.set_hyper('lr', self._lrs)
     self._lrs = None
 TbpttResetCB.after_cancel_step = TbpttResetCB.after_step
