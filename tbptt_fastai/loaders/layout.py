@@ -14,8 +14,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
-from torch.utils._pytree import tree_map
-from .segment import Segment, planned_pieces
+from .segment import Segment, map_predictions, planned_pieces
 from ..state.carry import Start
 from ..state.pieces import Piece
 from ..truncation.plan import SubWindow
@@ -108,13 +107,13 @@ def pieces(self:Block, seen):
 
 # %% ../../nbs/loaders/03_layout.ipynb #88ab330c
 @patch
-def real(self:Block, pred, yb): return tree_map(self.real_steps, (pred, yb))
+def real(self:Block, pred, yb): return map_predictions(self.real_steps, (pred, yb))
 
 @patch
 def counted(self:Block, pred, yb):
     if self.counted_at is None or not len(yb): return pred,yb
     if len(self.counted_at)==0: return pred,() # no loss, no metrics
-    return tree_map(self.counted_steps, (pred, yb))
+    return map_predictions(self.counted_steps, (pred, yb))
 
 @patch
 def step_losses(self:Block, loss, pred, yb):
