@@ -85,7 +85,7 @@ def test_what_cannot_be_cut_is_refused(stream):
         def __init__(self, o): self.o = o
     xs,ys = data((20, 20, 20))
     if stream: dl = StreamDL(Sequences(xs, ys, dtype=torch.float64), bs=2, sub_seq_len=4)
-    else: dl = SequenceDataLoaders.from_arrays(xs, ys, win_sz=20, bs=3, dtype=torch.float64).train
+    else: dl = SequenceDataLoaders.from_arrays(xs, ys, valid=(xs, ys), win_sz=20, bs=3, dtype=torch.float64).train
     learn = learner(DataLoaders(dl, dl), Predicts(Wrapped), 4, loss_func=lambda o,y: o.o.mean(), opt_func=sgd)
     learn.tbptt_reset_cb.n_skip = 2
     with pytest.raises(TypeError, match='cannot be cut from a Wrapped'): fit(learn)
