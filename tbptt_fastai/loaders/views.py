@@ -162,6 +162,16 @@ def _agree(self:SubWindows, steps, n_sub):
             "Give all of them windows of the same number of sub-windows: cut, pad or sort the data.")
 
 # %% ../../nbs/loaders/01_views.ipynb #3baa3380
+def _gives_batches(dl, item, timed):
+    "Are the items of a dataset batches already? A `ValueError` if they cannot be, though they are not put together"
+    if isinstance(dl, DataLoader): return dl.prebatched
+    if getattr(dl, 'batch_size', 1) is not None or getattr(dl, 'batch_sampler', None) is not None: return False
+    x = next(filter(is_array, tree_leaves(item)), None)
+    if timed is None and isinstance(x, Tensor) and x.ndim==2 and x.is_floating_point(): raise ValueError(
+        f"The loader has batch_size=None, which gives items as they are, and the first is of shape {tuple(x.shape)}; "
+        "expected batches (batch, time, ...). Give the DataLoader a batch_size, or a dataset of batches.")
+    return True
+
 @patch(as_prop=True)
 def first_window(self:SubWindows):
     "A batch of the first item. A dataset that cannot be indexed is begun for this, and continued by the next iteration"
@@ -170,7 +180,7 @@ def first_window(self:SubWindows):
         if self._begun is None: self._begun = self._batches()
         item = next(self._begun)
         self._begun = chain([item], self._begun)
-    elif not (isinstance(self.dl, DataLoader) and self.dl.prebatched):
+    elif not _gives_batches(inner_loader(self.dl), item, self.timed):
         item = tree_map(lambda o: o[None] if is_array(o) else o, item)
     with no_random(): # a TfmdDL may look at an item to know its n_inp
         return Window(item, self.n_inputs(item), self.timed)
