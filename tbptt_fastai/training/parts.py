@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from .callback import TbpttResetCB
 from ..state.carry import Carry, out_of_reach
+from ..state.unroll import unroll_hint
 from .checks import check_states
 from ..loaders.views import SubWindows
 from ..loaders.segment import Window
@@ -156,7 +157,8 @@ def compare_parts(
         f"than in one piece, by {error:.0%}; the first layer that differs is {layer}. "
         "It looks ahead, or along time without carrying what it has seen: give it a state by StatefulRNN, "
         "or train whole windows (sub_seq_len=None). "
-        "If it is meant to see each sub-window by itself: learn.remove_cb(SubWindowCheckCB).")
+        "If it is meant to see each sub-window by itself: learn.remove_cb(SubWindowCheckCB)."
+        f"{unroll_hint(model)}")
 
 # %% ../../nbs/training/07_parts.ipynb #8622caf6
 class SubWindowCheckCB(Callback):
