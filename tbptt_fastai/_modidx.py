@@ -1239,6 +1239,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'tbptt_fastai/state/unroll.py'),
                                            'tbptt_fastai.state.unroll.Unroll.time_dim': ( 'state/unroll.html#unroll.time_dim',
                                                                                           'tbptt_fastai/state/unroll.py'),
+                                           'tbptt_fastai.state.unroll.Unroll.unrolled': ( 'state/unroll.html#unroll.unrolled',
+                                                                                          'tbptt_fastai/state/unroll.py'),
                                            'tbptt_fastai.state.unroll._check_cell': ( 'state/unroll.html#_check_cell',
                                                                                       'tbptt_fastai/state/unroll.py'),
                                            'tbptt_fastai.state.unroll._is_state': ( 'state/unroll.html#_is_state',

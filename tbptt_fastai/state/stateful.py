@@ -322,7 +322,8 @@ def begins_rows(self:StatefulRNN):
 def check_rows(self:StatefulRNN):
     "A `ValueError` if the state cannot start over in single rows"
     if not self.begins_rows: raise ValueError(
-        f"Some rows begin a new sequence, but the first state of a {type(self.rnn).__name__} is not known: "
+        f"Some rows begin a new sequence, but the first state of a {type(getattr(self.rnn, 'unrolled', self.rnn)).__name__} "
+        "is not known: "
         "give it an `initial_state(bs, device, dtype)` or `init_hidden(bs)`, or StatefulRNN an `initial`, "
         "such as InitialState(torch.zeros(1, ...)).")
 

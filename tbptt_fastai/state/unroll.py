@@ -77,8 +77,16 @@ class Unroll(nn.Module):
 
 # %% ../../nbs/state/04_unroll.ipynb #0f793d3f
 @patch(as_prop=True)
-def time_dim(self:Unroll): return 1 if self.batch_first else 0
+def unrolled(self:Unroll):
+    "The module that the state is that of"
+    return self.cell
 
+@patch(as_prop=True)
+def time_dim(self:Unroll):
+    "Where time is in the input, and in the output"
+    return 1 if self.batch_first else 0
+
+# %% ../../nbs/state/04_unroll.ipynb #a4d55c3c
 @patch
 def _timed(self:Unroll, leaves):
     "Which of them have a time axis"
