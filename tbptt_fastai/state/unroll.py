@@ -133,6 +133,7 @@ def _step(self:Unroll, x_t, state):
     given = 'no state' if isinstance(res, tuple) and len(res)==2 else f'a {type(res).__name__}'
     raise TypeError(f"{type(self.cell).__name__} returned {given}; expected (output, state).")
 
+# %% ../../nbs/state/04_unroll.ipynb #8085c1de
 def _kind(state):
     "Of the outermost nesting"
     return next((o for o in (Tensor,(tuple,list),dict) if isinstance(state, o)), type(state))

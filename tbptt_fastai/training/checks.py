@@ -116,6 +116,7 @@ def _as_stateful(model, state, bs):
     dim = ', batch_dim=1' if len(shape)>1 and shape[1]==bs!=shape[0] and not isinstance(model, nn.RNNBase) else ''
     return f'StatefulRNN({type(model).__name__}(...){dim})'
 
+# %% ../../nbs/training/01_checks.ipynb #df185cb9
 @contextmanager
 def output_explained(
     model:nn.Module, # Any model
