@@ -5,7 +5,7 @@ compiled, and with the whole `Unroll` compiled, which is done again for each num
 """
 from functools import partial
 from time import perf_counter
-import torch
+import torch, torch._inductor.config
 from harness import arguments, column, headline, save, spread, table, turns
 from torch import nn
 from tbptt_fastai.state.stateful import StatefulRNN
@@ -50,6 +50,7 @@ def passes(rnn, x, n):
 
 
 if __name__=='__main__':
+    torch._inductor.config.force_disable_caches = True # what the first pass costs on a new machine
     args = arguments(__doc__, repeats=5).parse_args()
     torch.set_num_threads(1)
     x,made,firsts = torch.randn(BS, STEPS, CHANNELS),{},{}

@@ -1243,6 +1243,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'tbptt_fastai/state/unroll.py'),
                                            'tbptt_fastai.state.unroll._check_cell': ( 'state/unroll.html#_check_cell',
                                                                                       'tbptt_fastai/state/unroll.py'),
+                                           'tbptt_fastai.state.unroll._check_channels': ( 'state/unroll.html#_check_channels',
+                                                                                          'tbptt_fastai/state/unroll.py'),
                                            'tbptt_fastai.state.unroll._is_state': ( 'state/unroll.html#_is_state',
                                                                                     'tbptt_fastai/state/unroll.py'),
                                            'tbptt_fastai.state.unroll._kind': ('state/unroll.html#_kind', 'tbptt_fastai/state/unroll.py'),

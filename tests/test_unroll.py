@@ -848,3 +848,16 @@ def test_a_whole_model_with_cells_compiles(kind):
     model = unrolled(cell, head)
     model.compile(backend=CompileCounter())
     same(trained(stream_loaders(), model).model, trained(stream_loaders(), unrolled(cell, head)).model)
+
+
+@pytest.mark.parametrize('cell', [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize('how', [lambda o: o, torch.compile])
+def test_a_step_without_channels_is_refused(cell, how):
+    "A cell of torch.nn would take the rows for channels"
+    with pytest.raises(ValueError, match=rf'{cell.__name__} takes channels in each step; .*not of shape \(4, 20\)'): Unroll(how(cell(4, 4)))(torch.randn(4, 20))
+    with pytest.raises(ValueError, match=r'not of shape \(4, 20, 4, 1\)'): Unroll(how(cell(4, 4)))(torch.randn(4, 20, 4, 1))
+    with pytest.raises(ValueError, match='not a tuple'): Unroll(how(cell(4, 4)))((torch.randn(4, 20, 4), torch.randn(4, 20, 4)))
+
+def test_an_element_that_is_named_has_a_time_axis():
+    with pytest.raises(ValueError, match='timed names an element without a time axis: 3'): Unroll(Wants(), timed=(True, True))((torch.randn(4, 9, 2), 3))
+    with pytest.raises(ValueError, match=r'without a time axis: \(4,\)'): Unroll(Wants(), timed=(True, True))((torch.randn(4, 9, 2), torch.randn(4)))

@@ -91,8 +91,21 @@ def time_dim(self:Unroll):
 def _timed(self:Unroll, leaves):
     "Which of them have a time axis"
     if self.timed is None: return [isinstance(o, Tensor) and o.ndim>1 for o in leaves]
-    if len(self.timed)==len(leaves): return self.timed
-    raise ValueError(f"timed has {len(self.timed)} entries, the input {len(leaves)} elements; expected one for each.")
+    if len(self.timed)!=len(leaves): raise ValueError(
+        f"timed has {len(self.timed)} entries, the input {len(leaves)} elements; expected one for each.")
+    for o,timed in zip(leaves, self.timed):
+        if timed and not (isinstance(o, Tensor) and o.ndim>1): raise ValueError(
+            f"timed names an element without a time axis: {tuple(o.shape) if isinstance(o, Tensor) else o!r}.")
+    return self.timed
+
+# %% ../../nbs/state/04_unroll.ipynb #3d7c4c65
+def _check_channels(cell, x):
+    "A `ValueError` unless a cell of `torch.nn` gets `(batch, channels)` in each step"
+    cell = getattr(cell, '_orig_mod', cell) # of a compiled one
+    is_torchs = type(cell) in (nn.LSTMCell,nn.GRUCell,nn.RNNCell)
+    if is_torchs and not (isinstance(x, Tensor) and x.ndim==3): raise ValueError(
+        f"{type(cell).__name__} takes channels in each step; expected an input (batch, time, channels), "
+        f"not {f'of shape {tuple(x.shape)}' if isinstance(x, Tensor) else f'a {type(x).__name__}'}.")
 
 @patch
 def _steps(self:Unroll, x):
@@ -104,6 +117,7 @@ def _steps(self:Unroll, x):
     if len({o[dim:dim+1] for o in shapes})!=1 or shapes[0][dim]==0: raise ValueError(
         f"The elements of the input that have a time axis are of shape {shapes}; expected the same number of steps, "
         f"at least 1, in dimension {dim}. Say which have one by Unroll(..., timed=), a bool for each of {len(leaves)}.")
+    _check_channels(self.cell, x)
     if not (timed[0] or self.batch_first): raise ValueError(
         "The first element of an input (time, batch, ...) tells the batch size, and needs a time axis.")
     columns = [o.unbind(dim) if t else repeat(o) for o,t in zip(leaves, timed)]
