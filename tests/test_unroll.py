@@ -7,7 +7,6 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
-from fastai.torch_core import set_seed
 from torch import nn
 from helpers import adam, fit, item_loaders
 from reference import stream_by_hand, train_overlap, train_scheme_on_stream, train_tbptt
@@ -524,7 +523,8 @@ def test_a_language_model_trains_as_its_own_loop_does():
     "Its dropout draws the same numbers; its training function carries the state from batch to batch, so there is one"
     torch.manual_seed(0)
     model = CharRNN(VOCAB, 4, 6, 2)
-    learn = TbpttLearner(item_loaders(token_items(), 2, cls=TbpttDL, shuffle=False, sub_seq_len=20), StatefulRNN(copy.deepcopy(model), batch_dim=1), grad_clip=1., cbs=Seed(), **tokens)
+    dls,ours = item_loaders(token_items(), 2, cls=TbpttDL, shuffle=False, sub_seq_len=20),StatefulRNN(copy.deepcopy(model), batch_dim=1)
+    learn = TbpttLearner(dls, ours, grad_clip=1., cbs=Seed(), **tokens)
     fit(learn, N_EPOCH, LR)
     opt,data = torch.optim.Adam(model.parameters(), lr=LR),together(token_items())
     for epoch in range(N_EPOCH):
@@ -571,7 +571,8 @@ def test_an_init_hidden_lets_rows_of_a_stream_begin_at_different_times():
 # A model that returns its state, and is not wrapped
 
 UNWRAPPED = dict(
-    language=(lambda: CharRNN(VOCAB, 4, 6, 2), token_items, r'CharRNN returned a tuple \(\(4, 20, 7\), \(\(2, 4, 6\), \(2, 4, 6\)\)\).*StatefulRNN\(CharRNN\(...\), batch_dim=1\) carries it'),
+    language=(lambda: CharRNN(VOCAB, 4, 6, 2), token_items,
+        r'CharRNN returned a tuple \(\(4, 20, 7\), \(\(2, 4, 6\), \(2, 4, 6\)\)\).*StatefulRNN\(CharRNN\(...\), batch_dim=1\) carries it'),
     layer=(lambda: nn.LSTM(3, 5, batch_first=True), label_items, r'LSTM returned a tuple .*StatefulRNN\(LSTM\(...\)\) carries it'),
 )
 
@@ -673,8 +674,9 @@ def test_inputs_and_outputs_of_any_nesting():
 
 def test_what_has_a_time_axis_is_named_and_not_guessed():
     unroll = Unroll(Wants())
-    with pytest.raises(ValueError, match=r'of shape \[\(4, 9, 2\), \(4, 3\)\]; expected the same number of steps.*timed='): unroll((torch.randn(4, 9, 2), torch.randn(4, 3)))
-    with pytest.raises(ValueError, match='timed has 1 entries, the input 2 elements'): Unroll(Wants(), timed=(True,))((torch.randn(4, 9, 2), torch.randn(4, 3)))
+    two = torch.randn(4, 9, 2),torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r'of shape \[\(4, 9, 2\), \(4, 3\)\]; expected the same number of steps.*timed='): unroll(two)
+    with pytest.raises(ValueError, match='timed has 1 entries, the input 2 elements'): Unroll(Wants(), timed=(True,))(two)
     with pytest.raises(ValueError, match='expected the same number of steps, at least 1'): unroll(torch.randn(4, 0, 2))
     with pytest.raises(ValueError, match=r'have a time axis are of shape \[\]'): unroll(torch.randn(4))
 
@@ -717,7 +719,8 @@ FIRST = dict(
     initial_state=(dict(initial_state=lambda bs,device,dtype: ones(bs, 3, device=device, dtype=dtype)), torch.float32),
     memory_alone=(dict(init_memory=lambda: ones(3)), torch.float32), memory_of_one=(dict(init_memory=lambda: ones(1, 3)), torch.float32),
     memory_of_batch=(dict(init_memory=lambda batch_size: ones(batch_size, 3)), torch.float32),
-    optional=(dict(init_memory=lambda bs=1: ones(bs, 3)), torch.float32), other_options=(dict(init_memory=lambda scale=1., absolute=True: ones(3)*scale), torch.float32),
+    optional=(dict(init_memory=lambda bs=1: ones(bs, 3)), torch.float32),
+    other_options=(dict(init_memory=lambda scale=1., absolute=True: ones(3)*scale), torch.float32),
     hidden=(dict(init_hidden=lambda bsz: ones(bsz, 3)), torch.float32), hidden_on=(dict(init_hidden=lambda n,device: ones(n, 3, device=device)), torch.float32),
     hidden_typed=(dict(init_hidden=lambda n,dtype=None: ones(n, 3, dtype=torch.float16)), torch.float16),
     variable=(dict(init_hidden=lambda n,*args,**kwargs: ones(n, 3)), torch.float32),
@@ -769,7 +772,9 @@ class ReturnsNone(nn.Module):
     def forward(self, x, h): return x,None
 class LikeLSTMCell(nn.Module):
     "Returns (h, c), as nn.LSTMCell does, without being one"
-    def __init__(self): super().__init__(); self.cell = nn.LSTMCell(2, 6)
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(2, 6)
     def initial_state(self, bs, device, dtype): return tuple(torch.zeros(2, bs, 6, device=device, dtype=dtype))
     def forward(self, x, state): return self.cell(x, state)
 class OneArgument(nn.Module):
@@ -777,12 +782,15 @@ class OneArgument(nn.Module):
 class ThreeArguments(nn.Module):
     def forward(self, x, y, state): return x,state
 
-@pytest.mark.parametrize('make,message', [(ReturnsTensor, r'ReturnsTensor returned a Tensor; expected \(output, state\)'), (ReturnsNone, 'returned no state'), (LikeLSTMCell, r'was a tuple, and is a Tensor after a step.*returns h, \(h, c\)')])
+@pytest.mark.parametrize('make,message', [(ReturnsTensor, r'ReturnsTensor returned a Tensor; expected \(output, state\)'),
+    (ReturnsNone, 'returned no state'), (LikeLSTMCell, r'was a tuple, and is a Tensor after a step.*returns h, \(h, c\)')])
 def test_what_a_cell_returns_is_checked(make, message):
     with pytest.raises(TypeError, match=message): Unroll(make())(torch.randn(2, 5, 2))
 
-@pytest.mark.parametrize('make,message', [(lambda: nn.LSTM(2, 6), 'LSTM runs over time itself'), (lambda: nn.GRU(2, 6), 'GRU runs over time itself'), (OneArgument, r'OneArgument.forward takes \(x\)'), (ThreeArguments, 'expected'),
-    (lambda: nn.Sequential(nn.LSTMCell(2, 6), nn.LSTMCell(6, 6)), 'Several cells'), (lambda: StatefulRNN(Unroll(nn.GRUCell(2, 6))), 'StatefulRNN.forward takes'), (lambda: nn.LSTMCell, 'expected a module'), (lambda: len, 'expected a module')])
+@pytest.mark.parametrize('make,message', [(lambda: nn.LSTM(2, 6), 'LSTM runs over time itself'), (lambda: nn.GRU(2, 6), 'GRU runs over time itself'),
+    (OneArgument, r'OneArgument.forward takes \(x\)'), (ThreeArguments, 'expected'),
+    (lambda: nn.Sequential(nn.LSTMCell(2, 6), nn.LSTMCell(6, 6)), 'Several cells'),
+    (lambda: StatefulRNN(Unroll(nn.GRUCell(2, 6))), 'StatefulRNN.forward takes'), (lambda: nn.LSTMCell, 'expected a module'), (lambda: len, 'expected a module')])
 def test_what_cannot_be_unrolled_is_refused_where_it_is_made(make, message):
     with pytest.raises(TypeError, match=message): Unroll(make())
 
@@ -791,12 +799,15 @@ def test_a_module_that_takes_the_rows_of_a_step_for_time_is_refused(n_layers_is_
     "It would mix the rows, and where it has as many layers as rows nothing else would tell"
     model = TruncatedBPTTModel(2, 6, 1)
     if n_layers_is_bs: model.rnn = nn.RNN(2, 6, 4)
-    with pytest.raises(ValueError, match=r'RNN is called with one step of shape \(4, 2\), and takes its rows for time'): StatefulRNN(Unroll(model))(torch.randn(4, 5, 2))
+    with pytest.raises(ValueError, match=r'RNN is called with one step of shape \(4, 2\), and takes its rows for time'):
+        StatefulRNN(Unroll(model))(torch.randn(4, 5, 2))
     model(torch.randn(4, 2)) # as it was
 
 def test_a_layer_within_a_cell_may_be_called_with_one_step():
     class Cell(nn.Module):
-        def __init__(self, rnn): super().__init__(); self.rnn = rnn
+        def __init__(self, rnn):
+            super().__init__()
+            self.rnn = rnn
         def forward(self, x, state):
             out,state = self.rnn(x[:,None], state)
             return out[:,0],state
@@ -854,7 +865,8 @@ def test_a_whole_model_with_cells_compiles(kind):
 @pytest.mark.parametrize('how', [lambda o: o, torch.compile])
 def test_a_step_without_channels_is_refused(cell, how):
     "A cell of torch.nn would take the rows for channels"
-    with pytest.raises(ValueError, match=rf'{cell.__name__} takes channels in each step; .*not of shape \(4, 20\)'): Unroll(how(cell(4, 4)))(torch.randn(4, 20))
+    with pytest.raises(ValueError, match=rf'{cell.__name__} takes channels in each step; .*not of shape \(4, 20\)'):
+        Unroll(how(cell(4, 4)))(torch.randn(4, 20))
     with pytest.raises(ValueError, match=r'not of shape \(4, 20, 4, 1\)'): Unroll(how(cell(4, 4)))(torch.randn(4, 20, 4, 1))
     with pytest.raises(ValueError, match='not a tuple'): Unroll(how(cell(4, 4)))((torch.randn(4, 20, 4), torch.randn(4, 20, 4)))
 
