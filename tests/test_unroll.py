@@ -839,16 +839,16 @@ def test_a_learner_with_cells_is_exported(tmp_path):
     assert torch.equal(pickle.loads(pickle.dumps(learn.model))(x), model(x))
 
 @pytest.mark.parametrize('how', ['compile', 'torch.compile'])
-@pytest.mark.parametrize('kind', ['lstm', 'gru', 'dict'])
+@pytest.mark.parametrize('kind,data', [('lstm', window_loaders), ('lstm', stream_loaders), ('gru', stream_loaders), ('dict', window_loaders)])
 @pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning') # torch's own, while it traces
-def test_a_compiled_cell_trains_the_same(kind, how):
+def test_a_compiled_cell_trains_the_same(kind, data, how):
     cell,head = cell_and_head(kind)
     torch._dynamo.reset()
     model,backend = unrolled(cell, head),CompileCounter()
     if how=='compile': model[0].rnn.cell.compile(backend=backend)
     else: model[0] = StatefulRNN(Unroll(torch.compile(copy.deepcopy(cell), backend=backend)))
-    learn = trained(window_loaders(), model, (2,))
-    same(learn.model, trained(window_loaders(), unrolled(cell, head), (2,)).model)
+    learn = trained(data(), model, (2,))
+    same(learn.model, trained(data(), unrolled(cell, head), (2,)).model)
     assert backend.frame_count>0
 
 @pytest.mark.parametrize('kind', ['lstm', 'dict', 'broadcast', 'pair'])
