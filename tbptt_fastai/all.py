@@ -25,9 +25,10 @@ from tbptt_fastai.speed.graphs import CudaGraphCB
 from tbptt_fastai.speed.optimizer import FusedAdam
 from tbptt_fastai.state.carry import Carry
 from tbptt_fastai.state.stateful import InitialState, StatefulRNN, learned_state
+from tbptt_fastai.state.unroll import Unroll
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
-from tbptt_fastai.training.metrics import StreamingRMSE, fun_rmse
+from tbptt_fastai.training.metrics import fun_rmse
 from tbptt_fastai.training.once import once_per_window
 from tbptt_fastai.training.threads import ThreadHintCB
 from tbptt_fastai.truncation.plan import Fixed, SubWindow, Truncation

@@ -132,21 +132,22 @@ def _leaks(model, window, groups, tol):
 def _first_input(model, memory, window, groups):
     "The input of the first call of a memory, while the model runs on a whole window; `None` if it is not called"
     seen = []
-    hook = memory.register_forward_pre_hook(lambda _,args: seen.append(args[0].detach()))
+    hook = memory.register_forward_pre_hook(lambda _,args: seen.append(args[0]))
     try:
         with torch.no_grad(): run_in_parts(model, window, window.steps, groups)
     finally: hook.remove()
-    return first(seen)
+    x = first(seen)
+    return x.detach() if isinstance(x, Tensor) else None
 
-def _may_lose_it(rnn, x):
+def _may_lose_it(memory, x):
     "Could a gradient be lost between the steps of this call? Layers of torch.nn lose none"
-    if x is None or isinstance(rnn, nn.RNNBase): return False
-    return getattr(rnn, 'batch_first', True) and x.shape[1]>1
+    if x is None or isinstance(memory.rnn, nn.RNNBase): return False
+    return memory.batch_first and x.shape[1]>1
 
 def _cut_within(model, memory, window, groups, tol):
     "How a memory loses the gradient within a single call, though its last output depends on earlier steps; `None` if it does not"
     x = _first_input(model, memory, window, groups)
-    if not _may_lose_it(memory.rnn, x): return None
+    if not _may_lose_it(memory, x): return None
     x.requires_grad_(x.is_floating_point())
     wrt = [o for o in (x, *memory.parameters()) if o.requires_grad]
     def last(x, steps): return run_in_parts(memory, Window((x,), 1), steps, groups)[-1][:,-1]

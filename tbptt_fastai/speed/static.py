@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from ..state.carry import Carry, layer_of
+from ..state.stateful import first_state_of
 from ..state.tree import state_leaves
 
 # %% ../../nbs/speed/05_static.ipynb #a1c84128
@@ -75,7 +76,7 @@ def begins_at_zero(
 )->bool:
     "Is its first state known to be zero?"
     rnn = layer_of(m)
-    return isinstance(rnn, nn.RNNBase) and not hasattr(rnn, 'initial_state') and getattr(m, 'initial', None) is None
+    return isinstance(rnn, nn.RNNBase) and first_state_of(rnn) is None and getattr(m, 'initial', None) is None
 
 # %% ../../nbs/speed/05_static.ipynb #65220343
 def accumulate(

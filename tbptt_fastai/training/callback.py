@@ -11,9 +11,9 @@ import torch
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
-from fastai.torch_core import find_bs, get_model
+from fastai.torch_core import find_bs, get_model, no_random
 from fastcore.basics import first, patch
-from .checks import check_carries, check_shapes, check_states, check_statistics, resolve_truncation
+from .checks import check_carries, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
 from ..loaders.views import SubWindows, first_item, given_n_inp, view_of
 from ..state.carry import Carry
 from .parts import check_remembers, compare_parts
@@ -199,6 +199,7 @@ def _view(self:TbpttResetCB, dl, truncation=None, evaluation=False):
 @patch
 def before_train(self:TbpttResetCB):
     self.checked = False # has the model been seen to carry a state?
+    self._tried = False # has the loss been seen to take a tuple, if that is the model's output?
     view = self.training_view(self.dl)
     if view.truncation is not None: view.truncation.before_epoch(self.learn)
     self.learn.dl = view
@@ -211,6 +212,7 @@ def before_train(self:TbpttResetCB):
 # %% ../../nbs/training/04_callback.ipynb #05f47b45
 @patch
 def before_validate(self:TbpttResetCB):
+    self._tried = False
     self.learn.dl = self.evaluation_view(self.dl)
     if self.view.flat and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
         raise ValueError(
@@ -221,6 +223,7 @@ def before_validate(self:TbpttResetCB):
 @patch
 def after_pred(self:TbpttResetCB):
     learn,segment = self.learn,self.segment
+    if isinstance(learn.pred, tuple) and not self._tried: self._try_output()
     if learn.training and self.carrying and not self.checked and segment.moves_on: self._check_states()
     if self._searching: self._compare_untrained()
     pred,yb = segment.real(learn.pred, learn.yb)
@@ -233,6 +236,15 @@ def after_pred(self:TbpttResetCB):
 def _hold_against_targets(self:TbpttResetCB):
     self._is_held = True
     check_shapes(self.learn.loss_func, self.learn.pred, self.learn.yb)
+
+@patch
+def _try_output(self:TbpttResetCB):
+    "A loss that takes no tuple says so before it is asked for a gradient"
+    learn,segment = self.learn,self.segment
+    self._tried = True
+    with output_explained(get_model(learn.model), learn.pred, learn.xb), torch.no_grad(), no_random():
+        pred,yb = segment.counted(*segment.real(learn.pred, learn.yb))
+        if len(yb): learn.loss_func(pred, *yb)
 
 @patch
 def _check_states(self:TbpttResetCB):

@@ -13,6 +13,7 @@ from fastai.torch_core import no_random
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..state.carry import Carry, out_of_reach
+from ..state.unroll import unroll_hint
 from .checks import check_states
 from ..loaders.segment import Window
 
@@ -168,7 +169,8 @@ def compare_parts(
         f"than in one piece, by {error:.0%}; the first layer that differs is {layer}. "
         "It looks ahead, or along time without carrying what it has seen: give it a state by StatefulRNN, "
         f"or train whole windows (sub_seq_len=None).{_time_first(model)} "
-        "If it is meant to see each sub-window by itself: check=False.")
+        "If it is meant to see each sub-window by itself: check=False."
+        f"{unroll_hint(model)}")
 
 # %% ../../nbs/training/02_parts.ipynb #790b47c8
 def _another(o):
