@@ -22,7 +22,7 @@ from .windows import TbpttDL
 from .streams import StreamDL
 from ..sequences.text import TextRows
 from ..truncation.plan import check_steps
-from ..sequences.windows import SequenceParts, SequenceWindows, Sequences
+from ..sequences.windows import SequenceParts, SequenceWindows, Sequences, check_same_channels
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #2769f7c7
 def split_by_time(
@@ -50,6 +50,7 @@ def _check_same_kind(train, valid):
         a,b = _kind(a[0]),_kind(b[0])
         if a!=b: raise ValueError(
             f"{name} is {a} in training and {b} in validation: expected the same channels and type.")
+    check_same_channels(valid, train)
 
 def _check_pair(valid):
     is_pair = isinstance(valid, (tuple,list)) and len(valid)==2
@@ -107,9 +108,12 @@ class SequenceDataLoaders(DataLoaders):
     ):
         "A loader for new data, as `predict` and `Interpretation` ask for it: whole windows, if all are of one length"
         kwargs.pop('process', None)
-        if isinstance(test_items, Sequences): return self.valid.new(test_items, **kwargs)
+        if isinstance(test_items, Sequences):
+            check_same_channels(test_items, self.valid_ds)
+            return self.valid.new(test_items, **kwargs)
         xy,dtype = _as_xy(test_items, with_labels),self.valid_ds.dtype
         whole = Sequences(*xy, dtype=dtype)
+        check_same_channels(whole, self.valid_ds)
         if not whole.in_files and len(set(whole.lengths))==1:
             windows = SequenceWindows(*xy, check=False, dtype=dtype)
             return self.valid.new(windows, cls=TbpttDL, **{**dict(sub_seq_len=None), **kwargs})
@@ -149,6 +153,7 @@ def from_arrays(cls:SequenceDataLoaders,
     # what is wrong is named as it was given, before it is split
     train = Sequences(x, y, groups=groups, check=check, **kw)
     kw['check'] = check and valid is not None
+    if valid is None: kw.update(x_names=train.x_names, y_names=train.y_names) # its parts are no frames
     if valid is None:
         (x,x_valid),(y,y_valid) = (split_by_time(o, valid_pct) for o in train.arrays)
         valid,valid_groups = (x_valid,y_valid),groups

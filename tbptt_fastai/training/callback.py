@@ -14,7 +14,8 @@ from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import find_bs
 from fastcore.basics import first, patch
 from .checks import check_carries, check_states, check_statistics, resolve_truncation
-from ..loaders.views import SubWindows, given_n_inp, view_of
+from ..loaders.views import SubWindows, given_n_inp, inner_loader, view_of
+from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss
@@ -59,6 +60,7 @@ class TbpttResetCB(StateResets):
                 "The learner has two TbpttResetCB: TbpttLearner adds one by itself. "
                 "Remove yours, and give it sub_seq_len and n_skip.")
         train,*others = self.dls.loaders
+        for dl in others: self._check_channels(dl)
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
         for view in views: view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
@@ -187,7 +189,14 @@ def before_train(self:TbpttResetCB):
 
 # %% ../../nbs/training/04_callback.ipynb #05f47b45
 @patch
+def _check_channels(self:TbpttResetCB, dl):
+    "A `ValueError` if a loader of sequences has other channels than that of the training"
+    new,known = (getattr(inner_loader(o), 'dataset', None) for o in (dl, self.dls.train))
+    if isinstance(new, Sequences) and isinstance(known, Sequences): check_same_channels(new, known)
+
+@patch
 def before_validate(self:TbpttResetCB):
+    self._check_channels(self.dl)
     self.learn.dl = self.evaluation_view(self.dl)
     if self.view.flat and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
         raise ValueError(
