@@ -119,10 +119,12 @@ def _export(step, xs, inputs, axes, file):
             output_names=['y', *(f'{o}.next' for o in inputs)], dynamic_axes=axes, dynamo=False)
 
 # %% ../../nbs/deploy/01_onnx.ipynb #0adace41
-def _random_like(x, shape, drawn):
-    "Random input: about the mean of the example, and wider than it; of integers, values that it has"
+def _random_like(x, shape, timed, drawn):
+    "Random input: about the mean of the example, and wider than it; of integers, what it has in some step or stream"
     if x.is_floating_point(): return torch.randn(shape, generator=drawn, dtype=x.dtype)*(1+x.std(correction=0))+x.mean()
-    return x.flatten()[torch.randint(x.numel(), shape, generator=drawn)]
+    dims = 2 if timed else 1
+    steps = x.flatten(0, dims-1) # each column of categories has values of its own
+    return steps[torch.randint(len(steps), shape[:dims], generator=drawn)]
 
 def _shapes(xs): return ', '.join(str(tuple(x.shape)) for x in xs)
 
@@ -156,7 +158,7 @@ def _check_onnx(session, predictor, xs, timed, inputs, dynamic, groups, tol):
         for chunk in range(3):
             more = chunk+1 if 'steps' in other_sizes else 0
             shapes = [(len(rows), x.shape[1]+more, *x.shape[2:]) if t else (len(rows), *x.shape[1:]) for x,t in zip(xs, timed)]
-            us = [_random_like(x, shape, drawn) for x,shape in zip(xs, shapes)]
+            us = [_random_like(*o, drawn) for o in zip(xs, shapes, timed)]
             expected = predictor(*us)
             y,state = _run_session(session, us, state, xs)
             _check_close(y, expected, tol, chunk, _shapes(us), xs)
