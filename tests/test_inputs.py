@@ -193,7 +193,6 @@ REFUSED = dict(
     one=(lambda x, c, s: (x[0], c[0], s[0]), r'expected \(streams, time, channels\)'),
     two=(lambda x, c, s: (x[:,:,0], c, s), r'expected \(streams, time, channels\)'),
     empty=(lambda x, c, s: (x[:,:0], c[:,:0], s), 'none of them empty'),
-    channels=(lambda x, c, s: (x, c, s[:,:1]), 'the one before had'),
 )
 @pytest.mark.parametrize('change,match', REFUSED.values(), ids=REFUSED)
 def test_inputs_that_do_not_belong_together_are_refused_and_change_nothing(change, match):

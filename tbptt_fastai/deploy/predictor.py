@@ -166,17 +166,21 @@ def _inputs(self:StreamPredictor, xs):
     return xs,timed,one
 
 # %% ../../nbs/deploy/00_predictor.ipynb #58dfd910
+def _channels(xs, timed): return [tuple(x.shape[2 if t else 1:]) for x,t in zip(xs, timed)]
+
 @patch
-def _check_channels(self:StreamPredictor, xs, timed):
-    "A `ValueError` if there are other channels; what each input has otherwise"
-    found = [tuple(x.shape[2 if t else 1:]) for x,t in zip(xs, timed)]
+def _check_trained(self:StreamPredictor, found):
+    "A `ValueError` if there are other channels than in training"
     if self._trained is not None and found[0]!=self._trained: raise ValueError(
         f"The chunk has channels {found[0]}, the model was trained with {self._trained}: expected (streams, time, ...) with "
         "the same, in the same order. For what goes to the model itself: StreamPredictor(learn.model).")
+
+@patch
+def _check_as_before(self:StreamPredictor, found):
+    "A `ValueError` if the model has taken other channels than before, by broadcasting"
     if self._channels is not None and found!=self._channels: raise ValueError(
         f"The chunk has channels {found}, the one before had {self._channels}: expected the same. "
         "Call `reset()` before other ones.")
-    return found
 
 # %% ../../nbs/deploy/00_predictor.ipynb #0c10cdb0
 @patch
@@ -212,9 +216,11 @@ def __call__(self:StreamPredictor,
     "Predict the next chunk of every stream"
     xs,timed,one = self._inputs(x_chunk)
     self._check_streams(len(xs[0]))
-    channels = self._check_channels(xs, timed)
+    channels = _channels(xs, timed)
+    self._check_trained(channels)
     after = copy.copy(self) # so that nothing has changed if the model fails
     y = after._finite_step(xs, timed)
+    self._check_as_before(channels)
     vars(self).update(vars(after), _channels=channels)
     def out(o):
         if one and o.ndim and len(o)==1: o = o[0]
