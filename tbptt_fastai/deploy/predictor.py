@@ -257,7 +257,7 @@ def _held(x, last):
     "`x` `(streams, steps, ...)` with the last finite value of each channel; `last`: that of the chunks before, or NaN"
     x = torch.cat([last[:,None], x], 1)
     steps = torch.arange(x.shape[1], device=x.device).view(1, -1, *[1]*(x.ndim-2)).expand_as(x)
-    return x.gather(1, torch.where(torch.isfinite(x), steps, 0).cummax(1).values)[:,1:]
+    return x.gather(1, torch.where(torch.isfinite(x), steps, 0).cummax(1).values)[:,1:].contiguous()
 
 @patch
 def _hold(self:StreamPredictor, xs, timed):
@@ -302,8 +302,10 @@ def _put_row(self:StreamPredictor, row, one):
     rows,modules = torch.arange(self.n_streams)==row,Carry(self.model).modules
     begins = one._begins is not None and one._begins.any()
     if not one._states or begins: return self.reset(rows)
-    self._states = {name:where_state(rows, one._states.get(name), o, getattr(modules[name], 'batch_dim', 1))
-                    for name,o in self._states.items()}
+    for name,o in self._states.items():
+        new = where_state(rows, one._states.get(name), o, getattr(modules[name], 'batch_dim', 1))
+        for old,leaf in zip(state_leaves(o), state_leaves(new)):
+            if isinstance(old, Tensor): old.copy_(leaf) # clones of this call; their layout stays
 
 # %% ../../nbs/deploy/00_predictor.ipynb #87f5ea09
 def _pieces(bad, together):
@@ -337,8 +339,10 @@ def _check_per_step(model, y, bad):
 def _leave_out(self:StreamPredictor, xs, timed, bad):
     "Predictions; those of steps that are left out are NaN"
     before = copy.copy(self)
-    clean = [torch.where(torch.isfinite(x), x, 0) if _is_real(x) else x for x in xs]
-    y = self._step(clean, timed) # the streams without such a step get what they would get without the others
+    # copies of one layout, with or without such steps: the other streams get the same, bit by bit
+    clean = [torch.where(torch.isfinite(x), x, 0).contiguous() if _is_real(x) else x for x in xs]
+    y = self._step(clean, timed)
+    if bad is None: return y
     _check_per_step(self.model, y, bad)
     y = y.clone()
     for row in bad.any(1).nonzero()[:,0].tolist():
@@ -352,7 +356,7 @@ def _finite_step(self:StreamPredictor, xs, timed):
     "As `_step`, and what `on_nan` says"
     bad = self._bad_steps(xs, timed)
     if self.on_nan=='hold': xs = self._hold(xs, timed)
-    elif bad is not None: return self._leave_out(xs, timed, bad)
+    if self.on_nan in ('skip','reset'): return self._leave_out(xs, timed, bad)
     return self._step(xs, timed)
 
 # %% ../../nbs/deploy/00_predictor.ipynb #23bf1d68
