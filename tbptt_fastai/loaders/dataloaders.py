@@ -100,27 +100,41 @@ class SequenceDataLoaders(DataLoaders):
         valid_dl = train_dl.new(valid, bs=val_bs, shuffle=False, drop_last=False, **whole)
         return cls(train_dl, valid_dl, path=path, device=default_device() if device is None else device)
 
-    def test_dl(self,
-        test_items, # One sequence of inputs, a list of such, a list of `(x, y)` pairs, or `Sequences`
-        rm_type_tfms=None, # Not used
-        with_labels:bool=False, # Are there targets with the inputs?
-        **kwargs
-    ):
-        "A loader for new data, as `predict` and `Interpretation` ask for it: whole windows, if all are of one length"
-        kwargs.pop('process', None)
-        if isinstance(test_items, Sequences):
-            check_same_channels(test_items, self.valid_ds)
-            return self.valid.new(test_items, **kwargs)
-        xy,dtype = _as_xy(test_items, with_labels),self.valid_ds.dtype
-        whole = Sequences(*xy, dtype=dtype)
-        check_same_channels(whole, self.valid_ds)
-        if not whole.in_files and len(set(whole.lengths))==1:
-            windows = SequenceWindows(*xy, check=False, dtype=dtype)
-            return self.valid.new(windows, cls=TbpttDL, **{**dict(sub_seq_len=None), **kwargs})
-        steps = self.valid.sub_seq_len if whole.in_files else None
-        if steps: steps = min(steps, int(whole.lengths.max()))
-        settings = dict(bs=self.valid.bs, sub_seq_len=steps, device=self.device, after_batch=self.valid.after_batch)
-        return StreamDL(whole, **{**settings, **kwargs})
+# %% ../../nbs/loaders/06_dataloaders.ipynb #c02e9ab1
+def _check_windows(lengths):
+    "A `ValueError` unless sequences can be the windows of a batch"
+    if len(set(lengths))>1: raise ValueError(
+        f"The sequences have {min(lengths)} to {max(lengths)} steps, the learner was trained on windows of one length, and has "
+        "predictions (sequences, time, ...). Give one sequence at a time, or dls.test_dl(..., as_stream=True): predictions "
+        "are then one step after the other, and `by_sequence` of that loader cuts them into sequences.")
+
+@patch
+def test_dl(self:SequenceDataLoaders,
+    test_items, # One sequence of inputs, a list of such, a list of `(x, y)` pairs, or `Sequences`
+    rm_type_tfms=..., # Not used; `Learner.predict`, which gives it, has one sequence in a list
+    with_labels:bool=False, # Are there targets with the inputs?
+    as_stream:bool=None, # A `StreamDL`, for sequences of any lengths? Default: as for validation, and for files
+    **kwargs
+):
+    """A loader for new data, as `predict` and `Interpretation` ask for it
+
+    One sequence that is not in a list is one whole window; several are windows, or read by a `StreamDL`."""
+    kwargs.pop('process', None)
+    of_streams,given = isinstance(self.valid, StreamDL),isinstance(test_items, Sequences)
+    xy,dtype = None if given else _as_xy(test_items, with_labels),self.valid_ds.dtype
+    whole = test_items if given else Sequences(*xy, dtype=dtype)
+    check_same_channels(whole, self.valid_ds)
+    one = not isinstance(test_items, (list,tuple,Sequences)) or rm_type_tfms is not ... and len(test_items)==1
+    if as_stream is None: as_stream = of_streams and not one or whole.in_files and not given
+    if not as_stream: _check_windows(whole.lengths)
+    if given and as_stream==of_streams: return self.valid.new(whole, **kwargs)
+    if not as_stream:
+        windows = whole if given else SequenceWindows(*xy, check=False, dtype=dtype)
+        return self.valid.new(windows, cls=TbpttDL, **{**dict(sub_seq_len=None), **kwargs})
+    steps = self.valid.sub_seq_len if whole.in_files else None
+    if steps: steps = min(steps, int(whole.lengths.max()))
+    settings = dict(bs=self.valid.bs, sub_seq_len=steps, device=self.device, after_batch=self.valid.after_batch)
+    return StreamDL(whole, **{**settings, **kwargs})
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #aa86f2d1
 @patch(cls_method=True)

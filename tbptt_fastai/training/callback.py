@@ -8,6 +8,7 @@ __all__ = ['TbpttResetCB']
 # %% ../../nbs/training/04_callback.ipynb #2aa02dba
 from contextlib import ExitStack
 import torch
+from fastai.callback.core import GatherPredsCallback
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
@@ -194,6 +195,12 @@ def _check_channels(self:TbpttResetCB, dl):
     new,known = (getattr(inner_loader(o), 'dataset', None) for o in (dl, self.dls.train))
     if isinstance(new, Sequences) and isinstance(known, Sequences): check_same_channels(new, known)
 
+@patch(as_prop=True)
+def _ranks_losses(self:TbpttResetCB):
+    "Is this for `Interpretation`, which asks for losses alone?"
+    gathers = self.learn._grab_cbs(GatherPredsCallback)
+    return any(o.with_loss and not (o.with_preds or o.with_targs) for o in gathers)
+
 @patch
 def before_validate(self:TbpttResetCB):
     self._check_channels(self.dl)
@@ -202,6 +209,11 @@ def before_validate(self:TbpttResetCB):
         raise ValueError(
             "Inputs cannot be put in the order of the predictions of a StreamDL: "
             "leave out with_input, and take them from its dataset.")
+    if self.view.flat and self.n_skip and self._ranks_losses:
+        raise ValueError(
+            f"The first {self.n_skip} steps of each sequence are washout (n_skip) and have no loss, but NaN, which would be the "
+            "largest for Interpretation. Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], "
+            "losses.nan_to_num(-float('inf')).topk(k).")
 
 # %% ../../nbs/training/04_callback.ipynb #58e82730
 @patch
