@@ -232,3 +232,17 @@ def test_an_input_that_a_model_does_not_use_is_none_of_the_file():
         def __init__(self): super().__init__(); self.rnn = nn.GRU(2, 3, batch_first=True)
         def forward(self, x, static): return self.rnn(x)[0]
     to_onnx(Half(), 'm.onnx', (torch.randn(2, 5, 2), torch.randn(2, 4)), timed=(True,False))
+
+
+def test_a_chunk_that_is_a_frame_has_the_columns_of_the_training_in_their_order():
+    y = three_channels()[1]
+    for loaders in (lambda x: SequenceDataLoaders.from_arrays(x, y, win_sz=40, bs=4), lambda x: SequenceDataLoaders.from_arrays(x, y, groups=['m'], bs=1, sub_seq_len=10)):
+        learn = RNNLearner(loaders(frame()), hidden_size=4)
+        predictor = StreamPredictor(learn)
+        expected = predictor(frame().to_numpy()[:50])
+        predictor.reset()
+        assert np.array_equal(predictor(frame()[:50]), expected)
+        for wrong in ('bac', 'abd'):
+            with pytest.raises(ValueError, match=rf"The chunk has the channels \['{wrong[0]}'.* trained with \['a', 'b', 'c'\]"): predictor(frame(wrong)[50:])
+        unnamed = StreamPredictor(RNNLearner(loaders(frame().to_numpy()), hidden_size=4))
+        assert unnamed(frame('bac')[:50]).shape==(50,1)

@@ -14,7 +14,7 @@ from fastcore.basics import first, patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from ..loaders.views import inner_loader
-from ..sequences.windows import Sequences
+from ..sequences.windows import Sequences, channel_names
 from ..state.carry import Carry, layer_of, out_of_reach
 from ..training.callback import TbpttResetCB
 from ..training.checks import check_states
@@ -61,11 +61,12 @@ def _timed_in(learn):
     return cb and cb.timed
 
 def _channels_in(learn):
-    "The channels that the model was trained with; `None` if not known, or if a transform may change them"
+    "The channels that the model was trained with, and their names; `None` if not known, or if a transform may change them"
     dl = inner_loader(learn.dls.train) if hasattr(learn, 'dls') else None
-    if not isinstance(getattr(dl, 'dataset', None), Sequences): return None
-    if any(getattr(dl, o).fs for o in ('after_item','before_batch','after_batch')): return None
-    return tuple(dl.dataset.arrays[0][0].shape[1:])
+    dataset = getattr(dl, 'dataset', None)
+    if not isinstance(dataset, Sequences): return None,None
+    if any(getattr(dl, o).fs for o in ('after_item','before_batch','after_batch')): return None,None
+    return tuple(dataset.arrays[0][0].shape[1:]),dataset.x_names
 
 # %% ../../nbs/deploy/00_predictor.ipynb #e2868d8b
 class StreamPredictor:
@@ -82,7 +83,7 @@ class StreamPredictor:
         self.model = get_model(learn if isinstance(learn, nn.Module) else learn.model)
         self.ndim,self.on_nan = ndim,on_nan
         self.timed = _timed_in(learn) if timed is None else tuple(timed)
-        self._trained = _channels_in(learn)
+        self._trained,self._names = _channels_in(learn)
         _check_model(self.model)
         self.reset()
 
@@ -100,7 +101,7 @@ def _tensor(self:StreamPredictor, x):
     "A tensor of the model's type and on its device"
     if isinstance(x, (dict,str)): raise TypeError(
         f"The chunk is a {type(x).__name__}; expected a tensor or an array, one for each input of the model.")
-    x = torch.as_tensor(x).as_subclass(Tensor)
+    x = torch.as_tensor(x.to_numpy() if hasattr(x, 'to_numpy') else x).as_subclass(Tensor)
     like = next((p for p in self.model.parameters() if p.is_floating_point()), None)
     if like is not None: x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
     if self.ndim is None: _check_tokens(self.model, x)
@@ -169,8 +170,12 @@ def _inputs(self:StreamPredictor, xs):
 def _channels(xs, timed): return [tuple(x.shape[2 if t else 1:]) for x,t in zip(xs, timed)]
 
 @patch
-def _check_trained(self:StreamPredictor, found):
-    "A `ValueError` if there are other channels than in training"
+def _check_trained(self:StreamPredictor, found, x):
+    "A `ValueError` if there are other channels than in training, or a frame has them in another order"
+    names = channel_names('the chunk', x)
+    if None not in (names, self._names) and names!=list(self._names): raise ValueError(
+        f"The chunk has the channels {names}, the model was trained with {list(self._names)}. Select those by df[names]; "
+        "for the same channels by other names, pass df.to_numpy().")
     if self._trained is not None and found[0]!=self._trained: raise ValueError(
         f"The chunk has channels {found[0]}, the model was trained with {self._trained}: expected (streams, time, ...) with "
         "the same, in the same order. For what goes to the model itself: StreamPredictor(learn.model).")
@@ -209,7 +214,7 @@ def _step(self:StreamPredictor, xs, timed):
 
 @patch
 def __call__(self:StreamPredictor,
-    # Tensor or array `(streams, time, ...)`, or `(time, ...)` of one stream, for each input of the model;
+    # Tensor, array or data frame `(streams, time, ...)`, or `(time, ...)` of one stream, for each input of the model;
     # any number of steps
     *x_chunk,
 ): # The model's output for the chunk, on its device, or arrays for an array; no activation or decoding of a learner is applied
@@ -217,7 +222,7 @@ def __call__(self:StreamPredictor,
     xs,timed,one = self._inputs(x_chunk)
     self._check_streams(len(xs[0]))
     channels = _channels(xs, timed)
-    self._check_trained(channels)
+    self._check_trained(channels, x_chunk[0])
     after = copy.copy(self) # so that nothing has changed if the model fails
     y = after._finite_step(xs, timed)
     self._check_as_before(channels)
