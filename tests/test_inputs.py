@@ -215,6 +215,7 @@ def test_a_file_of_several_inputs_gives_what_the_whole_gives(sizes):
     state = to_onnx(given[0], 'm.onnx', (x[:,:10], cat[:,:10], static), **given[1])
     session = ort.InferenceSession('m.onnx', providers=['CPUExecutionProvider'])
     assert [o.name for o in session.get_inputs()]==['x0','x1','x2',*state]
+    assert [o.shape for o in session.get_inputs()][:3]==[['streams','steps',2], ['streams','steps',2], ['streams',4]]
     with torch.no_grad(): whole = model(x, cat, static)
     for rows in (slice(None), slice(1, 2)): # as many streams as the example, and another number
         now,out = {k:v[:,rows] for k,v in state.items()},[]

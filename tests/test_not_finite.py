@@ -175,6 +175,17 @@ def test_rows_that_begin_anew_do_not_take_others_with_them(policy):
     torch.testing.assert_close(torch.cat([y[0,:3], y[0,4:], gone_on[0]]), expected, rtol=0, atol=1e-5)
 
 
+def test_a_row_that_waits_keeps_its_state_while_another_begins_anew():
+    model,x,_ = build('sequence')
+    predictor = StreamPredictor(model, on_nan='skip')
+    predictor(x[:,:10])
+    predictor.reset([True,False,False,False])
+    part = x[:,10:20].clone()
+    part[1] = NAN
+    predictor(part)
+    torch.testing.assert_close(predictor(x[:,20:])[1], alone(model, torch.cat([x[1,:10], x[1,20:]]))[10:], rtol=0, atol=1e-5)
+
+
 def test_what_is_held_is_of_the_chunk_before_of_one_channel_and_saved():
     model,x,_ = build('plain')
     first = x[:,:10].clone()
