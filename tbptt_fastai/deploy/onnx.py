@@ -157,7 +157,8 @@ def _check_onnx(session, predictor, xs, timed, inputs, dynamic, groups, tol):
         predictor.reset(groups=groups and [groups[i] for i in rows])
         for chunk in range(3):
             more = chunk+1 if 'steps' in other_sizes else 0
-            shapes = [(len(rows), x.shape[1]+more, *x.shape[2:]) if t else (len(rows), *x.shape[1:]) for x,t in zip(xs, timed)]
+            def shape(x, t): return (len(rows), x.shape[1]+more, *x.shape[2:]) if t else (len(rows), *x.shape[1:])
+            shapes = list(map(shape, xs, timed))
             us = [_random_like(*o, drawn) for o in zip(xs, shapes, timed)]
             expected = predictor(*us)
             y,state = _run_session(session, us, state, xs)

@@ -77,7 +77,8 @@ class StreamPredictor:
         # default: 3, and 2 for the tokens of a model with an `nn.Embedding`
         ndim:int=None,
         timed:tuple[bool,...]=None, # Which of several inputs have a time axis; default: as the learner's `TbpttResetCB` says
-        on_nan:str='raise', # What a stream does with steps that are not finite: 'raise', 'hold', 'skip' or 'reset'; `None`: take them
+        # What a stream does with steps that are not finite: 'raise', 'hold', 'skip' or 'reset'; `None`: take them
+        on_nan:str='raise',
     ):
         if on_nan not in _policies: raise ValueError(f"on_nan is {on_nan!r}; expected one of {list(_policies)}.")
         self.model = get_model(learn if isinstance(learn, nn.Module) else learn.model)
@@ -250,7 +251,8 @@ def _bad_steps(self:StreamPredictor, xs, timed):
         bad = _not_finite(x, t)
         if t and self.on_nan!='raise' or not bad.any(): continue
         row,*step = bad.nonzero()[0].tolist()
-        where,values = f' at step {step[0]} of the chunk' if t else ' in an input without a time axis',x[row,step[0]] if t else x[row]
+        where = f' at step {step[0]} of the chunk' if t else ' in an input without a time axis'
+        values = x[row,step[0]] if t else x[row]
         raise ValueError(
             f"Stream {row} has {values.tolist()}{where}: values must be finite, a NaN would stay in the state. "
             "Replace them, or say what such a stream does: StreamPredictor(..., on_nan='hold'), 'skip' or 'reset'"
@@ -288,8 +290,8 @@ def _row(name, module, state, row):
     if any(dim is None and o is not None for o,dim in zip(leaves, dims)): raise TypeError(
         f"The state of {name or 'the model'} has parts that are not of single streams, so none can leave a step out. "
         "Use on_nan='hold' or 'raise'.")
-    row = [None if o is None else o.index_select(dim, torch.tensor([row], device=o.device)) for o,dim in zip(leaves, dims)]
-    return tree_unflatten(row, form)
+    def of_row(o, dim): return None if o is None else o.narrow(dim, row, 1)
+    return tree_unflatten(map(of_row, leaves, dims), form)
 
 @patch
 def _of_row(self:StreamPredictor, row):
@@ -391,7 +393,8 @@ def reset(self:StreamPredictor,
     if groups is not None:
         old = self._groups or [None]*len(groups)
         self._groups = [new if begins else o for begins,new,o in zip(rows.tolist(), groups, old)]
-    self._last = {i:torch.where(rows.to(o.device).view(-1, *[1]*(o.ndim-1)), torch.nan, o) for i,o in self._last.items()}
+    def forgotten(o): return torch.where(rows.to(o.device).view(-1, *[1]*(o.ndim-1)), torch.nan, o)
+    self._last = {i:forgotten(o) for i,o in self._last.items()}
     self._begins = rows if self._begins is None else self._begins|rows
 
 # %% ../../nbs/deploy/00_predictor.ipynb #a7aad32c
