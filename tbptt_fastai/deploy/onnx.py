@@ -18,10 +18,10 @@ from ..state.tree import batch_dims, detach_state, state_leaves
 
 # %% ../../nbs/deploy/01_onnx.ipynb #1f31610d
 class _Step(nn.Module):
-    "A model as a function of a chunk and the tensors of its state"
-    def __init__(self, model, states):
+    "A model as a function of a chunk of each input and the tensors of its state"
+    def __init__(self, model, states, n_inp=1):
         super().__init__()
-        self.model,self.states = copy.deepcopy(model).eval(),{}
+        self.model,self.states,self.n_inp = copy.deepcopy(model).eval(),{},n_inp
         self.forms = {name:tree_flatten(o) for name,o in states.items()}
         for name in states: self._carry(name, self.model.get_submodule(name))
 
@@ -34,21 +34,21 @@ class _Step(nn.Module):
             return out if stateful else (out, self.states[name])
         m.forward = forward
 
-    def forward(self, x, *tensors):
-        tensors = iter(tensors)
+    def forward(self, *args):
+        tensors = iter(args[self.n_inp:])
         for name,(leaves,form) in self.forms.items():
             self.states[name] = tree_unflatten([next(tensors) if isinstance(o, Tensor) else o for o in leaves], form)
-        y = self.model(x)
+        y = self.model(*args[:self.n_inp])
         return y,*(o for state in self.states.values() for o in state_leaves(state) if isinstance(o, Tensor))
 
 # %% ../../nbs/deploy/01_onnx.ipynb #0363fb0f
-def _given_first(predictor, modules, x):
-    "The output for `x`, and the states that the layers of each `StatefulRNN` are given first"
+def _given_first(predictor, modules, xs):
+    "The output for `xs`, and the states that the layers of each `StatefulRNN` are given first"
     given,hooks = {},[]
     def keep(name): return lambda _,args: given.update({name:detach_state(args[1])})
     for name,m in modules.items():
         if isinstance(m, StatefulRNN): hooks.append(m.rnn.register_forward_pre_hook(keep(name)))
-    try: return predictor(x),given
+    try: return predictor(*xs),given
     finally:
         for o in hooks: o.remove()
 
@@ -64,9 +64,9 @@ def _check_constant(name, first, last):
         "and type, and numbers that do not change.")
 
 # %% ../../nbs/deploy/01_onnx.ipynb #d801e973
-def _first_states(predictor, modules, x):
-    "The states that `x` is begun with, of the layers that it is carried through; and the output for `x`"
-    y,given = _given_first(predictor, modules, x)
+def _first_states(predictor, modules, xs):
+    "The states that `xs` are begun with, of the layers that they are carried through; and the output for `xs`"
+    y,given = _given_first(predictor, modules, xs)
     if not isinstance(y, Tensor): raise TypeError(
         f"{type(predictor.model).__name__} gives a {type(y).__name__}; expected one tensor.")
     firsts = {}
@@ -92,17 +92,21 @@ def _check_real(inputs):
             f"The state {name} is {o.dtype}; ONNX has no operators for complex numbers. Write the recurrence with real and imaginary "
             "parts, or run the model with `StreamPredictor`.")
 
-def _dynamic_axes(x, y, inputs, dynamic):
+# %% ../../nbs/deploy/01_onnx.ipynb #e1797891
+def _input_names(xs): return ['x'] if len(xs)==1 else [f'x{i}' for i in range(len(xs))]
+
+def _dynamic_axes(xs, timed, y, inputs, dynamic):
     "Which dimension of what is of any size, as `torch.onnx.export` takes it"
-    sizes = {0:'streams', 1:'steps'}
-    has_steps = y.ndim>1 and y.shape[1]==x.shape[1]
-    axes = {'x':sizes, 'y':sizes if has_steps else {0:'streams'}}
+    def sizes(has_steps): return {0:'streams', 1:'steps'} if has_steps else {0:'streams'}
+    steps = next(x.shape[1] for x,t in zip(xs, timed) if t)
+    axes = {name:sizes(t) for name,t in zip(_input_names(xs), timed)}
+    axes['y'] = sizes(y.ndim>1 and y.shape[1]==steps)
     for name,(_,dim) in inputs.items():
         axes[name] = axes[f'{name}.next'] = {} if dim is None else {dim:'streams'}
     return {name:{i:o for i,o in dims.items() if o in dynamic} for name,dims in axes.items()}
 
 # %% ../../nbs/deploy/01_onnx.ipynb #7dd47512
-def _export(step, x, inputs, axes, file):
+def _export(step, xs, inputs, axes, file):
     with warnings.catch_warnings(), torch.no_grad():
         # the exporter of old makes one operator of a layer, for any number of steps; the newer one fixes that of nn.RNN
         for message in ('You are using the legacy TorchScript', 'The feature will be removed'):
@@ -111,47 +115,54 @@ def _export(step, x, inputs, axes, file):
         warnings.filterwarnings('ignore', 'Exporting a model to ONNX with a batch_size other than 1', UserWarning)
         # checks of shapes in the layers
         warnings.filterwarnings('ignore', 'Converting a tensor to a Python boolean', torch.jit.TracerWarning, 'torch.nn.modules.rnn')
-        torch.onnx.export(step, (x, *(o for o,_ in inputs.values())), str(file), input_names=['x', *inputs],
+        torch.onnx.export(step, (*xs, *(o for o,_ in inputs.values())), str(file), input_names=[*_input_names(xs), *inputs],
             output_names=['y', *(f'{o}.next' for o in inputs)], dynamic_axes=axes, dynamo=False)
 
 # %% ../../nbs/deploy/01_onnx.ipynb #0adace41
-def _random_like(x, shape, drawn):
-    "Random input: about the mean of the example, and wider than it; of integers, values that it has"
+def _random_like(x, shape, timed, drawn):
+    "Random input: about the mean of the example, and wider than it; of integers, what it has in some step or stream"
     if x.is_floating_point(): return torch.randn(shape, generator=drawn, dtype=x.dtype)*(1+x.std(correction=0))+x.mean()
-    return x.flatten()[torch.randint(x.numel(), shape, generator=drawn)]
+    dims = 2 if timed else 1
+    steps = x.flatten(0, dims-1) # each column of categories has values of its own
+    return steps[torch.randint(len(steps), shape[:dims], generator=drawn)]
 
-def _run_session(session, u, state, like):
+def _shapes(xs): return ', '.join(str(tuple(x.shape)) for x in xs)
+
+def _run_session(session, us, state, like):
     "Output for a chunk, and the next state"
-    names = {o.name for o in session.get_inputs()} # a state that the model does not use is none of them
-    try: y,*new = session.run(None, {'x':u.numpy(), **{k:v for k,v in state.items() if k in names}})
+    names = {o.name for o in session.get_inputs()} # what the model does not use is none of them
+    given = {**{name:u.numpy() for name,u in zip(_input_names(us), us)}, **state}
+    try: y,*new = session.run(None, {k:v for k,v in given.items() if k in names})
     except Exception as e: raise ValueError(
-        f"onnxruntime cannot run the exported model on a chunk of shape {tuple(u.shape)}; the example has {tuple(like.shape)}. "
+        f"onnxruntime cannot run the exported model on a chunk of shape {_shapes(us)}; the example has {_shapes(like)}. "
         f"Leave sizes that are fixed out of `dynamic`; use model.float() where it has no double. It says: {e}") from e
     return torch.from_numpy(y),dict(zip(state, new))
 
+# %% ../../nbs/deploy/01_onnx.ipynb #dbf8a0dc
 def _check_close(y, expected, tol, chunk, shape, like):
     error = (y-expected).abs().max().item() if y.shape==expected.shape else float('inf')
     if not error<=tol*max(1, expected.abs().max().item()): raise ValueError(
         f"The exported model differs by {error:.2g} from the model in chunk {chunk} of shape {shape}; tol is {tol}, the example has "
-        f"{tuple(like.shape)}. A loop over steps or a condition in Python is fixed by the example: leave 'steps' or 'streams' out of "
+        f"{_shapes(like)}. A loop over steps or a condition in Python is fixed by the example: leave 'steps' or 'streams' out of "
         "`dynamic`, or write it in torch.")
 
 # %% ../../nbs/deploy/01_onnx.ipynb #a8125cbd
-def _check_onnx(session, predictor, x, inputs, dynamic, groups, tol):
+def _check_onnx(session, predictor, xs, timed, inputs, dynamic, groups, tol):
     "Chunk by chunk on random input, also with other sizes; a `ValueError` where the file is not the model"
     drawn = torch.Generator().manual_seed(0)
     for other_sizes in ((), dynamic) if dynamic else ((),):
-        rows = [*range(len(x))]
+        rows = [*range(len(xs[0]))]
         if 'streams' in other_sizes: rows.append(0)
         state = {name:(o if dim is None else o.index_select(dim, torch.tensor(rows))).numpy() for name,(o,dim) in inputs.items()}
         predictor.reset(groups=groups and [groups[i] for i in rows])
         for chunk in range(3):
             more = chunk+1 if 'steps' in other_sizes else 0
-            shape = (len(rows), x.shape[1]+more, *x.shape[2:])
-            u = _random_like(x, shape, drawn)
-            expected = predictor(u)
-            y,state = _run_session(session, u, state, x)
-            _check_close(y, expected, tol, chunk, shape, x)
+            def shape(x, t): return (len(rows), x.shape[1]+more, *x.shape[2:]) if t else (len(rows), *x.shape[1:])
+            shapes = list(map(shape, xs, timed))
+            us = [_random_like(*o, drawn) for o in zip(xs, shapes, timed)]
+            expected = predictor(*us)
+            y,state = _run_session(session, us, state, xs)
+            _check_close(y, expected, tol, chunk, _shapes(us), xs)
 
 # %% ../../nbs/deploy/01_onnx.ipynb #e9c04c1d
 def _onnxruntime():
@@ -159,31 +170,39 @@ def _onnxruntime():
     except ImportError as e: raise ImportError("to_onnx needs onnx and onnxruntime: pip install tbptt_fastai[onnx]") from e
     return onnxruntime
 
+def _copied(model, timed):
+    "A predictor of a copy on the CPU"
+    source = model if isinstance(model, StreamPredictor) else StreamPredictor(model)
+    copied = StreamPredictor(copy.deepcopy(source.model).cpu(), source.ndim, source.timed if timed is None else timed)
+    copied._trained = source._trained
+    return copied
+
 def to_onnx(
     model, # Model, learner or `StreamPredictor`; it is copied
     path, # The file to write
-    x_example, # Input `(streams, time, ...)`
+    x_example, # Input `(streams, time, ...)`, or a tuple of several inputs
     dynamic=('streams','steps'), # Sizes that may differ from the example; a model that loops over steps in Python has `'streams'` alone
     groups:list=None, # The group of each stream, for the first state of a `StatefulRNN`
     tol:float=1e-4, # Largest difference from the model, relative to the largest value where that is above 1
+    timed:tuple[bool,...]=None, # Which of several inputs have a time axis, as for `StreamPredictor`
 )->dict: # Names of the state's inputs, and the first state as arrays; each has an output by the same name and '.next'
     "Write a model to an ONNX file with its state as inputs and outputs, and check it with onnxruntime"
     onnxruntime = _onnxruntime()
     if isinstance(dynamic, str): dynamic = (dynamic,)
     if unknown := set(dynamic)-{'streams','steps'}: raise ValueError(
         f"dynamic has {unknown.pop()!r}; expected 'streams', 'steps', both or none.")
-    source = model if isinstance(model, StreamPredictor) else StreamPredictor(model)
-    predictor = StreamPredictor(copy.deepcopy(source.model).cpu(), source.ndim)
-    x,modules = predictor._input(x_example)[0],Carry(predictor.model).modules
+    predictor = _copied(model, timed)
+    xs,timed,_ = predictor._inputs(x_example if isinstance(x_example, tuple) else (x_example,))
+    modules = Carry(predictor.model).modules
     predictor.reset(groups=groups)
-    states,y = _first_states(predictor, modules, x)
+    states,y = _first_states(predictor, modules, xs)
     inputs = _state_inputs(states, modules)
     _check_real(inputs)
-    axes = _dynamic_axes(x, y, inputs, dynamic)
+    axes = _dynamic_axes(xs, timed, y, inputs, dynamic)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder)/'model.onnx'
-        _export(_Step(predictor.model, states).eval(), x, inputs, axes, file)
+        _export(_Step(predictor.model, states, len(xs)).eval(), xs, inputs, axes, file)
         session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
-        _check_onnx(session, predictor, x, inputs, dynamic, groups, tol)
+        _check_onnx(session, predictor, xs, timed, inputs, dynamic, groups, tol)
         shutil.copy(file, path)
     return {name:o.numpy() for name,(o,_) in inputs.items()}

@@ -10,13 +10,16 @@ import copy
 from contextlib import contextmanager
 import torch
 from fastai.torch_core import get_model
-from fastcore.basics import patch
+from fastcore.basics import first, patch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from ..loaders.views import inner_loader
+from ..sequences.windows import Sequences, channel_names
 from ..state.carry import Carry, layer_of, out_of_reach
+from ..training.callback import TbpttResetCB
 from ..training.checks import check_states
 from ..state.stateful import StatefulRNN, learned_state
-from ..state.tree import state_batch_size
+from ..state.tree import batch_dims, state_batch_size, state_leaves, where_state
 
 # %% ../../nbs/deploy/00_predictor.ipynb #96eb04fa
 @contextmanager
@@ -49,15 +52,39 @@ def _check_model(model):
         f"{type(model).__name__} has no recurrent layer that carries a state; expected a StatefulRNN, nn.RNN, nn.GRU or nn.LSTM. "
         "What looks back by other means would see nothing but its chunk.")
 
+# %% ../../nbs/deploy/00_predictor.ipynb #b012ef37
+_policies = 'raise','hold','skip','reset',None
+
+def _timed_in(learn):
+    "Which elements of a batch have a time axis, if the learner was told; else `None`"
+    cb = first(o for o in getattr(learn, 'cbs', []) if isinstance(o, TbpttResetCB))
+    return cb and cb.timed
+
+def _channels_in(learn):
+    "The channels that the model was trained with, and their names; `None` if not known, or if a transform may change them"
+    dl = inner_loader(learn.dls.train) if hasattr(learn, 'dls') else None
+    dataset = getattr(dl, 'dataset', None)
+    if not isinstance(dataset, Sequences): return None,None
+    if any(getattr(dl, o).fs for o in ('after_item','before_batch','after_batch')): return None,None
+    return tuple(dataset.arrays[0][0].shape[1:]),dataset.x_names
+
 # %% ../../nbs/deploy/00_predictor.ipynb #e2868d8b
 class StreamPredictor:
     "Run a model on sequences that come in chunks: each call goes on from where the last one ended"
     def __init__(self,
         learn, # Learner or model; it is held, not copied: a later change of its weights is seen
-        ndim:int=None, # Dimensions of the input `(streams, time, ...)`; default: 3, and 2 for the tokens of a model with an `nn.Embedding`
+        # Dimensions of the input `(streams, time, ...)`, or a tuple with those of each input;
+        # default: 3, and 2 for the tokens of a model with an `nn.Embedding`
+        ndim:int=None,
+        timed:tuple[bool,...]=None, # Which of several inputs have a time axis; default: as the learner's `TbpttResetCB` says
+        # What a stream does with steps that are not finite: 'raise', 'hold', 'skip' or 'reset'; `None`: take them
+        on_nan:str='raise',
     ):
+        if on_nan not in _policies: raise ValueError(f"on_nan is {on_nan!r}; expected one of {list(_policies)}.")
         self.model = get_model(learn if isinstance(learn, nn.Module) else learn.model)
-        self.ndim = ndim
+        self.ndim,self.on_nan = ndim,on_nan
+        self.timed = _timed_in(learn) if timed is None else tuple(timed)
+        self._trained,self._names = _channels_in(learn)
         _check_model(self.model)
         self.reset()
 
@@ -71,17 +98,95 @@ def _check_tokens(model, x):
         "floats, scaled as in training; a model that takes integers: StreamPredictor(..., ndim=...).")
 
 @patch
-def _input(self:StreamPredictor, x):
-    "As `(streams, time, ...)`, of the model's type and on its device; is it one stream without that dimension?"
-    x = torch.as_tensor(x).as_subclass(Tensor)
+def _tensor(self:StreamPredictor, x):
+    "A tensor of the model's type and on its device"
+    if isinstance(x, (dict,str)): raise TypeError(
+        f"The chunk is a {type(x).__name__}; expected a tensor or an array, one for each input of the model.")
+    x = torch.as_tensor(x.to_numpy() if hasattr(x, 'to_numpy') else x).as_subclass(Tensor)
     like = next((p for p in self.model.parameters() if p.is_floating_point()), None)
     if like is not None: x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
     if self.ndim is None: _check_tokens(self.model, x)
-    ndim = self.ndim or (3 if x.is_floating_point() else 2)
+    return x
+
+@patch
+def _input(self:StreamPredictor, x):
+    "As `(streams, time, ...)`; is it one stream without that dimension?"
+    ndim = self.ndim[0] if isinstance(self.ndim, (tuple,list)) else self.ndim or (3 if x.is_floating_point() else 2)
     if x.ndim not in (ndim-1, ndim) or 0 in x.shape: raise ValueError(
         f"The chunk has shape {tuple(x.shape)}; expected (streams, time, ...) with {ndim} dimensions, or {ndim-1} for one stream, "
         "and none of them empty. Other models: StreamPredictor(..., ndim=...).")
     return (x[None],True) if x.ndim<ndim else (x,False)
+
+# %% ../../nbs/deploy/00_predictor.ipynb #ca581c23
+@patch
+def _check_timed(self:StreamPredictor, n):
+    "Which of `n` inputs have a time axis"
+    if n==1: return (True,)
+    if self.timed is None: raise ValueError(
+        f"The model is given {n} inputs. Say which have a time axis: StreamPredictor(..., timed=...), a bool for each.")
+    timed = tuple(bool(o) for o in self.timed[:n])
+    if len(timed)<n or not any(timed): raise ValueError(
+        f"timed is {self.timed}, there are {n} inputs; expected a bool for each, and one that is True.")
+    return timed
+
+def _check_agree(xs, timed):
+    "A `ValueError` unless all inputs are of the same streams and steps"
+    shapes = [tuple(x.shape) for x in xs]
+    least = [3 if t and x.is_floating_point() else 2 if t else 1 for x,t in zip(xs, timed)]
+    if any(x.ndim<n or 0 in x.shape for x,n in zip(xs, least)): raise ValueError(
+        f"The inputs have shapes {shapes}; expected (streams, time, channels), or (streams, time) for tokens, and "
+        f"(streams, ...) where timed={timed} is False, and none of them empty.")
+    streams,steps = ({x.shape[dim] for x,t in zip(xs, timed) if t or dim==0} for dim in (0, 1))
+    if len(streams)>1 or len(steps)>1: raise ValueError(
+        f"The inputs have shapes {shapes}, timed is {timed}: expected as many streams in all of them, and as many steps "
+        "in those with a time axis.")
+
+# %% ../../nbs/deploy/00_predictor.ipynb #57ca3b7a
+@patch
+def _check_dims(self:StreamPredictor, xs):
+    "Are these inputs of one stream, all without that dimension? A `ValueError` if they are not of `ndim` dimensions"
+    if self.ndim is None: return False
+    ndim,found = self.ndim,tuple(x.ndim for x in xs)
+    if not isinstance(ndim, (tuple,list)) or len(ndim)!=len(xs): raise ValueError(
+        f"ndim is {ndim}; expected a tuple, with the dimensions of each of {len(xs)} inputs.")
+    one = tuple(n-1 for n in ndim)
+    if found not in (tuple(ndim), one): raise ValueError(
+        f"The inputs have {found} dimensions; expected {tuple(ndim)}, or {one} for one stream.")
+    return found==one
+
+@patch
+def _inputs(self:StreamPredictor, xs):
+    "As `(streams, time, ...)` or `(streams, ...)`; which have a time axis; are they of one stream without that dimension?"
+    timed = self._check_timed(len(xs))
+    xs = [self._tensor(x) for x in xs]
+    if len(xs)==1:
+        x,one = self._input(xs[0])
+        return [x],timed,one
+    one = self._check_dims(xs)
+    if one: xs = [x[None] for x in xs]
+    _check_agree(xs, timed)
+    return xs,timed,one
+
+# %% ../../nbs/deploy/00_predictor.ipynb #58dfd910
+def _channels(xs, timed): return [tuple(x.shape[2 if t else 1:]) for x,t in zip(xs, timed)]
+
+@patch
+def _check_trained(self:StreamPredictor, found, x):
+    "A `ValueError` if there are other channels than in training, or a frame has them in another order"
+    names = channel_names('the chunk', x)
+    if None not in (names, self._names) and names!=list(self._names): raise ValueError(
+        f"The chunk has the channels {names}, the model was trained with {list(self._names)}. Select those by df[names]; "
+        "for the same channels by other names, pass df.to_numpy().")
+    if self._trained is not None and found[0]!=self._trained: raise ValueError(
+        f"The chunk has channels {found[0]}, the model was trained with {self._trained}: expected (streams, time, ...) with "
+        "the same, in the same order. For what goes to the model itself: StreamPredictor(learn.model).")
+
+@patch
+def _check_as_before(self:StreamPredictor, found):
+    "A `ValueError` if the model has taken other channels than before, by broadcasting"
+    if self._channels is not None and found!=self._channels: raise ValueError(
+        f"The chunk has channels {found}, the one before had {self._channels}: expected the same. "
+        "Call `reset()` before other ones.")
 
 # %% ../../nbs/deploy/00_predictor.ipynb #0c10cdb0
 @patch
@@ -92,27 +197,174 @@ def _check_streams(self:StreamPredictor, n):
         f"The chunk has {n} streams; expected {expected}, as many as {like}. Call `reset()` before another number of streams.")
 
 @patch
-def __call__(self:StreamPredictor,
-    x_chunk, # Tensor or array `(streams, time, ...)`, or `(time, ...)` of one stream; any number of steps
-): # The model's output for the chunk, on its device, or arrays for an array; no activation or decoding of a learner is applied
-    "Predict the next chunk of every stream"
-    x,one = self._input(x_chunk)
-    self._check_streams(len(x))
+def _step(self:StreamPredictor, xs, timed):
+    "Run the model, and keep the state"
+    n,like = len(xs[0]),next(x for x,t in zip(xs, timed) if t)
     carry = Carry(self.model, evaluation=True)
-    states = tree_map_only(Tensor, lambda o: o.to(x.device), self._states)
+    states = tree_map_only(Tensor, lambda o: o.to(like.device), self._states)
     with _alone(self.model), carry:
         carry.reset(groups=self._groups)
         carry.restore({name:(o, None, self._groups) for name,o in states.items()})
         if self._begins is not None: carry.reset(self._begins, self._groups)
-        y = self.model(x)
-        check_states(carry, len(x), x.shape[1])
+        y = self.model(*xs)
+        check_states(carry, n, like.shape[1])
         states = carry.states
     self._states = tree_map_only(Tensor, Tensor.clone, states) # it may be a view of a chunk
-    self.n_streams,self._begins = len(x),None
+    self.n_streams,self._begins = n,None
+    return y
+
+@patch
+def __call__(self:StreamPredictor,
+    # Tensor, array or data frame `(streams, time, ...)`, or `(time, ...)` of one stream, for each input of the model;
+    # any number of steps
+    *x_chunk,
+): # The model's output for the chunk, on its device, or arrays for an array; no activation or decoding of a learner is applied
+    "Predict the next chunk of every stream"
+    xs,timed,one = self._inputs(x_chunk)
+    self._check_streams(len(xs[0]))
+    channels = _channels(xs, timed)
+    self._check_trained(channels, x_chunk[0])
+    after = copy.copy(self) # so that nothing has changed if the model fails
+    y = after._finite_step(xs, timed)
+    self._check_as_before(channels)
+    vars(self).update(vars(after), _channels=channels)
     def out(o):
         if one and o.ndim and len(o)==1: o = o[0]
-        return o if isinstance(x_chunk, Tensor) else o.cpu().numpy()
+        return o if isinstance(x_chunk[0], Tensor) else o.cpu().numpy()
     return tree_map_only(Tensor, out, y)
+
+# %% ../../nbs/deploy/00_predictor.ipynb #cc018f83
+def _not_finite(x, timed):
+    "bool `(streams, steps)`, or `(streams,)` without a time axis: where a value is not finite"
+    bad,dims = ~torch.isfinite(x),2 if timed else 1
+    return bad.flatten(dims).any(dims) if x.ndim>dims else bad
+
+def _is_real(x): return x.is_floating_point() or x.is_complex()
+
+# %% ../../nbs/deploy/00_predictor.ipynb #772256c1
+@patch
+def _bad_steps(self:StreamPredictor, xs, timed):
+    "bool `(streams, steps)`: those with a value that is not finite; `None` if there are none"
+    floats = [(x,t) for x,t in zip(xs, timed) if _is_real(x)]
+    if self.on_nan is None or all(torch.isfinite(x).all() for x,_ in floats): return None
+    for x,t in floats:
+        bad = _not_finite(x, t)
+        if t and self.on_nan!='raise' or not bad.any(): continue
+        row,*step = bad.nonzero()[0].tolist()
+        where = f' at step {step[0]} of the chunk' if t else ' in an input without a time axis'
+        values = x[row,step[0]] if t else x[row]
+        raise ValueError(
+            f"Stream {row} has {values.tolist()}{where}: values must be finite, a NaN would stay in the state. "
+            "Replace them, or say what such a stream does: StreamPredictor(..., on_nan='hold'), 'skip' or 'reset'"
+            f"{'' if t else ' (for inputs with a time axis)'}.")
+    return torch.stack([_not_finite(x, t) for x,t in floats if t]).any(0)
+
+# %% ../../nbs/deploy/00_predictor.ipynb #ea503c54
+def _held(x, last):
+    "`x` `(streams, steps, ...)` with the last finite value of each channel; `last`: that of the chunks before, or NaN"
+    x = torch.cat([last[:,None], x], 1)
+    steps = torch.arange(x.shape[1], device=x.device).view(1, -1, *[1]*(x.ndim-2)).expand_as(x)
+    return x.gather(1, torch.where(torch.isfinite(x), steps, 0).cummax(1).values)[:,1:].contiguous()
+
+@patch
+def _hold(self:StreamPredictor, xs, timed):
+    "The inputs, with values that are held"
+    self._last,held = dict(self._last),list(xs)
+    for i,(x,t) in enumerate(zip(xs, timed)):
+        if not (t and _is_real(x)): continue
+        last = self._last.get(i)
+        held[i] = _held(x, torch.full_like(x[:,0], torch.nan) if last is None else last.to(x.device, x.dtype))
+        if (bad := _not_finite(held[i], True)).any():
+            row,step = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"Stream {row} has {x[row,step].tolist()} at step {step} of the chunk, and no finite value before that "
+                "could be held. Begin with finite values.")
+        self._last[i] = held[i][:,-1].clone()
+    return held
+
+# %% ../../nbs/deploy/00_predictor.ipynb #64a78b69
+def _row(name, module, state, row):
+    "The state of one stream"
+    leaves,form = tree_flatten(state)
+    dims = batch_dims(state, getattr(module, 'batch_dim', 1))
+    if any(dim is None and o is not None for o,dim in zip(leaves, dims)): raise TypeError(
+        f"The state of {name or 'the model'} has parts that are not of single streams, so none can leave a step out. "
+        "Use on_nan='hold' or 'raise'.")
+    def of_row(o, dim): return None if o is None else o.narrow(dim, row, 1)
+    return tree_unflatten(map(of_row, leaves, dims), form)
+
+@patch
+def _of_row(self:StreamPredictor, row):
+    "A predictor for one of the streams"
+    one,modules = copy.copy(self),Carry(self.model).modules
+    one._states = {name:_row(name, modules[name], o, row) for name,o in self._states.items()}
+    one.n_streams = self.n_streams and 1
+    one._begins = None if self._begins is None else self._begins[row:row+1]
+    one._groups = None if self._groups is None else [self._groups[row]]
+    return one
+
+@patch
+def _put_row(self:StreamPredictor, row, one):
+    "Put the state of one stream back among those of the others"
+    rows,modules = torch.arange(self.n_streams)==row,Carry(self.model).modules
+    begins = one._begins is not None and one._begins.any()
+    if not one._states or begins: return self.reset(rows)
+    for name,o in self._states.items():
+        new = where_state(rows, one._states.get(name), o, getattr(modules[name], 'batch_dim', 1))
+        for old,leaf in zip(state_leaves(o), state_leaves(new)):
+            if isinstance(old, Tensor): old.copy_(leaf) # clones of this call; their layout stays
+
+# %% ../../nbs/deploy/00_predictor.ipynb #87f5ea09
+def _pieces(bad, together):
+    "The steps that one stream is run over, in one piece or in one for each gap between them"
+    steps = (~bad).nonzero()[:,0]
+    if together or not len(steps): return [steps] if len(steps) else []
+    gaps = (steps.diff()>1).nonzero()[:,0]+1
+    return list(steps.tensor_split(gaps.cpu()))
+
+@patch
+def _run_row(self:StreamPredictor, xs, timed, bad, y):
+    "Run one stream over the steps that are finite; `y` `(steps, ...)` takes its predictions"
+    for steps in _pieces(bad, self.on_nan=='skip'):
+        if self.on_nan=='reset' and steps[0]>0: self.reset(groups=self._groups)
+        part = self._step([x[:,steps] if t else x for x,t in zip(xs, timed)], timed)
+        if part.shape[1:2]!=steps.shape: raise TypeError(
+            f"{type(self.model).__name__} gives predictions of shape {tuple(part.shape)} for {len(steps)} steps, none step "
+            "by step, so none can be left out. Use on_nan='hold' or 'raise'.")
+        y[steps] = part[0]
+    if self.on_nan=='reset' and bad[-1]: self.reset(groups=self._groups)
+
+def _check_per_step(model, y, bad):
+    if isinstance(y, Tensor) and y.is_floating_point() and y.shape[:2]==bad.shape: return
+    what = f'a {type(y).__name__} of shape {tuple(y.shape)}' if isinstance(y, Tensor) else f'a {type(y).__name__}'
+    raise TypeError(
+        f"{type(model).__name__} gives {what}; expected one tensor of real predictions {tuple(bad.shape)}, so that some can "
+        "be NaN. Use on_nan='hold' or 'raise'.")
+
+# %% ../../nbs/deploy/00_predictor.ipynb #63536d2d
+@patch
+def _leave_out(self:StreamPredictor, xs, timed, bad):
+    "Predictions; those of steps that are left out are NaN"
+    before = copy.copy(self)
+    # copies of one layout, with or without such steps: the other streams get the same, bit by bit
+    clean = [torch.where(torch.isfinite(x), x, 0).contiguous() if _is_real(x) else x for x in xs]
+    y = self._step(clean, timed)
+    if bad is None: return y
+    _check_per_step(self.model, y, bad)
+    y = y.clone()
+    for row in bad.any(1).nonzero()[:,0].tolist():
+        y[row],one = torch.nan,before._of_row(row)
+        one._run_row([x[row:row+1] for x in clean], timed, bad[row], y[row])
+        self._put_row(row, one)
+    return y
+
+@patch
+def _finite_step(self:StreamPredictor, xs, timed):
+    "As `_step`, and what `on_nan` says"
+    bad = self._bad_steps(xs, timed)
+    if self.on_nan=='hold': xs = self._hold(xs, timed)
+    if self.on_nan in ('skip','reset'): return self._leave_out(xs, timed, bad)
+    return self._step(xs, timed)
 
 # %% ../../nbs/deploy/00_predictor.ipynb #23bf1d68
 def _check_groups(groups, n):
@@ -132,6 +384,7 @@ def reset(self:StreamPredictor,
     "Forget the state: the next chunk starts a sequence, in all streams or in some"
     if rows is None:
         self._states,self._begins,self._groups,self.n_streams = {},None,groups,None
+        self._channels,self._last = None,{} # of each input: what it had, and the last finite values
         return
     rows = torch.as_tensor(rows).cpu()
     self._check_rows(rows)
@@ -140,6 +393,8 @@ def reset(self:StreamPredictor,
     if groups is not None:
         old = self._groups or [None]*len(groups)
         self._groups = [new if begins else o for begins,new,o in zip(rows.tolist(), groups, old)]
+    def forgotten(o): return torch.where(rows.to(o.device).view(-1, *[1]*(o.ndim-1)), torch.nan, o)
+    self._last = {i:forgotten(o) for i,o in self._last.items()}
     self._begins = rows if self._begins is None else self._begins|rows
 
 # %% ../../nbs/deploy/00_predictor.ipynb #a7aad32c
@@ -147,13 +402,14 @@ def reset(self:StreamPredictor,
 def state_dict(self:StreamPredictor)->dict: # Copies on the CPU, for `torch.save`
     "Where the streams are"
     states = {name:self._states.get(name) for name in Carry(self.model).modules}
-    states,begins = tree_map_only(Tensor, lambda o: o.to('cpu', copy=True), (states, self._begins))
-    return dict(states=states, n_streams=self.n_streams, begins=begins, groups=copy.copy(self._groups))
+    states,begins,last = tree_map_only(Tensor, lambda o: o.to('cpu', copy=True), (states, self._begins, self._last))
+    held = dict(last=last) if self.on_nan=='hold' else {}
+    return dict(states=states, n_streams=self.n_streams, begins=begins, groups=copy.copy(self._groups), **held)
 
 # %% ../../nbs/deploy/00_predictor.ipynb #c64fde7d
 def _check_saved(state):
     keys = ['states', 'n_streams', 'begins', 'groups']
-    if isinstance(state, dict) and set(state)==set(keys): return
+    if isinstance(state, dict) and set(state)-{'last'}==set(keys): return
     found = f'dict of {list(state)[:5]}' if isinstance(state, dict) else type(state).__name__
     raise TypeError(f"The state is a {found}; expected what `state_dict()` of a StreamPredictor gives: {keys}.")
 
@@ -183,5 +439,6 @@ def load_state_dict(self:StreamPredictor,
     _check_groups(state['groups'], n)
     loaded = copy.copy(self) # so that nothing has changed if the rows are refused
     loaded._states,loaded.n_streams,loaded._begins,loaded._groups = states,n,None,state['groups']
+    loaded._last = state.get('last', {}) # from before the reset
     if state['begins'] is not None: loaded.reset(state['begins'])
     vars(self).update(vars(loaded))

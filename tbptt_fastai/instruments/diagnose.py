@@ -92,7 +92,9 @@ class MemoryGrads(pd.DataFrame):
     "A table that shows its verdict"
     @property
     def _constructor(self): return MemoryGrads
-    def __repr__(self): return f"{self.attrs.get('verdict', '')}\n\n{super().__repr__()}"
+    def __repr__(self):
+        with pd.option_context('display.max_columns', None, 'display.expand_frame_repr', False): # also in a narrow terminal
+            return f"{self.attrs.get('verdict', '')}\n\n{super().__repr__()}"
     def _repr_html_(self): return f"<p>{escape(self.attrs.get('verdict', ''))}</p>{super()._repr_html_()}"
 
 # %% ../../nbs/instruments/01_diagnose.ipynb #78839ab6
@@ -162,7 +164,9 @@ def _cut_within(model, memory, window, groups, tol):
 
 # %% ../../nbs/instruments/01_diagnose.ipynb #cbececbf
 def _check_step_by_step(model, preds, n):
-    if preds.shape[1]!=n: raise TypeError(
+    if not isinstance(preds, Tensor): raise TypeError(
+        f"{type(model).__name__} gives a {type(preds).__name__}; the memory is followed in one tensor of predictions.")
+    if preds.ndim<2 or preds.shape[1]!=n: raise TypeError(
         f"{type(model).__name__} gives predictions of shape {tuple(preds.shape)} for {n} steps, none step by step; "
         "the memory of such a model cannot be followed.")
     if not torch.isfinite(preds).all(): raise ValueError(
@@ -182,7 +186,7 @@ def _run_both_ways(model, window, groups, tol):
     n = window.steps
     def run(steps, window=window): return torch.cat(run_in_parts(model, window, steps, groups), 1)
     def step(k): return Window(window.cut(k, k+1), len(window.batch), window.timed)
-    whole = run(n)
+    whole, = run_in_parts(model, window, n, groups)
     _check_step_by_step(model, whole, n)
     _check_repeatable(model, run, n, tol)
     alone = torch.cat([run(1, step(k)) for k in range(n)], 1)

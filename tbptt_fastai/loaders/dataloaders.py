@@ -22,7 +22,7 @@ from .windows import TbpttDL
 from .streams import StreamDL
 from ..sequences.text import TextRows
 from ..truncation.plan import check_steps
-from ..sequences.windows import SequenceParts, SequenceWindows, Sequences
+from ..sequences.windows import SequenceParts, SequenceWindows, Sequences, check_same_channels
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #2769f7c7
 def split_by_time(
@@ -50,6 +50,7 @@ def _check_same_kind(train, valid):
         a,b = _kind(a[0]),_kind(b[0])
         if a!=b: raise ValueError(
             f"{name} is {a} in training and {b} in validation: expected the same channels and type.")
+    check_same_channels(valid, train)
 
 def _check_pair(valid):
     is_pair = isinstance(valid, (tuple,list)) and len(valid)==2
@@ -99,24 +100,41 @@ class SequenceDataLoaders(DataLoaders):
         valid_dl = train_dl.new(valid, bs=val_bs, shuffle=False, drop_last=False, **whole)
         return cls(train_dl, valid_dl, path=path, device=default_device() if device is None else device)
 
-    def test_dl(self,
-        test_items, # One sequence of inputs, a list of such, a list of `(x, y)` pairs, or `Sequences`
-        rm_type_tfms=None, # Not used
-        with_labels:bool=False, # Are there targets with the inputs?
-        **kwargs
-    ):
-        "A loader for new data, as `predict` and `Interpretation` ask for it: whole windows, if all are of one length"
-        kwargs.pop('process', None)
-        if isinstance(test_items, Sequences): return self.valid.new(test_items, **kwargs)
-        xy,dtype = _as_xy(test_items, with_labels),self.valid_ds.dtype
-        whole = Sequences(*xy, dtype=dtype)
-        if not whole.in_files and len(set(whole.lengths))==1:
-            windows = SequenceWindows(*xy, check=False, dtype=dtype)
-            return self.valid.new(windows, cls=TbpttDL, **{**dict(sub_seq_len=None), **kwargs})
-        steps = self.valid.sub_seq_len if whole.in_files else None
-        if steps: steps = min(steps, int(whole.lengths.max()))
-        settings = dict(bs=self.valid.bs, sub_seq_len=steps, device=self.device, after_batch=self.valid.after_batch)
-        return StreamDL(whole, **{**settings, **kwargs})
+# %% ../../nbs/loaders/06_dataloaders.ipynb #c02e9ab1
+def _check_windows(lengths):
+    "A `ValueError` unless sequences can be the windows of a batch"
+    if len(set(lengths))>1: raise ValueError(
+        f"The sequences have {min(lengths)} to {max(lengths)} steps, the learner was trained on windows of one length, and has "
+        "predictions (sequences, time, ...). Give one sequence at a time, or dls.test_dl(..., as_stream=True): predictions "
+        "are then one step after the other, and `by_sequence` of that loader cuts them into sequences.")
+
+@patch
+def test_dl(self:SequenceDataLoaders,
+    test_items, # One sequence of inputs, a list of such, a list of `(x, y)` pairs, or `Sequences`
+    rm_type_tfms=..., # Not used; `Learner.predict`, which gives it, has one sequence in a list
+    with_labels:bool=False, # Are there targets with the inputs?
+    as_stream:bool=None, # A `StreamDL`, for sequences of any lengths? Default: as for validation, and for files
+    **kwargs
+):
+    """A loader for new data, as `predict` and `Interpretation` ask for it
+
+    One sequence that is not in a list is one whole window; several are windows, or read by a `StreamDL`."""
+    kwargs.pop('process', None)
+    of_streams,given = isinstance(self.valid, StreamDL),isinstance(test_items, Sequences)
+    xy,dtype = None if given else _as_xy(test_items, with_labels),self.valid_ds.dtype
+    whole = test_items if given else Sequences(*xy, dtype=dtype)
+    check_same_channels(whole, self.valid_ds)
+    one = not isinstance(test_items, (list,tuple,Sequences)) or rm_type_tfms is not ... and len(test_items)==1
+    if as_stream is None: as_stream = of_streams and not one or whole.in_files and not given
+    if not as_stream: _check_windows(whole.lengths)
+    if given and as_stream==of_streams: return self.valid.new(whole, **kwargs)
+    if not as_stream:
+        windows = whole if given else SequenceWindows(*xy, check=False, dtype=dtype)
+        return self.valid.new(windows, cls=TbpttDL, **{**dict(sub_seq_len=None), **kwargs})
+    steps = self.valid.sub_seq_len if whole.in_files else None
+    if steps: steps = min(steps, int(whole.lengths.max()))
+    settings = dict(bs=self.valid.bs, sub_seq_len=steps, device=self.device, after_batch=self.valid.after_batch)
+    return StreamDL(whole, **{**settings, **kwargs})
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #aa86f2d1
 @patch(cls_method=True)
@@ -149,6 +167,7 @@ def from_arrays(cls:SequenceDataLoaders,
     # what is wrong is named as it was given, before it is split
     train = Sequences(x, y, groups=groups, check=check, **kw)
     kw['check'] = check and valid is not None
+    if valid is None: kw.update(x_names=train.x_names, y_names=train.y_names) # its parts are no frames
     if valid is None:
         (x,x_valid),(y,y_valid) = (split_by_time(o, valid_pct) for o in train.arrays)
         valid,valid_groups = (x_valid,y_valid),groups

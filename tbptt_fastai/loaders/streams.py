@@ -263,5 +263,16 @@ def get_idxs(self:StreamDL):
 def by_sequence(self:StreamDL,
     values:Tensor, # One for each step of all sequences, as `Learner.get_preds` returns them
 )->list[Tensor]: # `(time, ...)` of each sequence
-    "Predictions or targets of all steps, cut into those of each sequence"
+    "Predictions, targets or losses of all steps, cut into those of each sequence"
+    n = int(self.dataset.lengths.sum())
+    if len(values)!=n: raise ValueError(
+        f"values has shape {tuple(values.shape)}, the sequences of this loader have {n} steps: expected a value for each.")
     return list(values.split(self.dataset.lengths.tolist()))
+
+# %% ../../nbs/loaders/05_streams.ipynb #f2ce41f1
+@patch(as_prop=True)
+def items(self:StreamDL):
+    "Refused: `Interpretation` would look up items by the numbers of steps"
+    raise ValueError(
+        "The losses of a StreamDL are one for each step, and their numbers are those of steps, not of items. For a loss of each "
+        "sequence: losses = learn.get_preds(dl=dl, with_loss=True)[-1]; [o.nanmean() for o in dl.by_sequence(losses)].")

@@ -8,13 +8,15 @@ __all__ = ['TbpttResetCB']
 # %% ../../nbs/training/04_callback.ipynb #2aa02dba
 from contextlib import ExitStack
 import torch
+from fastai.callback.core import GatherPredsCallback
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import find_bs, get_model, no_random
 from fastcore.basics import first, patch
 from .checks import check_carries, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
-from ..loaders.views import SubWindows, first_item, given_n_inp, view_of
+from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, view_of
+from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
 from .parts import check_remembers, compare_parts
 from .lr_search import rate_search, without_search
@@ -63,6 +65,7 @@ class TbpttResetCB(StateResets):
                 "The learner has two TbpttResetCB: TbpttLearner adds one by itself. "
                 "Remove yours, and give it sub_seq_len and n_skip.")
         train,*others = self.dls.loaders
+        for dl in others: self._check_channels(dl)
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
         for view in views: view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
@@ -211,13 +214,31 @@ def before_train(self:TbpttResetCB):
 
 # %% ../../nbs/training/04_callback.ipynb #05f47b45
 @patch
+def _check_channels(self:TbpttResetCB, dl):
+    "A `ValueError` if a loader of sequences has other channels than that of the training"
+    new,known = (getattr(inner_loader(o), 'dataset', None) for o in (dl, self.dls.train))
+    if isinstance(new, Sequences) and isinstance(known, Sequences): check_same_channels(new, known)
+
+@patch(as_prop=True)
+def _ranks_losses(self:TbpttResetCB):
+    "Is this for `Interpretation`, which asks for losses alone?"
+    gathers = self.learn._grab_cbs(GatherPredsCallback)
+    return any(o.with_loss and not (o.with_preds or o.with_targs) for o in gathers)
+
+@patch
 def before_validate(self:TbpttResetCB):
     self._tried = False
+    self._check_channels(self.dl)
     self.learn.dl = self.evaluation_view(self.dl)
     if self.view.flat and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
         raise ValueError(
             "Inputs cannot be put in the order of the predictions of a StreamDL: "
             "leave out with_input, and take them from its dataset.")
+    if self.view.flat and self.n_skip and self._ranks_losses:
+        raise ValueError(
+            f"The first {self.n_skip} steps of each sequence are washout (n_skip) and have no loss, but NaN, which would be the "
+            "largest for Interpretation. Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], "
+            "losses.nan_to_num(-float('inf')).topk(k).")
 
 # %% ../../nbs/training/04_callback.ipynb #58e82730
 @patch
