@@ -11,12 +11,12 @@ from functools import partial
 from glob import glob
 from inspect import signature
 from pathlib import Path
-import torch
+import torch, warnings
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from fastcore.meta import delegates
-from ..sequences.arrays import HDF5Array
+from ..sequences.arrays import HDF5Array, named, one_or_many
 from ..sequences.frames import group_sequences, split_groups
 from .windows import TbpttDL
 from .streams import StreamDL
@@ -32,6 +32,7 @@ def split_by_time(
     "Hold back the last part of every sequence for validation"
     if not 0<valid_pct<1: raise ValueError(
         f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
+    seqs = one_or_many('seqs', seqs)
     cuts = [(s, len(s)-int(len(s)*valid_pct)) for s in seqs]
     for i,(s,n) in enumerate(cuts):
         if n==len(s): raise ValueError(
@@ -51,14 +52,17 @@ def _check_same_kind(train, valid):
         if a!=b: raise ValueError(
             f"{name} is {a} in training and {b} in validation: expected the same channels and type.")
 
-def _check_pair(valid):
+def _valid_pair(valid, train, win_sz):
+    "Lists of sequences for x and y"
     is_pair = isinstance(valid, (tuple,list)) and len(valid)==2
     if not is_pair: raise ValueError(f"valid is {_kind(valid)}; expected a pair (x, y).")
+    def as_list(name, o, like): return one_or_many(f'valid_{name}', o, tuple(like[0].shape[1:]), win_sz)
+    return [as_list(*o) for o in zip('xy', valid, train.arrays)]
+
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #2f162a5f
 def _as_xy(items, with_labels):
-    "Inputs, and targets or `None`, of one sequence, a list of such, or a list of pairs"
-    items = items if isinstance(items, (list,tuple)) else [items]
+    "Inputs, and targets or `None`, of a list of sequences or of pairs"
     x,*y = zip(*(o if isinstance(o, tuple) else (o,) for o in items))
     if any(isinstance(o, str) for o in x): raise TypeError(
         "Text is not predicted but gone on with: use sample_text(learn, prompt).")
@@ -108,7 +112,8 @@ class SequenceDataLoaders(DataLoaders):
         "A loader for new data, as `predict` and `Interpretation` ask for it: whole windows, if all are of one length"
         kwargs.pop('process', None)
         if isinstance(test_items, Sequences): return self.valid.new(test_items, **kwargs)
-        xy,dtype = _as_xy(test_items, with_labels),self.valid_ds.dtype
+        items = one_or_many('test_items', test_items, tuple(self.valid_ds.arrays[0][0].shape[1:]))
+        xy,dtype = _as_xy(items, with_labels),self.valid_ds.dtype
         whole = Sequences(*xy, dtype=dtype)
         if not whole.in_files and len(set(whole.lengths))==1:
             windows = SequenceWindows(*xy, check=False, dtype=dtype)
@@ -143,11 +148,12 @@ def from_arrays(cls:SequenceDataLoaders,
     **kwargs # As for `from_sequences`
 ):
     "Sequences of inputs and targets, whole or in windows, with the end of each held back for validation"
-    if valid is not None: _check_pair(valid)
     if y is None: raise ValueError("y is None: training needs targets. For prediction alone use test_dl.")
+    x,y = one_or_many('x', x, named(x_names), win_sz),one_or_many('y', y, named(y_names), win_sz)
     kw = dict(dtype=dtype, x_names=x_names, y_names=y_names, dt=dt)
     # what is wrong is named as it was given, before it is split
     train = Sequences(x, y, groups=groups, check=check, **kw)
+    if valid is not None: valid = _valid_pair(valid, train, win_sz)
     kw['check'] = check and valid is not None
     if valid is None:
         (x,x_valid),(y,y_valid) = (split_by_time(o, valid_pct) for o in train.arrays)
@@ -203,6 +209,14 @@ def _files(files):
     if not found: raise FileNotFoundError(f"There is no file {str(files)!r}.")
     return found
 
+def _check_hdf5(name, arrays, names):
+    "A warning if the steps of a recording may be taken for its channels"
+    o = arrays[0]
+    if len(o.shape)<2 or not o.shape[0] or o.shape[1]<=o.shape[0] or named(names)==o.shape[1:]: return
+    warnings.warn(
+        f"{name} of {o.path} has shape {o.shape}: it is taken for {o.shape[0]} steps of {o.shape[1]} channels. "
+        "If these are many sequences, read it by h5py, and give from_arrays a list of them.", stacklevel=3)
+
 @patch(cls_method=True)
 @delegates(SequenceDataLoaders.from_arrays, but=['valid', 'groups', 'valid_groups'])
 def from_hdf5(cls:SequenceDataLoaders,
@@ -220,6 +234,7 @@ def from_hdf5(cls:SequenceDataLoaders,
     xs,ys = arrays(files)
     valid,valid_groups = (None,None) if valid_files is None else (arrays(valid_files),groups(valid_files))
     kwargs = {**dict(x_names=x, y_names=y), **kwargs}
+    for name,o in zip('xy', (xs,ys)): _check_hdf5(name, o, kwargs[f'{name}_names'])
     return cls.from_arrays(xs, ys, valid=valid, groups=groups(files), valid_groups=valid_groups, **kwargs)
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #fa297919

@@ -11,7 +11,7 @@ from operator import index
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
-from .arrays import FileArray, as_sequences, check_finite
+from .arrays import FileArray, as_sequences, check_finite, named, one_or_many
 from .plot import plot_windows
 from ..truncation.plan import check_steps
 
@@ -31,7 +31,7 @@ def _check_pairs(xs, ys):
 # %% ../../nbs/sequences/01_windows.ipynb #2e64595f
 class Sequences:
     "Sequences of inputs and targets, of any length, in memory or in files"
-    n_inp,split_idx = 1,None
+    n_inp,split_idx,win_sz = 1,None,None
     def __init__(self,
         x, # Inputs: array `(time,)` or `(time, ...)`, or a list of such
         y=None, # Targets, as long as the inputs; `None` for prediction only
@@ -46,8 +46,8 @@ class Sequences:
             f"dtype is {dtype!r}; expected a real torch.dtype such as torch.float32.")
         self.dtype,self.dt = dtype,dt
         self.x_names,self.y_names = ([o] if isinstance(o, str) else o for o in (x_names,y_names))
-        self.arrays = [as_sequences('x', x)]
-        if y is not None: self.arrays.append(as_sequences('y', y))
+        given = zip('xy', (x,y), (x_names,y_names))
+        self.arrays = [self._sequences(*o) for o in given if o[1] is not None or o[0]=='x']
         for name,seqs in zip('xy', self.arrays): _check_alike(name, seqs)
         if y is not None: _check_pairs(*self.arrays)
         self.steps = np.array([len(s) for s in self.arrays[0]]) # of each sequence
@@ -57,6 +57,8 @@ class Sequences:
             f"There are {n} sequences and {len(self.groups)} groups: expected a name for each.")
         if not check: return
         for name,seqs in zip('xy', self.arrays): check_finite(name, seqs, dtype, self.groups)
+
+    def _sequences(self, name, seqs, names): return as_sequences(name, one_or_many(name, seqs, named(names), self.win_sz))
 
     def __len__(self): return len(self.steps)
 
@@ -168,6 +170,7 @@ class SequenceWindows(_Pieces):
         stp_sz:int=None, # Steps from the start of one window to the next; default: `win_sz`
         **kwargs # As for `Sequences`
     ):
+        self.win_sz = win_sz # says which axis of an array cannot be time
         super().__init__(x, y, **kwargs)
         lengths,longest = self.steps,self.steps.max()
         if win_sz is None and len(set(lengths))>1: raise ValueError(
@@ -225,6 +228,7 @@ class SequenceParts(_Pieces):
         win_sz:int=None, # Most steps of a part
         **kwargs # As for `Sequences`
     ):
+        self.win_sz = win_sz # says which axis of an array cannot be time
         super().__init__(x, y, **kwargs)
         self.win_sz = self.stp_sz = check_steps('win_sz', win_sz)
         self._count(-(-self.steps//self.win_sz))
