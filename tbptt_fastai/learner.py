@@ -47,13 +47,16 @@ def _make_real(dl):
 
 
 # %% ../nbs/learner.ipynb #393dbaa2
+def _labels(dls): return getattr(dls.train.dataset, 'vocab', None)
+
 def _signals(dls):
     item = first_item(dls.train)
-    if item is not None and len(item)==2 and all(map(_is_signal, item)): return item
+    is_pair = item is not None and len(item)==2 and _is_signal(item[0])
+    if is_pair and (_is_signal(item[1]) or _labels(dls) is not None): return item
     found = 'is unknown' if item is None else f'has {[_kind(o) for o in item]}'
     raise ValueError(
         f"A SequenceRNN needs items (x, y) of real signals, each (time, channels); the first item {found}. "
-        f"Pass a `model` for other data. {_make_real(dls.train)}.")
+        f"Pass a `model` for other data. {_make_real(dls.train)}, for classes give vocab to the loaders.")
 
 
 # %% ../nbs/learner.ipynb #084bf55f
@@ -71,12 +74,13 @@ def _scaling(dl, name, seqs, dtype):
 # %% ../nbs/learner.ipynb #97f67670
 def scaling_from_data(
     dls, # Loaders of real signals `(batch, time, channels)`
-)->list[Standardize]: # Scaling of x and of y
+)->list[Standardize]: # Scaling of x and of y; `None` for classes
     """Mean and deviation per channel over all training steps, whose value is finite
 
     Of one batch, if the loader transforms batches or reads no `Sequences`"""
     dl,dtype = dls.train,_signals(dls)[0].dtype
-    return [_scaling(dl, name, seqs, dtype) for name,seqs in zip('xy', _training_arrays(dl))]
+    x,y = _training_arrays(dl)
+    return [_scaling(dl, 'x', x, dtype), None if _labels(dls) else _scaling(dl, 'y', y, dtype)]
 
 
 # %% ../nbs/learner.ipynb #d8e8b5eb
@@ -138,9 +142,11 @@ def check_targets(
     "A `TypeError` if a loss for real numbers is given for integers; losses that flatten, such as `MSELossFlat`, are right"
     item = first_item(dls.train)
     y = item[-1] if isinstance(item, (tuple,list)) else None
-    is_distance = isinstance(loss_func, _DISTANCES) or loss_func in _FUNCTIONS
-    if not is_distance or not isinstance(y, Tensor) or _is_real(y) or y.ndim!=1: return
-    name = getattr(loss_func, '__name__', type(loss_func).__name__)
+    if not isinstance(y, Tensor) or _is_real(y): return
+    is_class,flat = _labels(dls) is not None,getattr(loss_func, 'func', None)
+    is_distance = isinstance(loss_func, _DISTANCES) or loss_func in _FUNCTIONS or is_class and isinstance(flat, _DISTANCES)
+    if not is_distance or y.ndim!=1 and not is_class: return
+    name = getattr(loss_func, '__name__', type(flat or loss_func).__name__)
     raise TypeError(
         f"Targets are of type {y.dtype} and shape {tuple(y.shape)}, classes without a channel, but the loss is {name}. "
         f"{_make_real(dls.train)}; a model without a channel in its predictions takes L1LossFlat or MSELossFlat.")
@@ -219,7 +225,7 @@ def TbpttLearner(
 # %% ../nbs/learner.ipynb #fb6ee0c4
 @delegates(TbpttLearner, but=['model'])
 def RNNLearner(
-    dls, # `DataLoaders` of real signals, x and y `(batch, time, channels)`, or of text
+    dls, # `DataLoaders` of real signals, x and y `(batch, time, channels)`; y may be classes; or of text
     rnn_type:str='lstm', # 'rnn', 'gru' or 'lstm'
     hidden_size:int=100, # Hidden units per layer
     num_layers:int=1, # Recurrent layers
@@ -232,6 +238,7 @@ def RNNLearner(
     if kwargs.get('loss_func') is not None: check_targets(dls, kwargs['loss_func'])
     x,y = _signals(dls)
     scale_x,scale_y = scaling_from_data(dls)
-    model = SequenceRNN(x.shape[-1], y.shape[-1], *sizes, scale_x, scale_y)
+    n_out = y.shape[-1] if scale_y else len(dls.vocab)
+    model = SequenceRNN(x.shape[-1], n_out, *sizes, scale_x, scale_y, last=y.ndim==0)
     if kwargs.get('loss_func') is None: kwargs['loss_func'] = default_loss(dls, scale_y)
     return TbpttLearner(dls, model.to(x.dtype), **kwargs)

@@ -9,6 +9,8 @@ __all__ = ['Sequences', 'SequenceWindows', 'SequenceParts']
 import warnings
 from operator import index
 import numpy as np, torch
+from fastai.data.transforms import CategoryMap
+from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
 from torch import Tensor
 from .arrays import FileArray, as_sequences, check_finite, named, one_or_many
@@ -32,6 +34,7 @@ def _check_pairs(xs, ys):
 class Sequences:
     "Sequences of inputs and targets, of any length, in memory or in files"
     n_inp,split_idx,win_sz = 1,None,None
+    vocab,one_label = None,False # of targets that are classes; is there one for each item, not for each step?
     def __init__(self,
         x, # Inputs: array `(time,)` or `(time, ...)`, or a list of such
         y=None, # Targets, as long as the inputs; `None` for prediction only
@@ -95,7 +98,7 @@ class Sequences:
 
     def plot(self, x, y=None, pred=None, **kwargs):
         "Draw items of a batch; see `plot_windows`"
-        settings = dict(x_names=self.x_names, y_names=self.y_names, dt=self.dt)
+        settings = dict(x_names=self.x_names, y_names=self.y_names, dt=self.dt, vocab=self.vocab)
         return plot_windows(x, y, pred, **{**settings, **kwargs})
 
 # %% ../../nbs/sequences/01_windows.ipynb #7859faf5
@@ -121,6 +124,22 @@ def in_files(self:Sequences):
     "Is any of the sequences read from a file?"
     return any(isinstance(s, FileArray) for seqs in self.arrays for s in seqs)
 
+# %% ../../nbs/sequences/01_windows.ipynb #2fc5ce20
+@patch
+def classify(self:Sequences,
+    vocab, # The label of each class
+    one_label:bool=False, # Is there one label for each item, not for each step?
+)->Sequences: # Itself
+    "Targets are numbers of classes"
+    self.vocab,self.one_label,self.loss_func = CategoryMap(list(vocab), sort=False),one_label,CrossEntropyLossFlat()
+    return self
+
+@patch
+def _given(self:Sequences, batch):
+    x,*y = batch
+    return (x, *(o[:,-1] if self.one_label else o for o in y))
+
+
 # %% ../../nbs/sequences/01_windows.ipynb #332bfa7c
 @patch
 def read(self:Sequences,
@@ -140,7 +159,7 @@ def read(self:Sequences,
         out = torch.zeros((len(n), int(n.max(initial=0)), *kind.shape[1:]), dtype=dtype)
         for row,i,start,steps in spans: out[row,:steps] = seqs[i][start:start+steps]
         batch.append(out)
-    return tuple(batch)
+    return self._given(batch)
 
 # %% ../../nbs/sequences/01_windows.ipynb #195ddc85
 class _Pieces(Sequences):
@@ -217,7 +236,7 @@ def gather(self:SequenceWindows,
     if self.in_files: return self.read(idxs, np.zeros_like(idxs), np.full(len(idxs), self.win_sz))
     seq,start = self.locate(idxs)
     batch = (_cut_windows(seqs, seq, start, self.win_sz) for seqs in self.arrays)
-    return tuple(o.to(self.dtype) if o.is_floating_point() else o for o in batch)
+    return self._given(o.to(self.dtype) if o.is_floating_point() else o for o in batch)
 
 # %% ../../nbs/sequences/01_windows.ipynb #556a40e1
 class SequenceParts(_Pieces):
