@@ -19,6 +19,11 @@ from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.sequences.windows import Sequences
 
 from_arrays,from_df,from_hdf5 = (getattr(SequenceDataLoaders, o) for o in ('from_arrays', 'from_df', 'from_hdf5'))
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close('all')
+
 VOCAB = ['fault', 'idle', 'run']
 
 def steps(n=900, seed=0):
@@ -235,6 +240,22 @@ def test_predictions_for_new_data_by_a_learner_that_was_exported(kind, tmp_path)
             targs = o.get_preds(dl=o.dls.test_dl(list(zip(X, y)), with_labels=True))[1]
         assert np.array(list(o.dls.vocab))[targs].tolist()==np.array(y).tolist()
 
+def test_new_sequences_of_unequal_length_have_a_prediction_for_each_step():
+    learn = fit(RNNLearner(step_loaders('stream'), hidden_size=8, metrics=accuracy))
+    u,y = steps(200, seed=3)
+    dl = learn.dls.test_dl([(u[:120], y[:120]), (u[120:], y[120:])], with_labels=True)
+    with learn.no_bar(), torch.no_grad():
+        preds,targs = learn.get_preds(dl=dl)
+        expected = torch.cat([learn.model.eval()(torch.from_numpy(o[None]).float())[0] for o in (u[:120], u[120:])])
+        assert learn.validate(dl=dl)[1]==pytest.approx((expected.argmax(-1)==targs).double().mean().item(), abs=1e-6)
+    torch.testing.assert_close(preds, expected.softmax(-1))
+    np.testing.assert_array_equal(targs, codes(y))
+
+@pytest.mark.parametrize('kind', ['windows', 'stream', 'sequences'])
+def test_the_search_for_a_learning_rate_runs(kind):
+    learn = RNNLearner(sequence_loaders(shuffle=True) if kind=='sequences' else step_loaders(kind), hidden_size=8)
+    with learn.no_bar(), learn.no_logging(): assert 0<learn.lr_find(num_it=30, show_plot=False).valley
+
 def a_frame(**kwargs): return frame().assign(**kwargs)
 def from_frame(df, **kwargs): return from_df(df, 'u', 'state', group='pump', **kwargs)
 X,Y = many()
@@ -264,6 +285,9 @@ U,S = steps()
     (lambda: from_frame(a_frame(), one_label=True, valid_groups=['x'], win_sz=50), ValueError, r"Group 'x' has the labels \['fault', 'idle', 'run'\], but one_label"),
     (lambda: from_frame(a_frame(), one_label=True, win_sz=50), ValueError, 'Hold back groups by valid_groups'),
     (lambda: from_frame(a_frame(state=1.), one_label=True, valid_groups=['x'], win_sz=50), ValueError, 'target is a number: give vocab'),
+    (lambda: Sequences(U, S), TypeError, 'Labels as targets become numbers of classes in SequenceDataLoaders.from_arrays'),
+    (lambda: SequenceDataLoaders.from_sequences(Sequences(U, codes(S)).classify(VOCAB), Sequences(U, codes(S)).classify(VOCAB[::-1])), ValueError, 'The labels are .*in training'),
+    (lambda: SequenceDataLoaders.from_sequences(Sequences(U, codes(S)).classify(VOCAB), Sequences(U, codes(S))), ValueError, 'None, one_label=False in validation'),
     (lambda: RNNLearner(step_loaders('windows'), loss_func=nn.L1Loss()), TypeError, 'the loss is L1Loss'),
     (lambda: RNNLearner(step_loaders('windows'), loss_func=MSELossFlat()), TypeError, 'the loss is MSELoss'),
     (lambda: RNNLearner(sequence_loaders(), loss_func=nn.MSELoss()), TypeError, 'the loss is MSELoss'),

@@ -52,6 +52,9 @@ def _check_same_kind(train, valid):
         a,b = _kind(a[0]),_kind(b[0])
         if a!=b: raise ValueError(
             f"{name} is {a} in training and {b} in validation: expected the same channels and type.")
+    (a,one_a),(b,one_b) = ((None if o.vocab is None else list(o.vocab), o.one_label) for o in (train, valid))
+    if (a,one_a)!=(b,one_b): raise ValueError(
+        f"The labels are {a}, one_label={one_a} in training, and {b}, one_label={one_b} in validation: expected the same.")
 
 def _check_pair(valid):
     is_pair = isinstance(valid, (tuple,list)) and len(valid)==2

@@ -149,9 +149,9 @@ def _shared(name, seq):
             return t
     except (TypeError,ValueError) as e:
         kind = getattr(seq, 'dtype', type(seq).__name__)
-        raise TypeError(
-            f"{name} is an array of {kind} that torch cannot share ({e}). "
-            "Pass np.ascontiguousarray(a, dtype=np.float32), or another type of torch's.") from None
+        remedy = "Pass np.ascontiguousarray(a, dtype=np.float32), or another type of torch's."
+        if getattr(kind, 'kind', 'U') in 'US': remedy = "Labels as targets become numbers of classes in SequenceDataLoaders.from_arrays."
+        raise TypeError(f"{name} is an array of {kind} that torch cannot share ({e}). {remedy}") from None
 
 def _as_sequence(name, seq):
     if isinstance(seq, FileArray): return seq
