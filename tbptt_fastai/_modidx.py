@@ -288,6 +288,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'tbptt_fastai/loaders/dataloaders.py'),
                                                   'tbptt_fastai.loaders.dataloaders.SequenceDataLoaders._encoded': ( 'loaders/dataloaders.html#sequencedataloaders._encoded',
                                                                                                                      'tbptt_fastai/loaders/dataloaders.py'),
+                                                  'tbptt_fastai.loaders.dataloaders.SequenceDataLoaders._has_classes': ( 'loaders/dataloaders.html#sequencedataloaders._has_classes',
+                                                                                                                         'tbptt_fastai/loaders/dataloaders.py'),
                                                   'tbptt_fastai.loaders.dataloaders.SequenceDataLoaders.from_arrays': ( 'loaders/dataloaders.html#sequencedataloaders.from_arrays',
                                                                                                                         'tbptt_fastai/loaders/dataloaders.py'),
                                                   'tbptt_fastai.loaders.dataloaders.SequenceDataLoaders.from_df': ( 'loaders/dataloaders.html#sequencedataloaders.from_df',

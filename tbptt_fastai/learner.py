@@ -39,14 +39,14 @@ def _kind(o): return f'{tuple(o.shape)} {o.dtype}' if isinstance(o, Tensor) else
 def _is_real(o): return isinstance(o, Tensor) and o.is_floating_point()
 def _is_signal(o): return _is_real(o) and o.ndim==2
 
+
+# %% ../nbs/learner.ipynb #393dbaa2
 def _make_real(dl):
     "What to do with integers, by the name of their column"
     names = getattr(getattr(dl, 'dataset', None), 'y_names', None)
     target = 'the targets' if names is None else f'column {L(names)[0]!r}'
     return f"For a regression make {target} real by .astype(float)"
 
-
-# %% ../nbs/learner.ipynb #393dbaa2
 def _labels(dls): return getattr(dls.train.dataset, 'vocab', None)
 
 def _signals(dls):
@@ -117,7 +117,7 @@ def default_loss(
 ):
     """The loss that the dataset names, or the mean absolute error for real targets
 
-    Several outputs, if their deviations in training differ, are each measured in units of their deviation (`ScaledL1Loss`)"""
+    Several outputs whose deviations in training differ are each in units of their deviation (`ScaledL1Loss`)"""
     dl = dls.train
     loss_func = getattr(dl.dataset, 'loss_func', None)
     if loss_func is not None: return loss_func
@@ -128,7 +128,7 @@ def default_loss(
         f"pass loss_func, such as CrossEntropyLossFlat(). {_make_real(dl)}.")
     if scale_y is None: scale_y = _target_scaling(dl, item)
     if scale_y is None or len(scale_y.std.unique())<2: return nn.L1Loss()
-    return ScaledL1Loss(scale_y.std)
+    return ScaledL1Loss(scale_y.std.to(getattr(dls, 'device', None) or 'cpu'))
 
 
 # %% ../nbs/learner.ipynb #ad8852f5
@@ -139,12 +139,15 @@ def check_targets(
     dls, # `DataLoaders`
     loss_func, # The loss that was asked for
 ):
-    "A `TypeError` if a loss for real numbers is given for integers; losses that flatten, such as `MSELossFlat`, are right"
+    """A `TypeError` if a loss for real numbers is given for integers
+
+    Losses that flatten, such as `MSELossFlat`, are right, but for classes with a vocabulary."""
     item = first_item(dls.train)
     y = item[-1] if isinstance(item, (tuple,list)) else None
     if not isinstance(y, Tensor) or _is_real(y): return
     is_class,flat = _labels(dls) is not None,getattr(loss_func, 'func', None)
-    is_distance = isinstance(loss_func, _DISTANCES) or loss_func in _FUNCTIONS or is_class and isinstance(flat, _DISTANCES)
+    is_distance = isinstance(loss_func, _DISTANCES) or loss_func in _FUNCTIONS
+    if is_class: is_distance = is_distance or isinstance(flat, _DISTANCES)
     if not is_distance or y.ndim!=1 and not is_class: return
     name = getattr(loss_func, '__name__', type(flat or loss_func).__name__)
     raise TypeError(
@@ -205,7 +208,7 @@ def TbpttLearner(
     truncation:Truncation=None, # Another scheme than sub-windows of one length, such as `Overlap` or your own
     n_skip:int=0, # Washout: first steps of each window that count neither in loss nor in metrics
     grad_clip:float=None, # Largest norm of the gradient; default: no clipping
-    loss_func=None, # Default: the dataset's own, or `nn.L1Loss()` for real targets, of several outputs in units of their deviations
+    loss_func=None, # Default: that of `default_loss`: the dataset's own, or the mean absolute error
     opt_func=FusedAdam, # Optimizer; the default is fastai's `Adam` by a fused kernel
     cbs=None, # More callbacks
     num_threads:int=None, # Threads of the CPU; default: PyTorch's, and a hint if one is several times as fast

@@ -56,6 +56,11 @@ def test_more_channels_than_steps_are_refused_unless_a_list_or_their_names_say_s
     o = to(noise(120, 200))
     with pytest.raises(ValueError, match=r'has shape \(120, 200\).*Pass list\([xy](\.to_numpy\(\))?\) for 120 sequences of 200 steps'): make(o)
 
+def test_few_channels_may_be_more_than_the_steps_as_well():
+    for shape in ((5,20), (1,2)):
+        with pytest.raises(ValueError, match=rf'has shape \({shape[0]}, {shape[1]}\): is it one sequence'): Sequences(noise(*shape))
+    assert len(Sequences(noise(20, 20)))==1
+
 def test_as_a_list_or_with_names_they_are_channels():
     Z,names = noise(120, 200),[f'c{i}' for i in range(200)]
     assert len(Sequences(list(Z)))==120 and len(Sequences([Z]))==1 and len(Sequences(Z, x_names=names))==1
@@ -114,6 +119,13 @@ def test_a_distance_to_integers_is_refused_with_their_column(name, loss):
         with pytest.raises(TypeError, match=r"torch.int(64|32).*column 'visits' real by .astype\(float\)"): make(LOADERS[name]('int64'))
     with pytest.raises(TypeError, match=r"column 'visits' real"): TbpttLearner(LOADERS[name]('int32'), net(), loss_func=loss)
     TbpttLearner(LOADERS[name](float), net(), loss_func=loss)
+
+def test_integers_in_files_are_named_by_their_dataset(tmp_path):
+    h5py = pytest.importorskip('h5py')
+    with h5py.File(tmp_path/'a.h5', 'w') as f: f['u'],f['visits'] = visits().u.to_numpy(),visits().visits.to_numpy()
+    dls = from_hdf5([tmp_path/'a.h5'], 'u', 'visits', sub_seq_len=20)
+    for make in (lambda: TbpttLearner(dls, net(), loss_func=nn.L1Loss()), lambda: RNNLearner(dls, loss_func=nn.MSELoss())):
+        with pytest.raises(TypeError, match="make column 'visits' real by .astype"): make()
 
 def test_without_a_loss_the_message_says_both_ways():
     for dls in (LOADERS['from_df']('int64'), LOADERS['from_arrays']('uint8')):

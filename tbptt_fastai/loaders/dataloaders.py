@@ -54,8 +54,11 @@ def _check_same_kind(train, valid):
             f"{name} is {a} in training and {b} in validation: expected the same channels and type.")
     (a,one_a),(b,one_b) = ((None if o.vocab is None else list(o.vocab), o.one_label) for o in (train, valid))
     if (a,one_a)!=(b,one_b): raise ValueError(
-        f"The labels are {a}, one_label={one_a} in training, and {b}, one_label={one_b} in validation: expected the same.")
+        f"The labels are {a}, one_label={one_a} in training, and {b}, one_label={one_b} in validation: "
+        "expected the same.")
 
+
+# %% ../../nbs/loaders/06_dataloaders.ipynb #30c556f4
 def _check_pair(valid):
     is_pair = isinstance(valid, (tuple,list)) and len(valid)==2
     if not is_pair: raise ValueError(f"valid is {_kind(valid)}; expected a pair (x, y).")
@@ -103,7 +106,8 @@ class SequenceDataLoaders(DataLoaders):
         train.split_idx,valid.split_idx = 0,1 # random transforms are for training only
         in_memory = all(isinstance(o, SequenceWindows) and not o.in_files for o in (train, valid))
         if train.one_label and not in_memory: raise ValueError(
-            "One label for each sequence needs windows of one length, in memory: give win_sz, or read files as arrays first.")
+            "One label for each sequence needs windows of one length, in memory: "
+            "give win_sz, or read files as arrays first.")
         kw = dict(bs=check_steps('bs', bs), sub_seq_len=sub_seq_len, shuffle=shuffle, num_workers=num_workers, **kwargs)
         train_dl = (TbpttDL if in_memory else StreamDL)(train, **kw)
         whole = dict(sub_seq_len=None) if in_memory else {}
@@ -123,24 +127,28 @@ class SequenceDataLoaders(DataLoaders):
         items = one_or_many('test_items', test_items, tuple(self.valid_ds.arrays[0][0].shape[1:]))
         xy,dtype,like = self._encoded(*_as_xy(items, with_labels), encoded),self.valid_ds.dtype,self.valid_ds
         whole = Sequences(*xy, dtype=dtype)
-        def classified(ds): return ds if like.vocab is None or isinstance(like, TextRows) else ds.classify(like.vocab, like.one_label)
+        def classified(ds): return ds.classify(like.vocab, like.one_label) if self._has_classes else ds
         if not whole.in_files and len(set(whole.lengths))==1:
             windows = classified(SequenceWindows(*xy, check=False, dtype=dtype))
             return self.valid.new(windows, cls=TbpttDL, **{**dict(sub_seq_len=None), **kwargs})
         if like.one_label: raise ValueError(
-            f"The sequences have {min(whole.lengths)} to {max(whole.lengths)} steps, but one prediction is made for each: "
-            "give sequences of one length, in memory, at a time.")
+            f"The sequences have {min(whole.lengths)} to {max(whole.lengths)} steps, "
+            "but one prediction is made for each: give sequences of one length, in memory, at a time.")
         steps = self.valid.sub_seq_len if whole.in_files else None
         if steps: steps = min(steps, int(whole.lengths.max()))
         settings = dict(bs=self.valid.bs, sub_seq_len=steps, device=self.device, after_batch=self.valid.after_batch)
         return StreamDL(classified(whole), **{**settings, **kwargs})
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #28fe91bb
+@patch(as_prop=True)
+def _has_classes(self:SequenceDataLoaders):
+    return self.valid_ds.vocab is not None and not isinstance(self.valid_ds, TextRows)
+
 @patch
 def _encoded(self:SequenceDataLoaders, x, y, encoded):
     "Inputs and targets; labels as numbers of classes"
+    if y is None or not self._has_classes: return x,y
     vocab = self.valid_ds.vocab
-    if y is None or vocab is None or isinstance(self.valid_ds, TextRows): return x,y
     codes,_ = encode_sequences('y', y, x, range(len(vocab)) if encoded else list(vocab))
     return x,codes
 
@@ -156,21 +164,23 @@ def _find_labels(x, y, valid, vocab):
         raise ValueError(
             f"y has one number for each of {len(x)} sequences. For classes give vocab, all labels that there are; "
             "for a regression repeat each number at every step: np.full(len(x), y).")
-    if not all(map(are_labels, arrays)): raise TypeError("y has labels and numbers: expected one kind in all sequences.")
+    if not all(map(are_labels, arrays)): raise TypeError(
+        "y has labels and numbers: expected one kind in all sequences.")
     return check_vocab(find_vocab(arrays))
 
 def _as_classes(x, y, valid, vocab):
-    "Targets of both sets, as numbers of classes if they are labels; the vocabulary; is there one label for each sequence?"
+    "Targets of both sets, as numbers of classes if they are labels; the vocabulary; has each sequence one label?"
     if valid is not None: _check_pair(valid)
     vocab = None if y is None else _find_labels(x, y, valid, vocab)
     if vocab is None: return y,valid,None,False
     y,one_label = encode_sequences('y', y, x, vocab)
     if one_label and valid is None: raise ValueError(
-        "There is one label for each sequence: the end of a sequence that is trained on would say nothing about others. "
+        "There is one label for each sequence: the end of one that is trained on would say nothing about others. "
         "Give valid=(x, y), sequences of their own.")
     if valid is None: return y,None,vocab,one_label
     y_valid,one_too = encode_sequences('valid_y', valid[1], valid[0], vocab)
-    if one_label!=one_too: raise ValueError("Labels are for each sequence in one of y and valid_y, for each step in the other.")
+    if one_label!=one_too: raise ValueError(
+        "Labels are for each sequence in one of y and valid_y, for each step in the other.")
     return y,(valid[0],y_valid),vocab,one_label
 
 
@@ -229,7 +239,8 @@ def from_arrays(cls:SequenceDataLoaders,
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #e1be4971
 def _check_one_label(vocab, valid_groups):
-    if vocab is None: raise ValueError("one_label is True, but the target is a number: give vocab, or make the column a category.")
+    if vocab is None: raise ValueError(
+        "one_label is True, but the target is a number: give vocab, or make the column a category.")
     if valid_groups is None: raise ValueError(
         "There is one label for each group: the end of a group that is trained on would say nothing about others. "
         "Hold back groups by valid_groups.")
@@ -249,7 +260,7 @@ def from_df(cls:SequenceDataLoaders,
     dtype:torch.dtype=torch.float32, # Type of the numbers in a batch
     dt:float=None, # Seconds per step
     vocab:list=None, # All labels, if the target is a class; default: those of strings or categories
-    one_label:bool=False, # Is there one label for each group, and so for each window of `win_sz` steps, not for each row?
+    one_label:bool=False, # Is there one label for each group, and so for each of its windows, not for each row?
     **kwargs
 ):
     """One sequence for each group of a data frame.

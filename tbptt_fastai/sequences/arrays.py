@@ -150,7 +150,8 @@ def _shared(name, seq):
     except (TypeError,ValueError) as e:
         kind = getattr(seq, 'dtype', type(seq).__name__)
         remedy = "Pass np.ascontiguousarray(a, dtype=np.float32), or another type of torch's."
-        if getattr(kind, 'kind', 'U') in 'US': remedy = "Labels as targets become numbers of classes in SequenceDataLoaders.from_arrays."
+        is_text = getattr(kind, 'kind', 'U') in 'US'
+        if is_text: remedy = "Labels as targets become numbers of classes in SequenceDataLoaders.from_arrays."
         raise TypeError(f"{name} is an array of {kind} that torch cannot share ({e}). {remedy}") from None
 
 def _as_sequence(name, seq):
@@ -184,7 +185,7 @@ def as_sequences(
 _MANY = 32 # channels that may be the steps of so many sequences
 
 def _check_axes(name, o, certain):
-    "Is an array with more than one axis a single sequence? What is not likely is refused, what may not be has a warning"
+    "Is an array with more than one axis one sequence? Refuse what is not likely, warn of what may not be"
     shape = tuple(o.shape)
     if certain or len(shape)==2 and shape[1]<_MANY and shape[1]<=shape[0]: return
     n,steps = shape[:2]
@@ -272,7 +273,8 @@ def channel_stats(
     if (n==0).any():
         i = int((n==0).nonzero()[0])
         channel = i if channels is None or len(channels)!=len(n) else repr(channels[i])
-        raise ValueError(f"Channel {channel} of {name} has no finite value in {sum(map(len, seqs))} steps: leave it out.")
+        raise ValueError(
+            f"Channel {channel} of {name} has no finite value in {sum(map(len, seqs))} steps: leave it out.")
     mean = sum(torch.where(ok, o, 0).sum(0) for o,ok in parts())/n
     return mean,(sum(torch.where(ok, (o-mean)**2, 0).sum(0) for o,ok in parts())/n).sqrt()
 

@@ -66,11 +66,13 @@ def encode_column(
     y, # Column of the targets, or a list of columns
     vocab=None, # All labels; default: those of a column of strings or categories, as `find_vocab` has them
 )->tuple: # The frame, in which labels are numbers of classes, and the vocabulary, or `None` if targets are numbers
-    "The labels of a column as numbers of classes; what is no data frame, or has no such column, is left for `group_sequences` to name"
+    "The labels of a column as numbers of classes; what is wrong with the frame is left for `group_sequences` to name"
     columns = _as_list(y)
-    if not isinstance(df, pd.DataFrame) or not df.columns.is_unique or any(c not in df.columns for c in columns): return df,vocab
+    has_columns = isinstance(df, pd.DataFrame) and df.columns.is_unique and set(columns)<=set(df.columns)
+    if not has_columns: return df,vocab
     if vocab is None and not any(are_labels(df[c]) for c in columns): return df,None
-    if len(columns)>1: raise ValueError(f"y is {columns}: expected one column of labels. Join them to one, or train a model for each.")
+    if len(columns)>1: raise ValueError(
+        f"y is {columns}: expected one column of labels. Join them to one, or train a model for each.")
     col = df[columns[0]]
     _refuse(col.isna(), df, None, lambda i: f"has no label in column {columns[0]!r}. Fill or drop such rows.")
     vocab = check_vocab(find_vocab([col]) if vocab is None else vocab)

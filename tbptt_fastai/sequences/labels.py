@@ -52,11 +52,14 @@ def encode(
 )->np.ndarray: # int64 `(n,)`
     "The number of each label in the vocabulary; a `ValueError` names one that is missing or not there"
     values = _values(labels)
-    if values.ndim!=1: raise ValueError(f"{name} has labels of shape {values.shape}; expected one label for each step, (time,).")
+    if values.ndim!=1: raise ValueError(
+        f"{name} has labels of shape {values.shape}; expected one label for each step, (time,).")
     codes = pd.Index(vocab).get_indexer(pd.Index(values))
     wrong = np.flatnonzero(codes<0)
-    if len(wrong): raise ValueError(
-        f"{name} has {values[wrong[:1]].tolist()[0]!r} at {wrong[0]}, which is not in the vocabulary of {len(vocab)}: {vocab[:10]}.")
+    if len(wrong):
+        first = values[wrong[:1]].tolist()[0]
+        raise ValueError(
+            f"{name} has {first!r} at {wrong[0]}, which is not in the vocabulary of {len(vocab)}: {vocab[:10]}.")
     return codes.astype(np.int64)
 
 

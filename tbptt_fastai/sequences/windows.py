@@ -61,7 +61,8 @@ class Sequences:
         if not check: return
         for name,seqs in zip('xy', self.arrays): check_finite(name, seqs, dtype, self.groups)
 
-    def _sequences(self, name, seqs, names): return as_sequences(name, one_or_many(name, seqs, named(names), self.win_sz))
+    def _sequences(self, name, seqs, names):
+        return as_sequences(name, one_or_many(name, seqs, named(names), self.win_sz))
 
     def __len__(self): return len(self.steps)
 
