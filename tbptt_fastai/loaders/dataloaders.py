@@ -11,13 +11,14 @@ from functools import partial
 from glob import glob
 from inspect import signature
 from pathlib import Path
-import torch
+import torch, warnings
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from fastcore.meta import delegates
-from ..sequences.arrays import HDF5Array
-from ..sequences.frames import group_sequences, split_groups
+from ..sequences.arrays import HDF5Array, named, one_or_many
+from ..sequences.frames import check_one_label, encode_column, group_sequences, split_groups
+from ..sequences.labels import are_labels, by_sequence, check_vocab, encode_sequences, find_vocab
 from .windows import TbpttDL
 from .streams import StreamDL
 from ..sequences.text import TextRows
@@ -32,6 +33,7 @@ def split_by_time(
     "Hold back the last part of every sequence for validation"
     if not 0<valid_pct<1: raise ValueError(
         f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
+    seqs = one_or_many('seqs', seqs)
     cuts = [(s, len(s)-int(len(s)*valid_pct)) for s in seqs]
     for i,(s,n) in enumerate(cuts):
         if n==len(s): raise ValueError(
@@ -51,15 +53,26 @@ def _check_same_kind(train, valid):
         if a!=b: raise ValueError(
             f"{name} is {a} in training and {b} in validation: expected the same channels and type.")
     check_same_channels(valid, train)
+    (a,one_a),(b,one_b) = ((None if o.vocab is None else list(o.vocab), o.one_label) for o in (train, valid))
+    if (a,one_a)!=(b,one_b): raise ValueError(
+        f"The labels are {a}, one_label={one_a} in training, and {b}, one_label={one_b} in validation: "
+        "expected the same.")
 
+
+# %% ../../nbs/loaders/06_dataloaders.ipynb #30c556f4
 def _check_pair(valid):
     is_pair = isinstance(valid, (tuple,list)) and len(valid)==2
     if not is_pair: raise ValueError(f"valid is {_kind(valid)}; expected a pair (x, y).")
 
+def _valid_pair(valid, train, win_sz):
+    "Lists of sequences for x and y"
+    def as_list(name, o, like): return one_or_many(f'valid_{name}', o, tuple(like[0].shape[1:]), win_sz)
+    return [as_list(*o) for o in zip('xy', valid, train.arrays)]
+
+
 # %% ../../nbs/loaders/06_dataloaders.ipynb #2f162a5f
 def _as_xy(items, with_labels):
-    "Inputs, and targets or `None`, of one sequence, a list of such, or a list of pairs"
-    items = items if isinstance(items, (list,tuple)) else [items]
+    "Inputs, and targets or `None`, of a list of sequences or of pairs"
     x,*y = zip(*(o if isinstance(o, tuple) else (o,) for o in items))
     if any(isinstance(o, str) for o in x): raise TypeError(
         "Text is not predicted but gone on with: use sample_text(learn, prompt).")
@@ -93,6 +106,9 @@ class SequenceDataLoaders(DataLoaders):
         train,valid = copy(train),copy(valid)
         train.split_idx,valid.split_idx = 0,1 # random transforms are for training only
         in_memory = all(isinstance(o, SequenceWindows) and not o.in_files for o in (train, valid))
+        if train.one_label and not in_memory: raise ValueError(
+            "One label for each sequence needs windows of one length, in memory: "
+            "give win_sz, or read files as arrays first.")
         kw = dict(bs=check_steps('bs', bs), sub_seq_len=sub_seq_len, shuffle=shuffle, num_workers=num_workers, **kwargs)
         train_dl = (TbpttDL if in_memory else StreamDL)(train, **kw)
         whole = dict(sub_seq_len=None) if in_memory else {}
@@ -101,8 +117,11 @@ class SequenceDataLoaders(DataLoaders):
         return cls(train_dl, valid_dl, path=path, device=default_device() if device is None else device)
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #c02e9ab1
-def _check_windows(lengths):
+def _check_windows(lengths, one_label):
     "A `ValueError` unless sequences can be the windows of a batch"
+    if len(set(lengths))>1 and one_label: raise ValueError(
+        f"The sequences have {min(lengths)} to {max(lengths)} steps, "
+        "but one prediction is made for each: give sequences of one length, in memory, at a time.")
     if len(set(lengths))>1: raise ValueError(
         f"The sequences have {min(lengths)} to {max(lengths)} steps, the learner was trained on windows of one length, and has "
         "predictions (sequences, time, ...). Give one sequence at a time, or dls.test_dl(..., as_stream=True): predictions "
@@ -119,22 +138,72 @@ def test_dl(self:SequenceDataLoaders,
     """A loader for new data, as `predict` and `Interpretation` ask for it
 
     One sequence that is not in a list is one whole window; several are windows, or read by a `StreamDL`."""
-    kwargs.pop('process', None)
-    of_streams,given = isinstance(self.valid, StreamDL),isinstance(test_items, Sequences)
-    xy,dtype = None if given else _as_xy(test_items, with_labels),self.valid_ds.dtype
-    whole = test_items if given else Sequences(*xy, dtype=dtype)
-    check_same_channels(whole, self.valid_ds)
+    encoded = kwargs.pop('process', None) is not None # items of a dataset, as `Interpretation` gives them
+    of_streams,given,like = isinstance(self.valid, StreamDL),isinstance(test_items, Sequences),self.valid_ds
+    xy = None if given else self._new_pair(test_items, with_labels, encoded)
+    whole = test_items if given else Sequences(*xy, dtype=like.dtype)
+    check_same_channels(whole, like)
     one = not isinstance(test_items, (list,tuple,Sequences)) or rm_type_tfms is not ... and len(test_items)==1
     if as_stream is None: as_stream = of_streams and not one or whole.in_files and not given
-    if not as_stream: _check_windows(whole.lengths)
+    if not as_stream or like.one_label: _check_windows(whole.lengths, like.one_label)
     if given and as_stream==of_streams: return self.valid.new(whole, **kwargs)
     if not as_stream:
-        windows = whole if given else SequenceWindows(*xy, check=False, dtype=dtype)
+        windows = whole if given else self._with_classes(SequenceWindows(*xy, check=False, dtype=like.dtype))
         return self.valid.new(windows, cls=TbpttDL, **{**dict(sub_seq_len=None), **kwargs})
     steps = self.valid.sub_seq_len if whole.in_files else None
     if steps: steps = min(steps, int(whole.lengths.max()))
     settings = dict(bs=self.valid.bs, sub_seq_len=steps, device=self.device, after_batch=self.valid.after_batch)
-    return StreamDL(whole, **{**settings, **kwargs})
+    return StreamDL(whole if given else self._with_classes(whole), **{**settings, **kwargs})
+
+# %% ../../nbs/loaders/06_dataloaders.ipynb #28fe91bb
+@patch(as_prop=True)
+def _has_classes(self:SequenceDataLoaders):
+    return self.valid_ds.vocab is not None and not isinstance(self.valid_ds, TextRows)
+
+@patch
+def _with_classes(self:SequenceDataLoaders, ds):
+    return ds.classify(self.valid_ds.vocab, self.valid_ds.one_label) if self._has_classes else ds
+
+@patch
+def _new_pair(self:SequenceDataLoaders, items, with_labels, encoded):
+    "Inputs and targets of new data; labels as numbers of classes"
+    items = one_or_many('test_items', items, tuple(self.valid_ds.arrays[0][0].shape[1:]))
+    x,y = _as_xy(items, with_labels)
+    if y is None or not self._has_classes: return x,y
+    vocab = self.valid_ds.vocab
+    codes,_ = encode_sequences('y', y, x, range(len(vocab)) if encoded else list(vocab))
+    return x,codes
+
+# %% ../../nbs/loaders/06_dataloaders.ipynb #81789015
+def _find_labels(x, y, valid, vocab):
+    "The vocabulary of labels, or `None` if targets are numbers"
+    if vocab is not None: return check_vocab(vocab)
+    arrays,one_each = by_sequence(y, x)
+    if valid is not None and valid[1] is not None: arrays = arrays+by_sequence(valid[1], valid[0])[0]
+    if not any(map(are_labels, arrays)):
+        if not one_each: return None
+        raise ValueError(
+            f"y has one number for each of {len(x)} sequences. For classes give vocab, all labels that there are; "
+            "for a regression repeat each number at every step: np.full(len(x), y).")
+    if not all(map(are_labels, arrays)): raise TypeError(
+        "y has labels and numbers: expected one kind in all sequences.")
+    return check_vocab(find_vocab(arrays))
+
+def _as_classes(x, y, valid, vocab):
+    "Targets of both sets, as numbers of classes if they are labels; the vocabulary; has each sequence one label?"
+    if valid is not None: _check_pair(valid)
+    vocab = None if y is None else _find_labels(x, y, valid, vocab)
+    if vocab is None: return y,valid,None,False
+    y,one_label = encode_sequences('y', y, x, vocab)
+    if one_label and valid is None: raise ValueError(
+        "There is one label for each sequence: the end of one that is trained on would say nothing about others. "
+        "Give valid=(x, y), sequences of their own.")
+    if valid is None: return y,None,vocab,one_label
+    y_valid,one_too = encode_sequences('valid_y', valid[1], valid[0], vocab)
+    if one_label!=one_too: raise ValueError(
+        "Labels are for each sequence in one of y and valid_y, for each step in the other.")
+    return y,(valid[0],y_valid),vocab,one_label
+
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #aa86f2d1
 @patch(cls_method=True)
@@ -143,7 +212,7 @@ def from_arrays(cls:SequenceDataLoaders,
     # Inputs: array `(time,)` or `(time, channels)`, or a list of such;
     # torch, numpy, `np.memmap`, HDF5, zarr or another array that can be sliced
     x,
-    y, # Targets, as long as the inputs
+    y, # Targets, as long as the inputs; of classes, one label for each sequence of a list, too
     valid:tuple=None, # `(x, y)` of the validation set; default: the last `valid_pct` of each sequence
     valid_pct:float=.2, # Share of each sequence for validation, if `valid` is not given
     win_sz:int=None, # Steps of a window; default: the whole sequence
@@ -158,27 +227,32 @@ def from_arrays(cls:SequenceDataLoaders,
     x_names=None, # Names, with units, of the input channels
     y_names=None, # Names, with units, of the target channels
     dt:float=None, # Seconds per step
+    vocab:list=None, # All labels, if targets are classes; default: those of strings or categories, sorted
     **kwargs # As for `from_sequences`
 ):
     "Sequences of inputs and targets, whole or in windows, with the end of each held back for validation"
-    if valid is not None: _check_pair(valid)
     if y is None: raise ValueError("y is None: training needs targets. For prediction alone use test_dl.")
+    x = one_or_many('x', x, named(x_names), win_sz)
+    y,valid,vocab,one_label = _as_classes(x, y, valid, vocab)
+    y = one_or_many('y', y, named(y_names), win_sz)
     kw = dict(dtype=dtype, x_names=x_names, y_names=y_names, dt=dt)
     # what is wrong is named as it was given, before it is split
     train = Sequences(x, y, groups=groups, check=check, **kw)
+    if valid is not None: valid = _valid_pair(valid, train, win_sz)
     kw['check'] = check and valid is not None
     if valid is None: kw.update(x_names=train.x_names, y_names=train.y_names) # its parts are no frames
     if valid is None:
         (x,x_valid),(y,y_valid) = (split_by_time(o, valid_pct) for o in train.arrays)
         valid,valid_groups = (x_valid,y_valid),groups
-    are_long = groups is not None or train.in_files or len(set(train.lengths))>1
+    are_long = not one_label and (groups is not None or train.in_files or len(set(train.lengths))>1)
     whole = win_sz is None and are_long
     if whole and (stp_sz is not None or valid_stp_sz is not None): raise ValueError(
         f"stp_sz is {stp_sz}, valid_stp_sz {valid_stp_sz}, but sequences are taken whole: give win_sz as well.")
-    def dataset(xy, stp, groups):
+    def made(xy, stp, groups):
         if whole: return Sequences(*xy, groups=groups, **kw)
-        if train.in_files and stp is None: return SequenceParts(*xy, win_sz, groups=groups, **kw)
+        if train.in_files and stp is None and not one_label: return SequenceParts(*xy, win_sz, groups=groups, **kw)
         return SequenceWindows(*xy, win_sz, stp, groups=groups, **kw)
+    def dataset(*args): return made(*args) if vocab is None else made(*args).classify(vocab, one_label)
     longest = train.lengths.max()
     if train.in_files and win_sz is not None and win_sz>longest: raise ValueError(
         f"win_sz is {win_sz}, but the longest sequence has {longest} steps. Use a shorter window.")
@@ -186,6 +260,13 @@ def from_arrays(cls:SequenceDataLoaders,
     return cls.from_sequences(train_ds, valid_ds, **kwargs)
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #e1be4971
+def _check_one_label(vocab, valid_groups):
+    if vocab is None: raise ValueError(
+        "one_label is True, but the target is a number: give vocab, or make the column a category.")
+    if valid_groups is None: raise ValueError(
+        "There is one label for each group: the end of a group that is trained on would say nothing about others. "
+        "Hold back groups by valid_groups.")
+
 @patch(cls_method=True)
 @delegates(SequenceDataLoaders.from_sequences, but=['train', 'valid'])
 def from_df(cls:SequenceDataLoaders,
@@ -200,19 +281,26 @@ def from_df(cls:SequenceDataLoaders,
     win_sz:int=None,
     dtype:torch.dtype=torch.float32, # Type of the numbers in a batch
     dt:float=None, # Seconds per step
+    vocab:list=None, # All labels, if the target is a class; default: those of strings or categories
+    one_label:bool=False, # Is there one label for each group, and so for each of its windows, not for each row?
     **kwargs
 ):
     """One sequence for each group of a data frame.
 
     `dls.valid_ds.index` says which row of the frame each step, and so each prediction, belongs to"""
+    df,vocab = encode_column(df, y, vocab)
+    if one_label: _check_one_label(vocab, valid_groups)
     make = Sequences if win_sz is None else partial(SequenceParts, win_sz=win_sz)
+    if one_label: make = partial(SequenceWindows, win_sz=win_sz)
     kw = dict(dtype=dtype, x_names=x, y_names=y, dt=dt, check=dtype!=torch.float64)
     def dataset(sequences):
         xs,ys,index = zip(*sequences.values())
         ds = make(list(xs), list(ys), groups=list(sequences), **kw)
-        ds.index = index[0].append(list(index[1:]))
-        return ds
-    train,valid = split_groups(group_sequences(df, x, y, group, time), valid_pct, valid_groups)
+        if not one_label: ds.index = index[0].append(list(index[1:]))
+        return ds if vocab is None else ds.classify(vocab, one_label)
+    sequences = group_sequences(df, x, y, group, time)
+    if one_label: check_one_label(sequences, vocab)
+    train,valid = split_groups(sequences, valid_pct, valid_groups)
     return cls.from_sequences(dataset(train), dataset(valid), **kwargs)
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #10e86616
@@ -221,6 +309,14 @@ def _files(files):
     found = sorted(glob(str(files), recursive=True)) if isinstance(files, (str,Path)) else list(files)
     if not found: raise FileNotFoundError(f"There is no file {str(files)!r}.")
     return found
+
+def _check_hdf5(name, arrays, names):
+    "A warning if the steps of a recording may be taken for its channels"
+    o = arrays[0]
+    if len(o.shape)<2 or not o.shape[0] or o.shape[1]<=o.shape[0] or named(names)==o.shape[1:]: return
+    warnings.warn(
+        f"{name} of {o.path} has shape {o.shape}: it is taken for {o.shape[0]} steps of {o.shape[1]} channels. "
+        "If these are many sequences, read it by h5py, and give from_arrays a list of them.", stacklevel=3)
 
 @patch(cls_method=True)
 @delegates(SequenceDataLoaders.from_arrays, but=['valid', 'groups', 'valid_groups'])
@@ -239,6 +335,7 @@ def from_hdf5(cls:SequenceDataLoaders,
     xs,ys = arrays(files)
     valid,valid_groups = (None,None) if valid_files is None else (arrays(valid_files),groups(valid_files))
     kwargs = {**dict(x_names=x, y_names=y), **kwargs}
+    for name,o in zip('xy', (xs,ys)): _check_hdf5(name, o, kwargs[f'{name}_names'])
     return cls.from_arrays(xs, ys, valid=valid, groups=groups(files), valid_groups=valid_groups, **kwargs)
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #fa297919

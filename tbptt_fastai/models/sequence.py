@@ -79,6 +79,7 @@ class SequenceRNN(nn.Module):
         dropout:float=0., # Dropout between recurrent layers
         scale_x:Standardize=None, # Scaling of the input; default: none
         scale_y:Standardize=None, # Scaling that is undone on the output; default: none
+        last:bool=False, # One output for each window, after its last step?
     ):
         super().__init__()
         if rnn_type not in rnn_types: raise ValueError(
@@ -86,16 +87,17 @@ class SequenceRNN(nn.Module):
             "For another module pass `model=` to `TbpttLearner`.")
         _check_scales(scale_x, n_in, scale_y, n_out)
         self.scale_x = scale_x or nn.Identity()
-        self.scale_y = scale_y
+        self.scale_y,self.last = scale_y,last
         rnn = rnn_types[rnn_type](n_in, hidden_size, num_layers, batch_first=True, dropout=dropout)
         self.rnn = StatefulRNN(rnn)
         self.head = nn.Linear(hidden_size, n_out)
 
     def forward(self,
         x, # `(batch, time, n_in)`
-    ): # `(batch, time, n_out)`
+    ): # `(batch, time, n_out)`, or `(batch, n_out)` after the last step
         _check_n_in(x, self.rnn.rnn.input_size)
-        out = self.head(self.rnn(self.scale_x(x)))
+        out = self.rnn(self.scale_x(x))
+        out = self.head(out[:,-1] if self.last else out)
         return out if self.scale_y is None else self.scale_y.inverse(out)
 
     def reset(self):

@@ -25,6 +25,13 @@ def _draw_upper(ax, time, y, pred):
     if pred is not None: lines.append(ax.plot(time, pred.float(), lw=1, color='C0')[0])
     return lines
 
+# %% ../../nbs/sequences/02_plot.ipynb #1d1145cc
+def _title(ax, vocab, y, pred):
+    "The label of one window, and the predicted one"
+    said = [f'{name}: {vocab[int(o)]}' for name,o in (('target',y), ('prediction',pred)) if o is not None]
+    ax.set_title('\n'.join(said), fontsize='medium')
+
+
 # %% ../../nbs/sequences/02_plot.ipynb #780d0705
 def plot_windows(
     x:Tensor, # Inputs `(n, time, channels)`
@@ -34,9 +41,12 @@ def plot_windows(
     x_names=None, # Names, with units, of the input channels
     y_names=None, # Names, with units, of the target channels
     dt:float=None, # Seconds per step; default: time in steps
+    vocab=None, # Labels of the classes, if targets are such; one for each window is written above it
     figsize:tuple=None, # Size in inches; default: by the number of windows
 ): # Array of axes: a row for the targets and one for the inputs, a column per window
     "Draw windows side by side: target and prediction above, input below, on one time axis"
+    labels = [None if vocab is None or o is None or o.ndim>1 else o for o in (y, pred)]
+    y,pred = (o if label is None else None for o,label in zip((y,pred), labels))
     _check_drawable(x=x, y=y, pred=pred)
     n,rows = min(len(x), max_n),1 if y is None and pred is None else 2
     figsize = figsize or (min(4*n, 14), 1.7*rows+.8)
@@ -48,7 +58,9 @@ def plot_windows(
             fig.legend(lines, ['target', 'prediction'], loc='outside upper right', ncols=2, frameon=False)
         column[-1].plot(time, x[j].float(), lw=.8, color='0.4')
         column[-1].set_xlabel('time [s]' if dt else 'step')
+        if any(o is not None for o in labels): _title(column[0], vocab, *(None if o is None else o[j] for o in labels))
     axs[-1,0].set_ylabel(', '.join(L(x_names or 'input')))
     upper = 'target' if pred is None else 'prediction'
+    if rows==2 and vocab is not None: axs[0,0].set_yticks(range(len(vocab)), map(str, vocab))
     if rows==2: axs[0,0].set_ylabel(', '.join(L(y_names or upper)))
     return axs

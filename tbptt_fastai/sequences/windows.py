@@ -9,9 +9,11 @@ __all__ = ['channel_names', 'check_same_channels', 'Sequences', 'SequenceWindows
 import warnings
 from operator import index
 import numpy as np, torch
+from fastai.data.transforms import CategoryMap
+from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
 from torch import Tensor
-from .arrays import FileArray, as_sequences, check_finite
+from .arrays import FileArray, as_sequences, check_finite, named, one_or_many
 from .plot import plot_windows
 from ..truncation.plan import check_steps
 
@@ -64,7 +66,8 @@ def check_same_channels(
 # %% ../../nbs/sequences/01_windows.ipynb #2e64595f
 class Sequences:
     "Sequences of inputs and targets, of any length, in memory or in files"
-    n_inp,split_idx = 1,None
+    n_inp,split_idx,win_sz = 1,None,None
+    vocab,one_label = None,False # of targets that are classes; is there one for each item, not for each step?
     def __init__(self,
         x, # Inputs: array `(time,)` or `(time, ...)`, or a list of such
         y=None, # Targets, as long as the inputs; `None` for prediction only
@@ -81,8 +84,8 @@ class Sequences:
         if x_names is None: x_names = channel_names('x', x)
         if y_names is None and y is not None: y_names = channel_names('y', y)
         self.x_names,self.y_names = ([o] if isinstance(o, str) else o for o in (x_names,y_names))
-        self.arrays = [as_sequences('x', x)]
-        if y is not None: self.arrays.append(as_sequences('y', y))
+        given = zip('xy', (x,y), (x_names,y_names))
+        self.arrays = [self._sequences(*o) for o in given if o[1] is not None or o[0]=='x']
         for name,seqs in zip('xy', self.arrays): _check_alike(name, seqs)
         if y is not None: _check_pairs(*self.arrays)
         self.steps = np.array([len(s) for s in self.arrays[0]]) # of each sequence
@@ -92,6 +95,9 @@ class Sequences:
             f"There are {n} sequences and {len(self.groups)} groups: expected a name for each.")
         if not check: return
         for name,seqs in zip('xy', self.arrays): check_finite(name, seqs, dtype, self.groups)
+
+    def _sequences(self, name, seqs, names):
+        return as_sequences(name, one_or_many(name, seqs, named(names), self.win_sz))
 
     def __len__(self): return len(self.steps)
 
@@ -128,7 +134,7 @@ class Sequences:
 
     def plot(self, x, y=None, pred=None, **kwargs):
         "Draw items of a batch; see `plot_windows`"
-        settings = dict(x_names=self.x_names, y_names=self.y_names, dt=self.dt)
+        settings = dict(x_names=self.x_names, y_names=self.y_names, dt=self.dt, vocab=self.vocab)
         return plot_windows(x, y, pred, **{**settings, **kwargs})
 
 # %% ../../nbs/sequences/01_windows.ipynb #7859faf5
@@ -154,6 +160,22 @@ def in_files(self:Sequences):
     "Is any of the sequences read from a file?"
     return any(isinstance(s, FileArray) for seqs in self.arrays for s in seqs)
 
+# %% ../../nbs/sequences/01_windows.ipynb #2fc5ce20
+@patch
+def classify(self:Sequences,
+    vocab, # The label of each class
+    one_label:bool=False, # Is there one label for each item, not for each step?
+)->Sequences: # Itself
+    "Targets are numbers of classes"
+    self.vocab,self.one_label,self.loss_func = CategoryMap(list(vocab), sort=False),one_label,CrossEntropyLossFlat()
+    return self
+
+@patch
+def _given(self:Sequences, batch):
+    x,*y = batch
+    return (x, *(o[:,-1] if self.one_label else o for o in y))
+
+
 # %% ../../nbs/sequences/01_windows.ipynb #332bfa7c
 @patch
 def read(self:Sequences,
@@ -173,7 +195,7 @@ def read(self:Sequences,
         out = torch.zeros((len(n), int(n.max(initial=0)), *kind.shape[1:]), dtype=dtype)
         for row,i,start,steps in spans: out[row,:steps] = seqs[i][start:start+steps]
         batch.append(out)
-    return tuple(batch)
+    return self._given(batch)
 
 # %% ../../nbs/sequences/01_windows.ipynb #195ddc85
 class _Pieces(Sequences):
@@ -203,6 +225,7 @@ class SequenceWindows(_Pieces):
         stp_sz:int=None, # Steps from the start of one window to the next; default: `win_sz`
         **kwargs # As for `Sequences`
     ):
+        self.win_sz = win_sz # says which axis of an array cannot be time
         super().__init__(x, y, **kwargs)
         lengths,longest = self.steps,self.steps.max()
         if win_sz is None and len(set(lengths))>1: raise ValueError(
@@ -249,7 +272,7 @@ def gather(self:SequenceWindows,
     if self.in_files: return self.read(idxs, np.zeros_like(idxs), np.full(len(idxs), self.win_sz))
     seq,start = self.locate(idxs)
     batch = (_cut_windows(seqs, seq, start, self.win_sz) for seqs in self.arrays)
-    return tuple(o.to(self.dtype) if o.is_floating_point() else o for o in batch)
+    return self._given(o.to(self.dtype) if o.is_floating_point() else o for o in batch)
 
 # %% ../../nbs/sequences/01_windows.ipynb #556a40e1
 class SequenceParts(_Pieces):
@@ -260,6 +283,7 @@ class SequenceParts(_Pieces):
         win_sz:int=None, # Most steps of a part
         **kwargs # As for `Sequences`
     ):
+        self.win_sz = win_sz # says which axis of an array cannot be time
         super().__init__(x, y, **kwargs)
         self.win_sz = self.stp_sz = check_steps('win_sz', win_sz)
         self._count(-(-self.steps//self.win_sz))
