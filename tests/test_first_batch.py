@@ -197,3 +197,11 @@ def test_random_numbers_and_parameters_are_those_without_checks():
         fit(Learner(DataLoaders(windows(), windows()), m, MSELossFlat(), cbs=TbpttResetCB(20, check=check)), 2)
         return [*m.parameters(), torch.rand(3)]
     for a,b in zip(trained(True), trained(False)): assert torch.equal(a, b)
+
+def test_a_model_without_memory_is_trained_by_sub_windows_if_that_is_meant():
+    data = windows()
+    dls = DataLoaders(data, data)
+    with pytest.raises(ValueError, match='no recurrent layer'): learner(dls, nn.Linear(1, 1), 20)
+    fit(Learner(dls, nn.Linear(1, 1), MSELossFlat(), cbs=TbpttResetCB(20, check=False)))
+    both = nn.Sequential(StatefulRNN(nn.LSTM(1, 4, batch_first=True)), nn.GRU(4, 1, bidirectional=True))
+    with pytest.raises(ValueError, match='bidirectional'): Learner(dls, both, MSELossFlat(), cbs=TbpttResetCB(20, check=False))

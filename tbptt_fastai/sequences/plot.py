@@ -33,6 +33,12 @@ def _title(ax, vocab, y, pred):
 
 
 # %% ../../nbs/sequences/02_plot.ipynb #780d0705
+def _rows(arrays, j): return [None if o is None else o[j] for o in arrays]
+
+def _name_upper(ax, names, vocab):
+    if vocab is not None: ax.set_yticks(range(len(vocab)), map(str, vocab))
+    ax.set_ylabel(', '.join(L(names)))
+
 def plot_windows(
     x:Tensor, # Inputs `(n, time, channels)`
     y:Tensor=None, # Targets `(n, time, channels)`
@@ -46,21 +52,19 @@ def plot_windows(
 ): # Array of axes: a row for the targets and one for the inputs, a column per window
     "Draw windows side by side: target and prediction above, input below, on one time axis"
     labels = [None if vocab is None or o is None or o.ndim>1 else o for o in (y, pred)]
-    y,pred = (o if label is None else None for o,label in zip((y,pred), labels))
+    curves = y,pred = [o if label is None else None for o,label in zip((y,pred), labels)]
     _check_drawable(x=x, y=y, pred=pred)
     n,rows = min(len(x), max_n),1 if y is None and pred is None else 2
     figsize = figsize or (min(4*n, 14), 1.7*rows+.8)
     fig,axs = plt.subplots(rows, n, sharex='col', sharey='row', squeeze=False, figsize=figsize, layout='constrained')
     time = np.arange(x.shape[1])*(dt or 1)
     for j,column in enumerate(axs.T):
-        lines = _draw_upper(column[0], time, *(None if o is None else o[j] for o in (y, pred)))
+        lines = _draw_upper(column[0], time, *_rows(curves, j))
         if j==0 and len(lines)==2:
             fig.legend(lines, ['target', 'prediction'], loc='outside upper right', ncols=2, frameon=False)
         column[-1].plot(time, x[j].float(), lw=.8, color='0.4')
         column[-1].set_xlabel('time [s]' if dt else 'step')
-        if any(o is not None for o in labels): _title(column[0], vocab, *(None if o is None else o[j] for o in labels))
+        if any(o is not None for o in labels): _title(column[0], vocab, *_rows(labels, j))
     axs[-1,0].set_ylabel(', '.join(L(x_names or 'input')))
-    upper = 'target' if pred is None else 'prediction'
-    if rows==2 and vocab is not None: axs[0,0].set_yticks(range(len(vocab)), map(str, vocab))
-    if rows==2: axs[0,0].set_ylabel(', '.join(L(y_names or upper)))
+    if rows==2: _name_upper(axs[0,0], y_names or ('target' if pred is None else 'prediction'), vocab)
     return axs

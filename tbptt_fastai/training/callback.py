@@ -69,7 +69,7 @@ class TbpttResetCB(StateResets):
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
         for view in views: view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
-        if scheme is not None: check_carries(self.model)
+        if scheme is not None: check_carries(self.model) if self.check else carry.check()
         if scheme is not None and scheme.recompute: check_statistics(self.model, scheme)
         for view in views: view.check_training(scheme, carry)
     after_create = check_settings
@@ -270,7 +270,7 @@ def _try_output(self:TbpttResetCB):
 @patch
 def _check_states(self:TbpttResetCB):
     self.checked = True
-    check_states(self.carry, find_bs(self.xb), self.sub_window.steps)
+    if self.check or self.carry.modules: check_states(self.carry, find_bs(self.xb), self.sub_window.steps)
 
 # %% ../../nbs/training/04_callback.ipynb #175f3bc5
 @patch
