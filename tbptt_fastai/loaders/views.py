@@ -268,6 +268,7 @@ def check_window(self:SubWindows,
     _check_fits(scheme, window.steps)
     scheme.sub_windows(window.steps, self.n_skip)
 
+# %% ../../nbs/loaders/01_views.ipynb #12b0c1b5
 @patch
 def check_training(self:SubWindows,
     truncation:Truncation, # Scheme of the training, of which this loader may be the validation set

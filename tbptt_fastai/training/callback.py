@@ -253,6 +253,7 @@ def after_pred(self:TbpttResetCB):
     is_cut = learn.pred is not pred or learn.yb is not yb
     if is_cut and not learn.training: self._is_cut,self._whole = True,(pred, yb)
 
+# %% ../../nbs/training/04_callback.ipynb #36cbb448
 @patch
 def _hold_against_targets(self:TbpttResetCB):
     self._is_held = True

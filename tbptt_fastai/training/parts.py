@@ -185,6 +185,7 @@ def _changed(window, start, stop):
     changed = [change(o) if timed and isinstance(o, Tensor) else o for o,timed in zip(elements, window.timed)]
     return Window(tree_unflatten(changed, form), len(window.batch), window.timed)
 
+# %% ../../nbs/training/02_parts.ipynb #161dcab3
 def _same_bits(a, b):
     a,b = ([o for o in tree_leaves(outs) if isinstance(o, Tensor)] for outs in (a, b))
     return len(a)==len(b)>0 and all(map(torch.equal, a, b))
