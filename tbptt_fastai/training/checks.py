@@ -181,8 +181,10 @@ def check_shapes(
     name = getattr(loss_func, '__name__', type(loss_func).__name__)
     said = f"Predictions have shape {shapes[0]}, targets {shapes[1]}"
     try:
-        with torch.no_grad(), no_random(), _Watch(*shapes) as watch: loss_func(pred, y)
+        with warnings.catch_warnings(), torch.no_grad(), no_random(), _Watch(*shapes) as watch:
+            warnings.simplefilter('ignore') # some losses warn of it
+            loss_func(pred, y)
     except torch.OutOfMemoryError: raise
     except Exception as e: raise ValueError(f"{said}, which {name} cannot take: {e}. {_targets_hint(pred, y)}") from e
     if watch.met and _grows(*shapes): raise ValueError(
-        f"{said}: {name} would compare each with every other ({tuple(torch.broadcast_shapes(*shapes))}). {_targets_hint(pred, y)}")
+        f"{said}: {name} would compare each with every other {tuple(torch.broadcast_shapes(*shapes))}. {_targets_hint(pred, y)}")
