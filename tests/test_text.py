@@ -3,9 +3,14 @@ import copy
 from types import SimpleNamespace
 import pytest
 import torch
-from fastai.learner import load_learner
+from fastai.callback.rnn import RNNCallback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import Perplexity, accuracy
 from fastai.optimizer import OptimWrapper
+from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
+from fastai.text.models.core import get_text_classifier
 from fastai.torch_core import set_seed
 from functools import partial
 from torch import nn
@@ -16,6 +21,7 @@ from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.sequences.text import TextRows
 from tbptt_fastai.models.text import TextRNN, sample_text
+from tbptt_fastai.training.callback import TbpttResetCB
 
 TEXT = 'the quick brown fox jumps over the lazy dog. '*23+'end'
 
@@ -174,3 +180,16 @@ def test_what_makes_no_text_is_refused_by_name():
         "rnn_type is 'lstmm'": lambda: TextRNN(5, rnn_type='lstmm'),
     }.items():
         with pytest.raises((ValueError,TypeError), match=match): make_it()
+
+@pytest.mark.parametrize('bs,steps', [(6, 60), (8, 40)])
+def test_a_classifier_that_resets_itself_in_every_call_is_refused_in_sub_windows(bs, steps):
+    "fastai's `SentenceEncoder` has a `reset()`, and calls it in each forward pass"
+    set_seed(0)
+    config = {**awd_lstm_clas_config, 'emb_sz': 8, 'n_hid': 12, 'n_layers': 2}
+    x = torch.randint(2, 30, (24, steps))
+    dl = torch.utils.data.DataLoader(list(zip(x, (x[:,0]>15).long())), batch_size=bs)
+    def refused_or_trained(sub_seq_len):
+        model = get_text_classifier(AWD_LSTM, 30, 2, seq_len=20, config=config)
+        return fit(Learner(DataLoaders(dl, dl), model, CrossEntropyLossFlat(), cbs=[TbpttResetCB(sub_seq_len), RNNCallback()]))
+    with pytest.raises(ValueError, match='gives other predictions than in one piece|remembers nothing'): refused_or_trained(20)
+    refused_or_trained(None)
