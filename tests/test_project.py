@@ -61,6 +61,10 @@ def test_clean_and_export_change_nothing(tmp_path):
     assert before.keys() == after.keys()
     for name in before: assert before[name] == after[name], f'{name} is out of date: run nbdev-clean and nbdev-export'
 
+def test_no_page_shows_a_path_of_the_machine_that_made_it():
+    for f in (ROOT/'nbs').rglob('*.ipynb'):
+        if '.ipynb_checkpoints' not in f.parts: assert 'site-packages' not in f.read_text(encoding='utf-8'), f.name
+
 def test_readme_is_current(): run(sys.executable, 'tools/readme.py', '--check', cwd=ROOT)
 
 ADDRESS = 'https://git.invalid/somebody/tbptt_fastai'
