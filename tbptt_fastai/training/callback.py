@@ -69,8 +69,10 @@ class TbpttResetCB(StateResets):
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
         for view in views: view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
-        if scheme is not None: check_carries(self.model) if self.check else carry.check()
-        if scheme is not None and scheme.recompute: check_statistics(self.model, scheme)
+        if scheme is not None:
+            carry.check()
+            if self.check: check_carries(self.model)
+            if scheme.recompute: check_statistics(self.model, scheme)
         for view in views: view.check_training(scheme, carry)
     after_create = check_settings
 
