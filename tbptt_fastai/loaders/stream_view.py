@@ -11,6 +11,7 @@ from functools import cached_property
 import random, warnings
 import numpy as np, torch
 from fastcore.basics import patch
+from .counts import NotIgnored
 from .layout import BlockRun
 from .views import SubWindows
 from ..truncation.plan import Fixed
@@ -39,10 +40,10 @@ class StreamView(SubWindows):
     @cached_property
     def layout(self):
         "Where the sequences are in this run; shuffled, if the loader shuffles"
-        if not self.varies: return self.dl.layout(self.block, self.n_skip)
+        if not self.varies: return self.dl.layout(self.block, self.n_skip, counts=self._unknown_counts)
         seed = random.getrandbits(62)
         def sizes(): return self.truncation.lengths(random.Random(seed))
-        return self.dl.layout(self.truncation.sub_seq_len, self.n_skip, sizes)
+        return self.dl.layout(self.truncation.sub_seq_len, self.n_skip, sizes, self._unknown_counts)
 
     @cached_property
     def runs(self):
@@ -57,8 +58,9 @@ class StreamView(SubWindows):
     @cached_property
     def n_windows(self):
         "Steps of the run: those that have a loss, or all of them in evaluation"
-        if self.runs is not None: return self._n_runs_with_loss() if self.n_skip else len(self.runs)
-        if self.n_skip and not self.evaluation: return self.layout.n_counted()
+        may_be_silent = self.n_skip or self._unknown_counts is not None
+        if self.runs is not None: return self._n_runs_with_loss() if may_be_silent else len(self.runs)
+        if may_be_silent and not self.evaluation: return self.layout.n_counted()
         return len(self.layout) if self.varies else self.dl.n_blocks(self.block)
 
     def __iter__(self):
@@ -79,6 +81,12 @@ def varies(self:StreamView): return self.truncation is not None and self.truncat
 
 @patch(as_prop=True)
 def block(self:StreamView): return self.truncation and self.truncation.block
+
+@patch(as_prop=True)
+def _unknown_counts(self:StreamView):
+    "What says which targets count, if it is not known that all do: tokens, and classes of a vocabulary, are never ignored"
+    is_known = isinstance(self.counts, NotIgnored) and getattr(self.dl.dataset, 'vocab', None) is not None
+    return None if is_known else self.counts
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #1b253913
 @patch
@@ -118,6 +126,7 @@ def _in_blocks(self:StreamView, plan):
 def _run(self:StreamView, blocks):
     "Blocks and batches, joined by the plan"
     held,first_held = deque(),0
+    most = 1 if self._unknown_counts is None else max(self._run_weights(), default=0) or 1
     for o in self.runs:
         while first_held<o.start:
             held.popleft()
@@ -125,7 +134,7 @@ def _run(self:StreamView, blocks):
         while first_held+len(held)<o.stop: held.append(next(blocks))
         plan = _moved(o, lambda i: i-first_held)
         batches = zip(*(batch for _,batch in held))
-        run = BlockRun([block for block,_ in held], plan, self.block)
+        run = BlockRun([block for block,_ in held], plan, self.block, most)
         yield run,tuple(torch.cat(o, 1) for o in batches)
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #6d53544e
@@ -137,9 +146,14 @@ def _carried_on(self:StreamView, block, batch):
     return list(zip(block.blocks, parts))[:block.plan.carry]
 
 @patch
-def _n_runs_with_loss(self:StreamView):
-    counts = [block.weight>0 for block in self.layout]
-    return sum(any(counts[o.loss_start:o.stop]) for o in self.runs)
+def _run_weights(self:StreamView):
+    "Of each run, before the most of them is known"
+    labels,rows = self.layout.labels,len(self.layout.rows)
+    def weight(o): return o.weight*sum(labels[o.loss_start:o.stop])/((o.stop-o.loss_start)*self.block*rows)
+    return [weight(o) for o in self.runs]
+
+@patch
+def _n_runs_with_loss(self:StreamView): return sum(o>0 for o in self._run_weights())
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #c4216b9b
 @patch

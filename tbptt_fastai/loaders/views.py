@@ -19,7 +19,8 @@ from fastcore.basics import GetAttr, patch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import IterableDataset
-from .segment import Segment, Window, WindowPart, is_array
+from .counts import TargetCounts
+from .segment import CountedBatch, Segment, Window, WindowPart, is_array
 from ..truncation.plan import SubWindow, Truncation, Fixed, as_truncation
 
 # %% ../../nbs/loaders/01_views.ipynb #ec6dde28
@@ -57,13 +58,15 @@ class SubWindows(GetAttr):
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
         n_inp:int=None, # How many elements of a batch are inputs; default: as the loader says, or all but the last
         evaluation:bool=False, # Is it for an evaluation, which is of whole windows, whatever the scheme?
+        counts:TargetCounts=None, # Which targets count; default: all
     ):
-        self._given_n_inp = n_inp
+        self._given_n_inp,self.counts = n_inp,counts
         self.dl = dl.dl if isinstance(dl, SubWindows) else dl
         self.evaluation = evaluation
         self.truncation = as_truncation(self.eval_seq_len if evaluation else truncation)
         self.n_skip,self.timed = n_skip,timed
         self.segment,self.warm_up,self._begun = Segment(),[],None
+        self._n_before = 0 # windows in a row that had no training step
 
     def __iter__(self):
         batches,self._begun = self._begun or self._batches(),None
@@ -72,6 +75,7 @@ class SubWindows(GetAttr):
             for self.segment,self.warm_up in self._segments(batch):
                 yield batch if self.window is None else self.window.cut(*self.sub_window[:2])
         if self.truncation is not None or self.n_skip: self._agree(0, 0)
+        self._check_counted()
 
     def __len__(self):
         "Steps of an epoch, if all windows are as long as the first"
@@ -119,22 +123,50 @@ def n_inputs(self:SubWindows,
 @patch
 def _segments(self:SubWindows, batch):
     "The segments of a window, each with the warm-up before it"
-    if self.truncation is None and not self.n_skip: return [(Segment(), [])]
+    if self.truncation is None and not self.n_skip: return self._whole_batch(batch)
     n_inp = self.n_inputs(batch)
-    window = Window(batch, n_inp, self.timed)
+    window = Window(batch, n_inp, self.timed, self.counts)
     steps,plan = window.steps,[]
-    if self.truncation is None: plan = [SubWindow(0, steps, min(self.n_skip, steps))]
+    if self.truncation is None: plan = self._washed(window)
     elif steps>self.n_skip or self.world_size==1: plan = window.plan(self.truncation, self.n_skip, self.rng)
     n_sub = sum(o.weight>0 for o in plan)
     self._agree(steps, n_sub if steps>self.n_skip else 0)
     segments,warm_up = [],[]
     for o in plan:
-        part = WindowPart(window, o, n_sub, is_first=not segments)
+        part = WindowPart(window, o, n_sub, not segments, self._n_before)
         if o.weight:
             segments.append((part, warm_up))
             warm_up = []
         elif o.moves_on: warm_up.append((part, window.cut(o.start, o.next_start)[:n_inp]))
+    self._n_before = 0 if segments else self._n_before+1
     return segments
+
+# %% ../../nbs/loaders/01_views.ipynb #543c479e
+@patch
+def _whole_batch(self:SubWindows, batch):
+    "A batch that is not cut; no segment, if none of its targets counts in training"
+    has_targets = self.counts is not None and isinstance(batch, (tuple,list))
+    mask = self.counts.mask(batch[self.n_inputs(batch):]) if has_targets else None
+    all_count = mask is None or not self.counts.always and mask.all()
+    if all_count or self.evaluation and not self.counts.always: return [(Segment(), [])]
+    if not self.evaluation and not mask.any():
+        self._n_before += 1
+        return []
+    segment,self._n_before = CountedBatch(mask, self._n_before),0
+    return [(segment, [])]
+
+@patch
+def _washed(self:SubWindows, window):
+    "Whole windows with a washout, of which the loss may say that there is nothing left"
+    whole = [SubWindow(0, window.steps, min(self.n_skip, window.steps))]
+    return whole if self.evaluation else window.weighed(whole)
+
+@patch
+def _check_counted(self:SubWindows):
+    "A `ValueError` if no target at all has counted in a training"
+    if self._n_before and self._n_before==self.n_windows and not self.evaluation: raise ValueError(
+        f"No target of the {self._n_before} batches of windows counts, so nothing was learned in this epoch. "
+        "See what the loss ignores (ignore_index), or what counts= says.")
 
 # %% ../../nbs/loaders/01_views.ipynb #6925b948
 @patch(as_prop=True)
@@ -183,7 +215,7 @@ def first_window(self:SubWindows):
     elif not _gives_batches(inner_loader(self.dl), item, self.timed):
         item = tree_map(lambda o: o[None] if is_array(o) else o, item)
     with no_random(): # a TfmdDL may look at an item to know its n_inp
-        return Window(item, self.n_inputs(item), self.timed)
+        return Window(item, self.n_inputs(item), self.timed, self.counts)
 
 # %% ../../nbs/loaders/01_views.ipynb #eb7edd7f
 @patch(as_prop=True)
@@ -203,7 +235,7 @@ def n_sub(self:SubWindows):
     while not counts or self.truncation.random and len(counts)<20 and sum(counts)<200:
         plan = window.plan(self.truncation, self.n_skip, Random(len(counts)))
         counts.append(sum(o.weight>0 for o in plan))
-    return round(mean(counts))
+    return max(round(mean(counts)), 1) # none, if no target of the first window counts
 
 # %% ../../nbs/loaders/01_views.ipynb #ba74512e
 @patch(as_prop=True)
@@ -224,8 +256,8 @@ def carries(self:SubWindows):
 
 @patch(as_prop=True)
 def is_uneven(self:SubWindows):
-    "May other numbers of steps count in its segments?"
-    return not isinstance(self.truncation, (Fixed, type(None)))
+    "May other numbers of targets count in its segments?"
+    return self.counts is not None or not isinstance(self.truncation, (Fixed, type(None)))
 
 # %% ../../nbs/loaders/01_views.ipynb #48fd1783
 @patch(as_prop=True)
@@ -292,10 +324,11 @@ def view_of(
     timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
     n_inp:int=None, # How many elements of a batch are inputs; default: as the loader says, or all but the last
     evaluation:bool=False, # Is it for an evaluation, which is of whole windows, whatever the scheme?
+    counts:TargetCounts=None, # Which targets count; default: all
 )->SubWindows:
     "The view that suits a loader: a loader of ours says which, all others get `SubWindows`"
     view = getattr(type(inner_loader(dl)), 'view', SubWindows)
-    return view(dl, truncation, n_skip, timed, n_inp, evaluation)
+    return view(dl, truncation, n_skip, timed, n_inp, evaluation, counts)
 
 def given_n_inp(
     dls, # `DataLoaders`

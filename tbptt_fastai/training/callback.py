@@ -15,6 +15,7 @@ from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import find_bs, get_model, no_random
 from fastcore.basics import first, patch
 from .checks import check_carries, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
+from ..loaders.counts import NotIgnored, TargetCounts, ignore_index_of
 from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, view_of
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
@@ -42,6 +43,7 @@ class TbpttResetCB(StateResets):
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
         truncation:Truncation=None, # A scheme such as `Overlap`; what the loaders say is then for evaluation
         check:bool=True, # Before the first step of a fit, refuse a model that sub-windows cannot train
+        counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
     ):
         if truncation is not None and sub_seq_len!='dls':
             raise ValueError(
@@ -52,6 +54,7 @@ class TbpttResetCB(StateResets):
                 "For sub-windows of one length: sub_seq_len.")
         self.sub_seq_len,self.truncation = sub_seq_len,truncation
         self.n_skip,self.timed,self.check = check_steps('n_skip', n_skip, least=0),timed,check
+        self.counts = counts
 
     @property
     def setting(self):
@@ -198,7 +201,16 @@ def evaluation_view(self:TbpttResetCB,
 
 @patch
 def _view(self:TbpttResetCB, dl, truncation=None, evaluation=False):
-    return view_of(dl, truncation, self.n_skip, self.timed, given_n_inp(self.dls), evaluation)
+    return view_of(dl, truncation, self.n_skip, self.timed, given_n_inp(self.dls), evaluation, self._target_counts(evaluation))
+
+@patch
+def _target_counts(self:TbpttResetCB, evaluation):
+    "Which targets count, if the learner or its loss says so; a loss that ignores some by itself is given all where it can"
+    if self.counts is not None: return TargetCounts(self.counts)
+    ignored = ignore_index_of(self.loss_func)
+    if ignored is None: return None
+    takes_steps = getattr(self.loss_func, 'axis', -1) in (-1,1)
+    return NotIgnored(ignored, always=takes_steps and (evaluation or bool(self.learn._grab_cbs(GradientAccumulation))))
 
 # %% ../../nbs/training/04_callback.ipynb #d1b99335
 @patch
@@ -308,11 +320,12 @@ def after_batch(self:TbpttResetCB):
     if not learn.training:
         if self._is_cut and self._whole is None: learn.pred,learn.yb = self.segment.counted(learn.pred, learn.yb)
         return
-    n = self.segment.n_sub
+    n,n_before = self.segment.n_sub,self.segment.n_before
     if n is None: return
     n_first = learn.n_iter//self._n_windows
-    if n==n_first: return
-    learn.pct_train += (n_first/n-1)/(learn.n_iter*learn.n_epoch) # fastai counts on windows as long as the first
+    if n==n_first and not n_before: return
+    # fastai counts on windows that have as many steps of training as the first
+    learn.pct_train += (n_first/n-1+n_first*n_before)/(learn.n_iter*learn.n_epoch)
 
 # %% ../../nbs/training/04_callback.ipynb #8e508e4a
 @patch
