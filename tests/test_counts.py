@@ -125,7 +125,8 @@ def test_targets_that_count_are_a_target_themselves():
     x,y = sparse_numbers()
     mask = finite(y)
     def loss_func(pred, y, mask): return (pred-y).abs()[mask].mean()
-    dls = DataLoaders(*(TfmdDL(list(zip(x, y.nan_to_num(), mask)), bs=BS, num_workers=0, n_inp=1) for _ in range(2)))
+    dls = DataLoaders(*(TfmdDL(list(zip(x, y.nan_to_num(), mask)), bs=BS, num_workers=0) for _ in range(2)))
+    dls.n_inp = 1
     learn = fit(learner(dls, Net(1), loss_func, counts=lambda y,mask: mask), 2)
     params,_ = by_hand(Net(1), x, y, nn.L1Loss(), torch.optim.Adam, counts=finite)
     assert_same(learn.model, params)
@@ -228,7 +229,7 @@ def test_the_training_loss_is_a_mean_over_labels():
     for rows,at,w in parts:
         loss = F.cross_entropy(pred[rows,at].flatten(0, 1), y[rows,at].flatten()).item()
         val,weight = .98*val+.02*loss*w,.98*weight+.02*w
-    assert learn.recorder.values[-1][0]==pytest.approx(val/weight, abs=1e-6)
+    assert learn.recorder.values[-1][0]==pytest.approx(val/weight, abs=1e-5)
 
 def test_accumulated_gradients_are_those_of_all_labels():
     x,y = sparse_labels()
@@ -265,8 +266,8 @@ def test_one_label_at_the_end_of_unequal_sequences(opt, torch_opt, in_files, tmp
         for i,(x,y) in enumerate(zip(xs, ys)):
             np.save(tmp_path/f'x{i}.npy', x)
             np.save(tmp_path/f'y{i}.npy', y)
-        from tbptt_fastai.sequences.arrays import NpyArray
-        data = Sequences(*([NpyArray(tmp_path/f'{k}{i}.npy') for i in range(len(xs))] for k in 'xy'))
+        data = Sequences(*([np.load(tmp_path/f'{k}{i}.npy', mmap_mode='r') for i in range(len(xs))] for k in 'xy'))
+        assert data.in_files
     else: data = Sequences(xs, ys)
     dl = StreamDL(data, bs=2, sub_seq_len=SUB)
     steps = Steps()
@@ -330,10 +331,9 @@ def test_a_training_without_any_label_is_refused(stream):
     (lambda y: ~y.isnan().any(1).any(1)[:2], ValueError, 'batch'), (lambda y: True, TypeError, 'bool')])
 def test_an_answer_that_is_none_is_refused(counts, error, said):
     x,y = sparse_numbers()
-    learn = learner(loaders(x, y), Net(1), nn.L1Loss(), counts=counts)
-    before = [p.clone() for p in learn.model.parameters()]
-    with pytest.raises(error, match=said): fit(learn)
-    assert_same(learn.model, before, 0)
+    model = Net(1)
+    with pytest.raises(error, match=said): fit(learner(loaders(x, y), model, nn.L1Loss(), counts=counts))
+    assert_same(model, list(Net(1).parameters()), 0)
 
 def test_predictions_that_do_not_fit_the_targets_are_refused():
     x,y = sparse_labels()

@@ -221,10 +221,16 @@ def before_train(self:TbpttResetCB):
     if view.truncation is not None: view.truncation.before_epoch(self.learn)
     self.learn.dl = view
     self._n_windows = self.dl.n_windows
-    if self._n_windows==0:
-        dl = self.dl
-        n,bs,drop_last = getattr(dl, 'n', 0),getattr(dl, 'bs', None),getattr(dl, 'drop_last', None)
-        raise ValueError(f"The training loader has no batches: {n} windows, bs={bs}, drop_last={drop_last}.")
+    if self._n_windows==0: self._refuse_empty()
+
+@patch
+def _refuse_empty(self:TbpttResetCB):
+    dl = self.dl
+    n,bs,drop_last = getattr(dl, 'n', 0),getattr(dl, 'bs', None),getattr(dl, 'drop_last', None)
+    if dl.flat and n: raise ValueError(
+        f"No target of the {n} sequences counts, so nothing can be learned. "
+        "See what the loss ignores (ignore_index), or what counts= says.")
+    raise ValueError(f"The training loader has no batches: {n} windows, bs={bs}, drop_last={drop_last}.")
 
 # %% ../../nbs/training/04_callback.ipynb #05f47b45
 @patch
