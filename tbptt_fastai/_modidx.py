@@ -1488,6 +1488,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._refuse_empty': ( 'training/callback.html#tbpttresetcb._refuse_empty',
                                                                                                                'tbptt_fastai/training/callback.py'),
+                                                'tbptt_fastai.training.callback.TbpttResetCB._refuse_unlabelled': ( 'training/callback.html#tbpttresetcb._refuse_unlabelled',
+                                                                                                                    'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._restore_whole': ( 'training/callback.html#tbpttresetcb._restore_whole',
                                                                                                                 'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._searching': ( 'training/callback.html#tbpttresetcb._searching',

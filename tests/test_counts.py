@@ -338,3 +338,11 @@ def test_an_answer_that_is_none_is_refused(counts, error, said):
 def test_predictions_that_do_not_fit_the_targets_are_refused():
     x,y = sparse_labels()
     with pytest.raises(ValueError, match='one for each'): fit(learner(loaders(x, y), Last(), counts=lambda y: y>=0))
+
+def test_windows_without_a_loss_are_not_ranked():
+    from fastai.interpret import Interpretation
+    x,y = sparse_labels()
+    learn = learner(loaders(x, y), Net())
+    with pytest.raises(ValueError, match='no target that counts'), learn.no_bar(): Interpretation.from_learner(learn)
+    y[:,0] = 1
+    with learn.no_bar(): Interpretation.from_learner(learner(loaders(x, y), Net()))

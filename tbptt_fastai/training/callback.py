@@ -302,6 +302,15 @@ def _restore_whole(self:TbpttResetCB):
         self._whole = None
     if len(learn.yb) and getattr(self.loss_func, 'reduction', None)=='none':
         learn.loss = self.segment.step_losses(learn.loss, learn.pred, learn.yb)
+        if self._ranks_losses: self._refuse_unlabelled()
+
+@patch
+def _refuse_unlabelled(self:TbpttResetCB):
+    mask = self.segment.mask
+    if mask is None or mask.view(len(mask), -1).any(1).all(): return
+    raise ValueError(
+        "Some windows have no target that counts, and so no loss, but NaN, which would be the largest for Interpretation. "
+        "Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], losses.nan_to_num(-float('inf')).topk(k).")
 
 # %% ../../nbs/training/04_callback.ipynb #8e77bbbb
 @patch(as_prop=True)
