@@ -115,8 +115,9 @@ def test_a_sub_window_without_a_label_is_no_step(loss_func, opt, torch_opt):
 @pytest.mark.parametrize('n_skip', [0, 2, 30])
 def test_missing_numbers_are_left_out_of_any_loss(n_skip, dtype, tol):
     x,y = sparse_numbers(dtype=dtype)
+    def of_channels(y): return ~y.isnan()
     if n_skip==30: y[4:,40] = 1.
-    learn = learner(loaders(x, y), Net(1).to(dtype), nn.L1Loss(), n_skip=n_skip, counts=finite)
+    learn = learner(loaders(x, y), Net(1).to(dtype), nn.L1Loss(), n_skip=n_skip, counts=of_channels)
     fit(learn, 2)
     params,_ = by_hand(Net(1).to(dtype), x, y, nn.L1Loss(), torch.optim.Adam, n_skip=n_skip, counts=finite)
     assert_same(learn.model, params, tol)
@@ -161,6 +162,49 @@ def test_whole_windows():
     assert len(losses)==2
     assert_same(learn.model, params)
 
+def test_a_schedule_of_whole_windows_comes_to_its_end():
+    x,y = windows(16)
+    y[:4] = -100
+    steps = Steps()
+    learn = fit(learner(loaders(x, y), Net(), sub=None, cbs=[steps]), 2)
+    assert steps.pct==pytest.approx(1.) and len(learn.recorder.losses)==2*3
+
+@pytest.mark.parametrize('sub', [SUB, None])
+def test_a_window_with_labels_in_its_washout_alone_is_no_step(sub):
+    x,y = windows()
+    y[4:,10:] = -100
+    learn = fit(learner(loaders(x, y), Net(), sub=sub, n_skip=10), 2)
+    n = 2 if sub is None else 2*3
+    assert len(learn.recorder.losses)==n and np.isfinite(learn.recorder.losses).all()
+
+def test_labels_that_all_count_change_no_number():
+    x,y = windows()
+    dls = loaders(x, y)
+    class Plain(Net):
+        def forward(self, x): return self.lin(self.rnn.rnn(x)[0])
+    ours,fastais = learner(dls, Plain(), sub=None),Learner(dls, Plain(), loss_func=CrossEntropyLossFlat(), opt_func=adam)
+    for o in (ours, fastais): fit(o, 2)
+    assert ours.recorder.values[-1][0]==fastais.recorder.values[-1][0]
+    assert_same(ours.model, list(fastais.model.parameters()), 0)
+
+def test_a_loss_along_another_axis_is_given_whole_batches():
+    x,y = windows()
+    loss_func = CrossEntropyLossFlat(axis=2)
+    learn = fit(learner(loaders(x, y[...,None]), Net(), loss_func))
+    assert learn.validate()[0]==pytest.approx(true_mean(learn.model, x, y)[0], abs=1e-6)
+
+def test_what_a_model_gives_beside_predictions_of_steps_is_left_as_it_is():
+    class Two(Net):
+        def forward(self, x): return super().forward(x),x.mean()
+    def loss_func(preds, y, ignore_index=-100): return F.cross_entropy(preds[0], y, ignore_index=ignore_index)+0*preds[1]
+    x,y = sparse_labels()
+    learn = fit(learner(loaders(x, y), Two(), loss_func), 2)
+    assert_same(learn.model, by_hand(Net(), x, y, F.cross_entropy, torch.optim.Adam)[0])
+
+def test_targets_at_another_rate_are_refused():
+    x,y = windows()
+    with pytest.raises(ValueError, match='60 steps'): fit(learner(loaders(x, y[:,::2]), Net(), counts=lambda y: y>0))
+
 def test_an_overlap_weighs_by_labels():
     x,y = sparse_labels()
     steps = Steps()
@@ -174,10 +218,14 @@ def true_mean(model, x, y):
     with torch.no_grad(): pred = model.eval()(x)
     return F.cross_entropy(pred[y>=0], y[y>=0]).item(),(pred.argmax(-1)==y)[y>=0].float().mean().item()
 
-@pytest.mark.parametrize('bs', [1, 3, 8])
-def test_means_of_an_evaluation_are_over_the_labels(bs):
+@pytest.mark.parametrize('bs', [1, 3, 4, 8])
+@pytest.mark.parametrize('full', [False, True])
+@pytest.mark.parametrize('n_skip', [0, 7])
+def test_means_of_an_evaluation_are_over_the_labels(n_skip, full, bs):
     x,y = sparse_labels()
-    learn = learner(loaders(x, y, bs), Net(), metrics=[accuracy])
+    if full: y[:4] = windows()[1][:4]
+    learn = learner(loaders(x, y, bs), Net(), metrics=[accuracy], n_skip=n_skip)
+    y[:,:n_skip] = -100
     assert list(learn.validate())==pytest.approx(true_mean(Net(), x, y), abs=1e-6)
 
 @pytest.mark.parametrize('bs,sub', [(1, 20), (3, 7), (8, None), (2, 50)])
@@ -231,8 +279,10 @@ def test_the_training_loss_is_a_mean_over_labels():
         val,weight = .98*val+.02*loss*w,.98*weight+.02*w
     assert learn.recorder.values[-1][0]==pytest.approx(val/weight, abs=1e-5)
 
-def test_accumulated_gradients_are_those_of_all_labels():
+@pytest.mark.parametrize('full', [False, True])
+def test_accumulated_gradients_are_those_of_all_labels(full):
     x,y = sparse_labels()
+    if full: y[:4] = windows()[1][:4] # a window all of whose labels count, and one in which few do
     n = int((y>=0).sum())
     learn = learner(loaders(x, y), Net(), opt=sgd, cbs=[GradientAccumulation(n)])
     fit(learn, 1, .1)
@@ -306,6 +356,14 @@ def test_a_stream_in_overlapping_blocks_goes_by_its_labels():
     learn = fit(learner(DataLoaders(dl, dl), Net(), sub='dls', truncation=Overlap(k1=10, k2=20), cbs=[steps]), 1)
     assert np.isfinite(steps.losses).all() and steps.pct==pytest.approx(1.)
     assert len(steps.losses)==len(learn.recorder.losses)<len(dl.layout(10))
+
+def test_sub_windows_that_do_not_overlap_train_as_those_of_one_length():
+    xs,ys = ends_labelled()
+    dl = StreamDL(Sequences(xs, ys), bs=2, sub_seq_len=10)
+    dls = DataLoaders(dl, dl)
+    plain = fit(learner(dls, Net(), sub=10, opt=sgd), 2)
+    runs = fit(learner(dls, Net(), sub='dls', opt=sgd, truncation=Overlap(k1=10, k2=10)), 2)
+    assert_same(plain.model, list(runs.model.parameters()))
 
 def test_the_factory_takes_it():
     xs,ys = ends_labelled()

@@ -285,9 +285,11 @@ def _washed(self:WindowPart, pred, yb):
 
 # %% ../../nbs/loaders/00_segment.ipynb #ea06ee72
 class CountedBatch(Segment):
-    "A whole batch of which some targets count"
+    "A whole batch, of which it is known which targets count"
     n_sub = 1
     def __init__(self,
-        mask:Tensor, # bool `(batch, time)` or `(batch,)`
+        mask:Tensor=None, # bool `(batch, time)` or `(batch,)`: which targets count; `None`: all
         n_before:int=0, # Batches before this one that had no training step
-    ): self.mask,self.n_before,self.flat = mask,n_before,mask.ndim>1
+    ):
+        self.mask,self.n_before = mask,n_before
+        self.flat = mask is not None and mask.ndim>1

@@ -147,11 +147,11 @@ def _whole_batch(self:SubWindows, batch):
     "A batch that is not cut; no segment, if none of its targets counts in training"
     has_targets = self.counts is not None and isinstance(batch, (tuple,list))
     mask = self.counts.mask(batch[self.n_inputs(batch):]) if has_targets else None
-    all_count = mask is None or not self.counts.always and mask.all()
-    if all_count or self.evaluation and not self.counts.always: return [(Segment(), [])]
+    if mask is None: return [(Segment(), [])]
     if not self.evaluation and not mask.any():
         self._n_before += 1
         return []
+    if not self.counts.always and (self.evaluation or mask.all()): mask = None
     segment,self._n_before = CountedBatch(mask, self._n_before),0
     return [(segment, [])]
 

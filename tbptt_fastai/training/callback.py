@@ -307,7 +307,7 @@ def _restore_whole(self:TbpttResetCB):
 @patch
 def _refuse_unlabelled(self:TbpttResetCB):
     mask = self.segment.mask
-    if mask is None or mask.view(len(mask), -1).any(1).all(): return
+    if mask is None or mask.reshape(len(mask), -1).any(1).all(): return
     raise ValueError(
         "Some windows have no target that counts, and so no loss, but NaN, which would be the largest for Interpretation. "
         "Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], losses.nan_to_num(-float('inf')).topk(k).")
