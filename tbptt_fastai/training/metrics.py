@@ -44,15 +44,14 @@ class StepSmoothLoss(AvgSmoothLoss):
     "Smooth average of training losses in which a batch counts by the steps that count in it"
     def reset(self):
         super().reset()
-        self.weight,self._even = 0.,True
+        self.weight = 0.
 
     def accumulate(self, learn, detach=to_detach): # `to_detach` brings a loss to the CPU
         segment = getattr(learn.dl, 'segment', None) # of a loader of ours
         weight = 1. if segment is None else segment.weight
         self.count += 1
-        self._even = self._even and weight==1
         self.val = torch.lerp(detach(learn.loss.mean())*weight, self.val, self.beta)
         self.weight = self.beta*self.weight+(1-self.beta)*weight
 
     @property
-    def value(self): return super().value if self._even else self.val/self.weight
+    def value(self): return self.val/self.weight
