@@ -134,9 +134,9 @@ def _no_suggestion(res):
         "the decay. No sub_seq_len is suggested; use longer windows and a larger max_lag.")
 
 # %% ../../nbs/instruments/03_find.ipynb #3c838473
-def _cost(model, xb, groups, steps):
+def _cost(model, window, groups, steps):
     "Bytes and seconds of a training step of so many steps"
-    xb = Window(xb, len(xb)).cut(0, steps)
+    xb = window.cut(0, steps)
     memory = activation_memory(model, *xb, groups=groups)
     sync = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
     sync()

@@ -65,12 +65,13 @@ class StreamView(SubWindows):
         self.warm_up = []
         blocks = self.dl.read_blocks(self.layout)
         for block,batch in blocks if self.runs is None else self._run(blocks):
+            block.time_dim = self.time_dim
             if block.weight==0 and not self.evaluation:
                 n_inp = self.n_inputs(batch)
-                self.warm_up += [(o, x[:n_inp]) for o,x in self._carried_on(block, batch)]
+                self.warm_up += [(o, self.laid_out(x)[:n_inp]) for o,x in self._carried_on(block, batch)]
             else:
                 self.segment = self._planned(block)
-                yield batch
+                yield self.laid_out(batch)
                 self.warm_up = []
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #c56760d2
@@ -88,7 +89,7 @@ def beginnings(self:StreamView, limit):
     dl.before_iter()
     for block in dl.layout(steps):
         rows = (block.start==0)&(block.n==steps)
-        if rows.any(): yield dl.read_begins(block, rows),dl.dataset.groups_of(block.seq[rows])
+        if rows.any(): yield self.laid_out(dl.read_begins(block, rows)),dl.dataset.groups_of(block.seq[rows])
 
 @patch
 def _planned(self:StreamView, block):

@@ -209,7 +209,7 @@ def one_batch(self:StreamDL):
     if self.n==0: raise ValueError("This loader has no sequences.")
     block = first(self.layout(self.sub_seq_len))
     self.before_iter()
-    return self.read_begins(block, block.n==block.steps)
+    return self.laid_out(self.read_begins(block, block.n==block.steps))
 
 @patch
 def read_begins(self:StreamDL,
