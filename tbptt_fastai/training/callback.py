@@ -312,6 +312,7 @@ def _check_states(self:TbpttResetCB):
 def _restore_whole(self:TbpttResetCB):
     learn,each = self.learn,getattr(self.loss_func, 'reduction', None)=='none'
     if self._rows is not None and each and len(learn.yb): learn.loss = self._rows.losses(learn.loss, learn.yb)
+    if each and len(learn.yb): learn.loss = learn.loss.contiguous() # fastai views it as rows
     if self._whole is not None:
         learn.pred,learn.yb = self._whole
         self._whole = None

@@ -47,9 +47,9 @@ def losses(self:RowsFirst,
 )->Tensor: # `(rows, ...)`
     "Losses with their rows first; a `ValueError` if it is not clear where these are"
     steps,bs = self._steps(yb),self.window.bs
-    if loss.ndim>1 and loss.shape[:2]==(steps, bs): return loss.transpose(0, 1)
+    if loss.ndim>1 and loss.shape[:2]==(steps, bs): return loss.transpose(0, 1).contiguous()
     if loss.ndim==0 or len(loss)==bs: return loss
-    if loss.ndim==1 and len(loss)%(steps*bs)==0: return loss.view(steps, bs, -1).transpose(0, 1)
+    if loss.ndim==1 and len(loss)%(steps*bs)==0: return loss.view(steps, bs, -1).transpose(0, 1).contiguous()
     raise ValueError(
         f"The loss has shape {tuple(loss.shape)} without reduction, for {steps} steps of {bs} rows, (time, batch, ...): "
         f"expected ({steps}, {bs}, ...), or ({bs},), so that each row has a loss.")
