@@ -18,7 +18,6 @@ from fastcore.basics import patch
 from torch import Tensor
 from .activation import activation_memory
 from .lags import gradients_by_lag, unchanged
-from ..loaders.segment import Window
 from ..state.carry import Carry
 from ..state.tree import state_leaves
 from ..training.checks import check_carries

@@ -147,8 +147,10 @@ def output_explained(
     try: yield
     except Exception as e:
         remedy = "Return predictions alone, or give a loss that takes the tuple."
+        x = state_leaves(xb)[0]
+        bs = x.shape[1] if time_dim==0 and x.ndim>1 else len(x)
         if len(pred)==2 and _takes_state(model, len(xb)): remedy = (
-            f"If the second is its state: {_as_stateful(model, pred[1], state_leaves(xb)[0].shape[time_dim==0], time_dim)} carries it from one "
+            f"If the second is its state: {_as_stateful(model, pred[1], bs, time_dim)} carries it from one "
             "sub-window to the next, and gives losses and metrics the first alone.")
         raise TypeError(
             f"{type(model).__name__} returned a tuple {_shapes(pred)}, which the loss cannot take ({e}). {remedy}") from e
@@ -179,8 +181,8 @@ def _grows(a, b):
 def _targets_hint(pred, y, time_dim=1):
     "What to do about it"
     if y.ndim==pred.ndim and y.ndim>1 and y.shape[time_dim]!=pred.shape[time_dim]:
-        return (f"Targets of another number of steps ({y.shape[time_dim]}) than predictions ({pred.shape[time_dim]}) cannot be cut along with "
-                "them: bring both to one rate, or train whole windows (sub_seq_len=None).")
+        return (f"Targets of another number of steps ({y.shape[time_dim]}) than predictions ({pred.shape[time_dim]}) cannot be "
+                "cut along with them: bring both to one rate, or train whole windows (sub_seq_len=None).")
     if not y.is_floating_point(): return "Whole numbers are taken for classes: for a regression, give the target by .astype(float)."
     return "Give the model as many outputs as there are targets, or the targets the shape of the predictions."
 

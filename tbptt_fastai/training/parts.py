@@ -79,7 +79,7 @@ def difference(
     parts:list, # Outputs of the parts of a window
     whole, # Output of the window in one piece
     steps:int, # Steps of the window
-    time_dim:int=1, # Where the time axis of its batch is; layers may have it elsewhere, but only then in front
+    time_dim:int=1, # Where the time axis of its batch is; an axis in front is looked at only with 0
 )->float|None: # Relative to the largest value; `None` if nothing can be compared
     "How far the outputs of parts, joined along the axis that has the steps, are from those of the whole"
     if not isinstance(whole, Tensor): return None
