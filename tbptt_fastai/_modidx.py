@@ -717,6 +717,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'tbptt_fastai/loaders/windows.py'),
                                               'tbptt_fastai.loaders.windows.TbpttDL.create_batches': ( 'loaders/windows.html#tbpttdl.create_batches',
                                                                                                        'tbptt_fastai/loaders/windows.py'),
+                                              'tbptt_fastai.loaders.windows.TbpttDL.decode': ( 'loaders/windows.html#tbpttdl.decode',
+                                                                                               'tbptt_fastai/loaders/windows.py'),
                                               'tbptt_fastai.loaders.windows.TbpttDL.get_idxs': ( 'loaders/windows.html#tbpttdl.get_idxs',
                                                                                                  'tbptt_fastai/loaders/windows.py'),
                                               'tbptt_fastai.loaders.windows.TbpttDL.in_rows': ( 'loaders/windows.html#tbpttdl.in_rows',

@@ -388,7 +388,8 @@ def test_pictures_show_the_same_curves(source, dim, monkeypatch):
 def test_a_batch_that_is_shown_by_a_loader_of_items_has_its_rows(dim):
     a,b = (source_loaders('windows', d).train.show_batch(show=False, max_n=3) for d in (1, dim))
     for p,q in zip(a[2] if len(a)>2 else a, b[2] if len(b)>2 else b):
-        for o,other in zip(p, q): assert torch.equal(torch.as_tensor(o), torch.as_tensor(other))
+        for o,other in zip(p, q): # items are as they come
+            assert torch.equal(torch.as_tensor(o), torch.as_tensor(other).t() if dim==-1 else torch.as_tensor(other))
 
 def test_loaders_give_views_where_time_is_asked_for():
     for source in ('tbptt', 'stream'):
@@ -407,6 +408,37 @@ def test_batch_transforms_see_rows_first():
         return b
     dls = arrays_loaders(0, after_batch=seen)
     assert dls.train.one_batch()[0].shape==(60, 3, 2) and set(shapes)=={60}
+
+@dims
+def test_a_prediction_for_one_sequence(dim):
+    "Also through a transform of batches, which is undone in what is returned"
+    from fastai.data.transforms import Normalize
+    def run(d):
+        set_seed(0)
+        norm = Normalize.from_stats(torch.tensor([1., 2.]), torch.tensor([3., 4.]), dim=2, ndim=3, cuda=False)
+        learn = RNNLearner(arrays_loaders(d, 2, after_batch=[norm]), hidden_size=4)
+        x = torch.randn(50, 2, dtype=torch.float64)
+        with learn.no_bar(): return [x, *learn.predict(x, with_input=True)]
+    a,b = run(1),run(dim)
+    x = a[0].clone()
+    for name,o,p in zip(('x', 'input', 'target', 'decoded', 'pred'), a, b):
+        if name=='x': continue
+        o,p = (torch.as_tensor(t) for t in (o, p))
+        if dim==-1: p = p.t()
+        assert o.shape==p.shape==(50, 2) and torch.allclose(o.double(), p.double(), rtol=0, atol=1e-6), name
+        if name=='input': assert torch.allclose(o.double(), x, atol=1e-6)
+
+def test_a_learner_makes_its_model_for_channels_first_items():
+    def run(d):
+        items = [(x.t().contiguous(), y.t().contiguous()) if d==-1 else (x, y) for x,y in zip(*signals())]
+        dls = DataLoaders(*[torch.utils.data.DataLoader(items, 4, num_workers=0)]*2)
+        set_seed(0)
+        learn = RNNLearner(dls, hidden_size=4, sub_seq_len=SUB, time_dim=d, cbs=(steps := Steps()))
+        return fit(learn),steps.seen
+    (a,seen),(b,other) = run(1),run(-1)
+    assert isinstance(a.loss_func, ScaledL1Loss)
+    assert torch.allclose(torch.tensor(seen), torch.tensor(other), rtol=0, atol=1e-12)
+    for p,q in zip(a.model.parameters(), b.model.parameters()): assert torch.allclose(p, q, rtol=0, atol=1e-12)
 
 @dims
 def test_instruments_measure_the_same(dim):

@@ -81,6 +81,16 @@ def in_rows(self:TbpttDL,
     elements,form = tree_flatten(batch)
     return tree_unflatten([to_rows(o, dim) if t else o for o,t in zip(elements, timed)], form)
 
+# %% ../../nbs/loaders/02_windows.ipynb #48fba139
+@patch
+def decode(self:TbpttDL,
+    b, # A batch as the model has it; with time first, one that has its rows in front, as predictions do
+):
+    "Undo the transforms of a batch, which are those of `(batch, time, ...)`"
+    if self.time_dim!=-1 or not self.makes_batches: return super(TbpttDL, self).decode(b)
+    decoded = super(TbpttDL, self).decode(self.in_rows(b))
+    return type(b)(from_rows(o, -1) if o.ndim>2 else o for o in decoded)
+
 # %% ../../nbs/loaders/02_windows.ipynb #705fa18c
 @patch
 def get_idxs(self:TbpttDL):
@@ -141,9 +151,9 @@ def show_batch(self:TbpttDL,
     "Draw `max_n` windows: targets above inputs, on one time axis"
     draws = show and self.makes_batches
     if b is None and (draws or self.own_time_dim not in (None, 1)): b = self.one_batch()
-    if b is not None: b = self.in_rows(b)
+    if draws or self.own_time_dim==0: b = self.in_rows(b) # fastai goes by the first axis
     if not draws: return super(TbpttDL, self).show_batch(b, max_n=max_n, show=show, **kwargs)
-    self.dataset.plot(*self.decode(b)[:2], max_n=max_n, **kwargs)
+    self.dataset.plot(*TfmdDL.decode(self, b)[:2], max_n=max_n, **kwargs)
 
 @patch
 def show_results(self:TbpttDL,
@@ -154,11 +164,12 @@ def show_results(self:TbpttDL,
     **kwargs
 ):
     "Draw `max_n` windows with the predictions `out`"
-    b = self.in_rows(b)
-    if not show or not self.makes_batches:
+    draws = show and self.makes_batches
+    if draws or self.own_time_dim==0: b = self.in_rows(b)
+    if not draws:
         return super(TbpttDL, self).show_results(b, out, max_n=max_n, show=show, **kwargs)
     outs = out if isinstance(out, (tuple,list)) else [out]
     if self.time_dim==-1 and not self.view.flat: 
         outs = [to_rows(o, -1) if isinstance(o, Tensor) and o.ndim>1 else o for o in outs] # `get_preds` has moved those of 0
-    pred = self.decode((b[0], *outs))[1]
-    self.dataset.plot(*self.decode(b)[:2], pred=pred, max_n=max_n, **kwargs)
+    pred = TfmdDL.decode(self, (b[0], *outs))[1]
+    self.dataset.plot(*TfmdDL.decode(self, b)[:2], pred=pred, max_n=max_n, **kwargs)
