@@ -9,6 +9,7 @@ __all__ = ['ignore_index_of', 'TargetCounts', 'NotIgnored', 'SequenceCounts']
 import inspect
 import numpy as np, torch
 from torch import Tensor, nn
+from ..sequences.axis import from_rows
 
 # %% ../../nbs/loaders/00_counts.ipynb #5929a64b
 def _default_of(f, name):
@@ -34,7 +35,9 @@ def _check_mask(mask, y):
         found = f'of {mask.dtype}' if isinstance(mask, Tensor) else f'a {type(mask).__name__}'
         raise TypeError(f"counts gave {found}; expected a bool tensor that says which targets count.")
     if mask.ndim>1 and mask.shape[-1]==1: mask = mask[...,0]
-    if 0<mask.ndim<3 and mask.shape==y.shape[:mask.ndim]: return mask
+    if mask.ndim==3 and mask.shape[1]==1: mask = mask[:,0]
+    fitting = [y.shape[:1], y.shape[:2], (y.shape[0],y.shape[-1])] # the last, where channels come before time
+    if mask.shape in fitting: return mask
     raise ValueError(
         f"counts gave shape {tuple(mask.shape)} for targets {tuple(y.shape)}; expected an answer for each step (batch, time), "
         "or for each window (batch,). Of several channels make one answer by .all(-1); or by .any(-1), if the loss leaves out "
@@ -74,17 +77,18 @@ class SequenceCounts:
     def __init__(self,
         dataset, # `Sequences` with targets
         counts:TargetCounts, # Which targets of a batch count
+        time_dim:int=1, # Where the time axis of such a batch is
     ):
-        self.dataset,self.counts = dataset,counts
+        self.dataset,self.counts,self.time_dim = dataset,counts,time_dim
         self._known = None if dataset.in_files else [self._ask(y) for y in dataset.arrays[1]]
 
     def _ask(self, y):
         "bool `(time,)` for one sequence; `None` if all count"
         if len(y)==0: return None
-        mask = self.counts.mask((torch.as_tensor(y)[None],))
+        mask = self.counts.mask((from_rows(torch.as_tensor(y)[None], self.time_dim),))
         if mask is None or mask.all(): return None
-        if mask.ndim==1: mask = mask[:,None].expand(1, len(y))
-        return mask[0].numpy()
+        if mask.ndim==1: mask = mask.expand(len(y))
+        return mask.flatten().numpy()
 
     def __call__(self,
         seq, # Number of the item in each row `(rows,)`; -1 if none is left

@@ -14,7 +14,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
-from .segment import Segment, map_predictions, planned_pieces
+from .segment import Segment, map_predictions, planned_pieces, preds_to_rows
 from ..state.carry import Start
 from ..state.pieces import Piece
 from ..truncation.plan import SubWindow
@@ -74,6 +74,13 @@ class Block(Segment):
         rows = zip(self.seq, self.start, self.n)
         return ' | '.join(f'{s}[{a}:{a+n}]' if n else '-' for s,a,n in rows)
 
+# %% ../../nbs/loaders/03_layout.ipynb #06ce1ed7
+@patch(as_prop=True)
+def _expected(self:Block):
+    "The shape of what has a time axis, where that is in a batch"
+    rows,steps = len(self.seq),self.steps
+    return {0: f'({steps}, {rows}, ...)', 1: f'({rows}, {steps}, ...)', -1: f'({rows}, ..., {steps})'}[self.time_dim]
+
 # %% ../../nbs/loaders/03_layout.ipynb #f482fb02
 @patch
 def real_steps(self:Block,
@@ -81,8 +88,7 @@ def real_steps(self:Block,
 )->Tensor: # `(n, ...)`: one real step after the other, row by row
     "All steps but the padding"
     if o.shape[:2]!=(len(self.seq), self.steps): raise TypeError(
-        f"A stream needs predictions and targets for every step, ({len(self.seq)}, {self.steps}, ...), "
-        f"not of shape {tuple(o.shape)}.")
+        f"A stream needs predictions and targets for every step, {self._expected}, not of shape {tuple(o.shape)}.")
     flat = o.flatten(0, 1)
     return flat if self.real_at is None else flat[torch.from_numpy(self.real_at).to(o.device)]
 
@@ -109,7 +115,9 @@ def pieces(self:Block, seen):
 
 # %% ../../nbs/loaders/03_layout.ipynb #88ab330c
 @patch
-def real(self:Block, pred, yb): return map_predictions(self.real_steps, (pred, yb))
+def real(self:Block, pred, yb):
+    rows = preds_to_rows((pred, yb), self.steps, len(self.seq), self.time_dim)
+    return map_predictions(self.real_steps, rows)
 
 @patch
 def counted(self:Block, pred, yb):

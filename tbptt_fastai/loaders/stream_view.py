@@ -11,7 +11,7 @@ from functools import cached_property
 import random, warnings
 import numpy as np, torch
 from fastcore.basics import patch
-from .counts import NotIgnored
+from .counts import NotIgnored, SequenceCounts
 from .layout import BlockRun
 from .views import SubWindows
 from ..truncation.plan import Fixed
@@ -38,12 +38,19 @@ class StreamView(SubWindows):
     def usual_steps(self): return int(np.median(self.dl.dataset.lengths))
 
     @cached_property
+    def counted(self):
+        "Which targets count; `None`, where all do: tokens, and classes of a vocabulary, are never ignored"
+        ds,is_known = self.dl.dataset,isinstance(self.counts, NotIgnored)
+        if self.counts is None or len(ds.arrays)<2 or is_known and getattr(ds, 'vocab', None) is not None: return None
+        return SequenceCounts(ds, self.counts, self.time_dim)
+
+    @cached_property
     def layout(self):
         "Where the sequences are in this run; shuffled, if the loader shuffles"
-        if not self.varies: return self.dl.layout(self.block, self.n_skip, counts=self._unknown_counts)
+        if not self.varies: return self.dl.layout(self.block, self.n_skip, counted=self.counted)
         seed = random.getrandbits(62)
         def sizes(): return self.truncation.lengths(random.Random(seed))
-        return self.dl.layout(self.truncation.sub_seq_len, self.n_skip, sizes, self._unknown_counts)
+        return self.dl.layout(self.truncation.sub_seq_len, self.n_skip, sizes, self.counted)
 
     @cached_property
     def runs(self):
@@ -58,7 +65,7 @@ class StreamView(SubWindows):
     @cached_property
     def n_windows(self):
         "Steps of the run: those that have a loss, or all of them in evaluation"
-        may_be_silent = self.n_skip or self._unknown_counts is not None
+        may_be_silent = self.n_skip or self.counted is not None
         if self.runs is not None: return self._n_runs_with_loss() if may_be_silent else len(self.runs)
         if may_be_silent and not self.evaluation: return self.layout.n_counted()
         return len(self.layout) if self.varies else self.dl.n_blocks(self.block)
@@ -67,12 +74,13 @@ class StreamView(SubWindows):
         self.warm_up = []
         blocks = self.dl.read_blocks(self.layout)
         for block,batch in blocks if self.runs is None else self._run(blocks):
+            block.time_dim = self.time_dim
             if block.weight==0 and not self.evaluation:
                 n_inp = self.n_inputs(batch)
-                self.warm_up += [(o, x[:n_inp]) for o,x in self._carried_on(block, batch)]
+                self.warm_up += [(o, self.laid_out(x)[:n_inp]) for o,x in self._carried_on(block, batch)]
             else:
                 self.segment = self._planned(block)
-                yield batch
+                yield self.laid_out(batch)
                 self.warm_up = []
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #c56760d2
@@ -82,12 +90,6 @@ def varies(self:StreamView): return self.truncation is not None and self.truncat
 @patch(as_prop=True)
 def block(self:StreamView): return self.truncation and self.truncation.block
 
-@patch(as_prop=True)
-def _unknown_counts(self:StreamView):
-    "What says which targets count, if it is not known that all do: tokens, and classes of a vocabulary, are never ignored"
-    is_known = isinstance(self.counts, NotIgnored) and getattr(self.dl.dataset, 'vocab', None) is not None
-    return None if is_known else self.counts
-
 # %% ../../nbs/loaders/04_stream_view.ipynb #1b253913
 @patch
 def beginnings(self:StreamView, limit):
@@ -96,7 +98,7 @@ def beginnings(self:StreamView, limit):
     dl.before_iter()
     for block in dl.layout(steps):
         rows = (block.start==0)&(block.n==steps)
-        if rows.any(): yield dl.read_begins(block, rows),dl.dataset.groups_of(block.seq[rows])
+        if rows.any(): yield self.laid_out(dl.read_begins(block, rows)),dl.dataset.groups_of(block.seq[rows])
 
 @patch
 def _planned(self:StreamView, block):
@@ -126,7 +128,7 @@ def _in_blocks(self:StreamView, plan):
 def _run(self:StreamView, blocks):
     "Blocks and batches, joined by the plan"
     held,first_held = deque(),0
-    most = 1 if self._unknown_counts is None else max(self._run_weights(), default=0) or 1
+    most = 1 if self.counted is None else max(self._run_weights(), default=0) or 1
     for o in self.runs:
         while first_held<o.start:
             held.popleft()

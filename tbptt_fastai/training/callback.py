@@ -9,19 +9,24 @@ __all__ = ['TbpttResetCB']
 from contextlib import ExitStack
 import torch
 from fastai.callback.core import GatherPredsCallback
+from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import find_bs, get_model, no_random
 from fastcore.basics import first, patch
+from torch.utils._pytree import tree_leaves
 from .checks import check_carries, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
 from ..loaders.counts import NotIgnored, TargetCounts, ignore_index_of
-from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, view_of
+from ..loaders.segment import Window, preds_to_rows
+from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, resolve_time_dim, view_of
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
 from .parts import check_remembers, compare_parts
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss
+from ..sequences.axis import check_time_dim
+from .rows import RowsFirst
 from .resets import CarryingRun, StateResets, back_to_method, cancels
 from ..truncation.plan import Truncation, check_steps
 
@@ -35,6 +40,7 @@ class TbpttResetCB(StateResets):
     _whole = None # predictions and targets of a batch in evaluation, while the washout is left out of them
     _is_cut = False # was it left out of this batch?
     _lrs = None # the schedule's learning rates, while a step has its own
+    _rows = None # what brings the rows of this batch to the front, if time comes first
     # after GatherPredsCallback (0), MixedPrecision (10), DistributedTrainer (11); before Recorder (50), ProgressCallback (60)
     order = 12
     def __init__(self,
@@ -43,6 +49,7 @@ class TbpttResetCB(StateResets):
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
         truncation:Truncation=None, # A scheme such as `Overlap`; what the loaders say is then for evaluation
         check:bool=True, # Before the first step of a fit, refuse a model that sub-windows cannot train
+        time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the training loader says, or 1
         counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
     ):
         if truncation is not None and sub_seq_len!='dls':
@@ -54,6 +61,7 @@ class TbpttResetCB(StateResets):
                 "For sub-windows of one length: sub_seq_len.")
         self.sub_seq_len,self.truncation = sub_seq_len,truncation
         self.n_skip,self.timed,self.check = check_steps('n_skip', n_skip, least=0),timed,check
+        self.time_dim = check_time_dim(time_dim)
         self.counts = counts
 
     @property
@@ -69,6 +77,7 @@ class TbpttResetCB(StateResets):
                 "Remove yours, and give it sub_seq_len and n_skip.")
         train,*others = self.dls.loaders
         for dl in others: self._check_channels(dl)
+        self._check_mixing()
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
         for view in views: view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
@@ -173,6 +182,7 @@ def before_batch(self:TbpttResetCB):
     if self._is_cut: self._is_cut,self._whole = False,None # of a batch that was cancelled
     if self._is_new and self.learn.training and self.check: self._check_model()
     StateResets.before_batch(self)
+    if not self.learn.training and self.view.time_dim==0: self._gather_inputs_by_rows()
 
 @patch
 def _check_model(self:TbpttResetCB):
@@ -201,7 +211,9 @@ def evaluation_view(self:TbpttResetCB,
 
 @patch
 def _view(self:TbpttResetCB, dl, truncation=None, evaluation=False):
-    return view_of(dl, truncation, self.n_skip, self.timed, given_n_inp(self.dls), evaluation, self._target_counts(evaluation))
+    return view_of(
+        dl, truncation, self.n_skip, self.timed, given_n_inp(self.dls), evaluation,
+        resolve_time_dim(self.time_dim, self.dls.train), self._target_counts(evaluation))
 
 @patch
 def _target_counts(self:TbpttResetCB, evaluation):
@@ -264,43 +276,66 @@ def before_validate(self:TbpttResetCB):
 @patch
 def after_pred(self:TbpttResetCB):
     learn,segment = self.learn,self.segment
+    self._rows = self._rows_of_batch()
+    self._counting = segment.in_rows() if self._wants_rows else segment
     if isinstance(learn.pred, tuple) and not self._tried: self._try_output()
     if learn.training and self.carrying and not self.checked and segment.moves_on: self._check_states()
     if self._searching: self._compare_untrained()
-    pred,yb = segment.real(learn.pred, learn.yb)
-    learn.pred,learn.yb = segment.counted(pred, yb)
+    pred,yb = self._real(learn.pred, learn.yb)
+    learn.pred,learn.yb = self._counting.counted(pred, yb)
     if self.check and not self._is_held: self._hold_against_targets()
     is_cut = learn.pred is not pred or learn.yb is not yb
     if is_cut and not learn.training: self._is_cut,self._whole = True,(pred, yb)
+
+# %% ../../nbs/training/04_callback.ipynb #61ddef28
+@patch(as_prop=True)
+def _wants_rows(self:TbpttResetCB):
+    "Is it a batch (batch, channels, time) of windows, for a loss of a stream, which has channels last?"
+    trained_on = inner_loader(self.dls.train)
+    return self.view.time_dim==-1 and not self.view.flat and getattr(type(trained_on), 'view', SubWindows).flat
+
+@patch
+def _real(self:TbpttResetCB, pred, yb):
+    "Predictions and targets without padding, laid out as the loss has them in training"
+    learn,view = self.learn,self.view
+    if not self._wants_rows: return self.segment.real(pred, yb)
+    window = view.inputs(learn.xb)
+    return preds_to_rows((pred, yb), window.steps, window.bs, -1)
 
 # %% ../../nbs/training/04_callback.ipynb #36cbb448
 @patch
 def _hold_against_targets(self:TbpttResetCB):
     self._is_held = True
-    check_shapes(self.learn.loss_func, self.learn.pred, self.learn.yb)
+    time_dim = 1 if self.segment.flat or self._wants_rows else self.view.time_dim
+    check_shapes(self.learn.loss_func, self.learn.pred, self.learn.yb, time_dim)
 
 @patch
 def _try_output(self:TbpttResetCB):
     "A loss that takes no tuple says so before it is asked for a gradient"
-    learn,segment = self.learn,self.segment
+    learn = self.learn
     self._tried = True
-    with output_explained(get_model(learn.model), learn.pred, learn.xb), torch.no_grad(), no_random():
-        pred,yb = segment.counted(*segment.real(learn.pred, learn.yb))
+    with output_explained(get_model(learn.model), learn.pred, learn.xb, self.view.time_dim), torch.no_grad(), no_random():
+        pred,yb = self._counting.counted(*self._real(learn.pred, learn.yb))
         if len(yb): learn.loss_func(pred, *yb)
 
 @patch
 def _check_states(self:TbpttResetCB):
     self.checked = True
-    if self.check or self.carry.modules: check_states(self.carry, find_bs(self.xb), self.sub_window.steps)
+    if not self.check and not self.carry.modules: return
+    dim = self.view.time_dim
+    bs = find_bs(self.xb) if dim!=0 else self.view.inputs(self.xb).bs
+    check_states(self.carry, bs, self.sub_window.steps, dim)
 
 # %% ../../nbs/training/04_callback.ipynb #175f3bc5
 @patch
 def _restore_whole(self:TbpttResetCB):
-    learn = self.learn
+    learn,each = self.learn,getattr(self.loss_func, 'reduction', None)=='none'
+    if self._rows is not None and each and len(learn.yb) and not self.segment.flat: learn.loss = self._rows.losses(learn.loss, learn.yb)
+    if each and len(learn.yb): learn.loss = learn.loss.contiguous() # fastai views it as rows
     if self._whole is not None:
         learn.pred,learn.yb = self._whole
         self._whole = None
-    if len(learn.yb) and getattr(self.loss_func, 'reduction', None)=='none':
+    if len(learn.yb) and each:
         learn.loss = self.segment.step_losses(learn.loss, learn.pred, learn.yb)
         if self._ranks_losses: self._refuse_unlabelled()
 
@@ -322,6 +357,12 @@ def _loss_takes_weights(self:TbpttResetCB):
 
 @patch
 def after_loss(self:TbpttResetCB):
+    self._weigh_loss()
+    is_flat = self.learn.training and self.segment.flat # one target after the other, for the rest of the step
+    if self._rows is not None and not is_flat: self._bring_rows_first()
+
+@patch
+def _weigh_loss(self:TbpttResetCB):
     learn = self.learn
     if not learn.training: return self._restore_whole()
     if not len(learn.yb): return # no targets, no loss
@@ -333,7 +374,8 @@ def after_loss(self:TbpttResetCB):
 def after_batch(self:TbpttResetCB):
     learn = self.learn
     if not learn.training:
-        if self._is_cut and self._whole is None: learn.pred,learn.yb = self.segment.counted(learn.pred, learn.yb)
+        segment = self._counting if self._rows is None else self._counting.in_rows()
+        if self._is_cut and self._whole is None: learn.pred,learn.yb = segment.counted(learn.pred, learn.yb)
         return
     n,n_before = self.segment.n_sub,self.segment.n_before
     if n is None: return
@@ -341,6 +383,42 @@ def after_batch(self:TbpttResetCB):
     if n==n_first and not n_before: return
     # fastai counts on windows that have as many steps of training as the first
     learn.pct_train += (n_first/n-1+n_first*n_before)/(learn.n_iter*learn.n_epoch)
+
+# %% ../../nbs/training/04_callback.ipynb #7624eb06
+@patch
+def _rows_of_batch(self:TbpttResetCB):
+    "What brings the rows of a batch to the front; `None` if they are there, or if its steps will be one after the other"
+    learn,view,segment = self.learn,self.view,self.segment
+    if view.time_dim!=0 or view.flat: return None
+    timed = getattr(segment.window, 'timed', view.timed)
+    return RowsFirst(Window((*learn.xb,*learn.yb), len(learn.xb), timed, 0))
+
+@patch
+def _bring_rows_first(self:TbpttResetCB):
+    learn = self.learn
+    before = find_bs(learn.yb) if len(learn.yb) else None
+    learn.pred,learn.yb = self._rows(learn.pred, learn.yb)
+    accumulates = learn.training and any(isinstance(cb, GradientAccumulation) for cb in learn.cbs)
+    # it has taken the steps for the batch size
+    if accumulates and before: learn.loss_grad = learn.loss_grad*(find_bs(learn.yb)/before)
+
+# %% ../../nbs/training/04_callback.ipynb #fa803c75
+@patch
+def _gather_inputs_by_rows(self:TbpttResetCB):
+    "Inputs that are asked for with predictions are kept with their rows first"
+    for cb in self.learn.cbs:
+        if not getattr(cb, 'with_input', False): continue
+        xb,timed = tuple(cb.inputs[-1]),self.view.timed
+        rows = RowsFirst(Window(xb, len(xb), timed and timed[:len(tree_leaves(xb))], 0))
+        cb.inputs[-1] = rows.inputs(xb)
+
+@patch
+def _check_mixing(self:TbpttResetCB):
+    "A `ValueError` if another callback would mix steps for rows"
+    mixes = first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler))
+    if mixes is not None and resolve_time_dim(self.time_dim, self.dls.train)==0: raise ValueError(
+        f"{type(mixes).__name__} mixes along the first axis of a batch, which is time with time_dim=0. "
+        "Leave it out, or use batches (batch, time, ...).")
 
 # %% ../../nbs/training/04_callback.ipynb #8e508e4a
 @patch

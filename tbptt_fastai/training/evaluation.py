@@ -14,6 +14,7 @@ from ..state.carry import Carry
 from ..loaders.views import SubWindows, view_of
 from ..loaders.segment import Window
 from ..truncation.plan import Fixed, check_steps
+from ..sequences.axis import has_steps
 
 # %% ../../nbs/training/05_evaluation.ipynb #218f8285
 class SubWindowEvalCB(Callback):
@@ -31,8 +32,8 @@ class SubWindowEvalCB(Callback):
 
     def before_batch(self):
         "What fastai itself predicts, for the first sub-window, is dropped; so nothing has to be undone if the model fails"
-        timed = self.dl.timed if isinstance(self.dl, SubWindows) else None
-        self._window = Window((*self.xb,*self.yb), len(self.xb), timed)
+        timed,time_dim = (self.dl.timed,self.dl.time_dim) if isinstance(self.dl, SubWindows) else (None,1)
+        self._window = Window((*self.xb,*self.yb), len(self.xb), timed, time_dim)
         self.learn.xb = self._inputs(0, min(self.sub_seq_len, self._window.steps))
 
     def _inputs(self, start, stop): return self._window.cut(start, stop)[:len(self.xb)]
@@ -41,10 +42,11 @@ class SubWindowEvalCB(Callback):
 @patch
 def _joined(self:SubWindowEvalCB, preds, plan):
     "Predictions of sub-windows as those of the window"
-    per_step = all(p.ndim>1 and p.shape[1]==o.steps for p,o in zip(preds, plan))
+    bs,dim = self._window.bs,self._window.time_dim
+    per_step = all(has_steps(p, o.steps, bs, dim) for p,o in zip(preds, plan))
     targets_timed = self._window.targets_timed
     for_whole = targets_timed and not any(targets_timed)
-    return torch.cat(preds, dim=1) if per_step and not for_whole else preds[-1]
+    return torch.cat(preds, dim) if per_step and not for_whole else preds[-1]
 
 @patch
 def after_pred(self:SubWindowEvalCB):

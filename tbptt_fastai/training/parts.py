@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..state.carry import Carry, out_of_reach
 from ..state.unroll import unroll_hint
-from .checks import check_states
+from .checks import batch_first_remedy, check_states
 from ..loaders.segment import Window
+from ..sequences.axis import cut_steps
 
 # %% ../../nbs/training/02_parts.ipynb #15da2350
 def _without_compiling():
@@ -58,13 +59,13 @@ def run_in_parts(
     with Carry(model, evaluation=True) as carry:
         carry.reset(groups=groups)
         preds = [model(*window.cut(a, min(a+sub_seq_len, window.steps))) for a in starts]
-        if checked: check_states(carry, len(tree_leaves(window.batch)[0]), window.steps)
+        if checked: check_states(carry, window.bs, window.steps, window.time_dim)
     return [first_output(o) for o in preds]
 
 # %% ../../nbs/training/02_parts.ipynb #12e76347
-def _of_whole(parts, whole, steps):
+def _of_whole(parts, whole, window):
     "As `difference`; predictions without a time axis are those of the last part"
-    error = difference(parts, whole, steps)
+    error = difference(parts, whole, window.steps, window.time_dim)
     if error is not None or not isinstance(whole, Tensor): return error
     last = parts[-1]
     if not isinstance(last, Tensor) or last.shape!=whole.shape: return None
@@ -78,11 +79,12 @@ def difference(
     parts:list, # Outputs of the parts of a window
     whole, # Output of the window in one piece
     steps:int, # Steps of the window
+    time_dim:int=1, # Where the time axis of its batch is; an axis in front is looked at only with 0
 )->float|None: # Relative to the largest value; `None` if nothing can be compared
     "How far the outputs of parts, joined along the axis that has the steps, are from those of the whole"
     if not isinstance(whole, Tensor): return None
     if not all(isinstance(o, Tensor) and o.ndim==whole.ndim for o in parts): return None
-    for dim in range(1, whole.ndim):
+    for dim in range(min(abs(time_dim), 1), whole.ndim):
         if whole.shape[dim]==steps==sum(o.shape[dim] for o in parts) and _same_but(dim, parts):
             error = (torch.cat(parts, dim)-whole).abs().max()
             return (error/whole.abs().max().clamp(min=1e-30)).item()
@@ -113,7 +115,7 @@ def _first_different(model, window, sub_seq_len, groups, tol):
     parts,_ = _watched(model, window, sub_seq_len, groups)
     for name,outs in whole.items():
         if len(outs)!=1: continue
-        error = _of_whole(parts[name], outs[0], window.steps) if name in parts else None
+        error = _of_whole(parts[name], outs[0], window) if name in parts else None
         if error is not None and error>tol: return name
     return type(model).__name__
 
@@ -133,11 +135,12 @@ def _default_tol(whole):
     return max(1e-4, 16*torch.finfo(whole.dtype).eps) if whole.is_floating_point() else 1e-4
 
 # %% ../../nbs/training/02_parts.ipynb #6f2f4390
-def _time_first(model):
+def _time_first(model, time_dim):
     "The remedy for a layer that takes steps for the batch"
-    taken = [name for name,m in model.named_modules() if isinstance(m, nn.RNNBase) and not m.batch_first]
-    if not taken: return ''
-    return f" {', '.join(taken) or 'It'} has batch_first=False, and the data is (batch, time, ...): use batch_first=True."
+    wrong = time_dim==0
+    taken = [name for name,m in model.named_modules() if isinstance(m, nn.RNNBase) and m.batch_first==wrong]
+    if not taken or time_dim==-1: return ''
+    return f" {', '.join(taken) or 'It'} has {batch_first_remedy(wrong, time_dim)}"
 
 @torch.no_grad()
 def compare_parts(
@@ -157,33 +160,36 @@ def compare_parts(
         try: parts = run_in_parts(model, window, sub_seq_len, groups)
         except torch.OutOfMemoryError: raise
         except Exception: return None
-        error = _of_whole(parts, whole, n)
+        error = _of_whole(parts, whole, window)
         if error is None: return None
         if tol is None: tol = _default_tol(whole)
         if not error>tol: return error
         again = run_in_parts(model, window, n, groups, checked=True)
-        if _of_whole(again, whole, n)>tol: return None
+        if _of_whole(again, whole, window)>tol: return None
         layer = _first_different(model, window, sub_seq_len, groups, tol)
     raise ValueError(
         f"A window of {n} steps in sub-windows of {sub_seq_len} gives other predictions "
         f"than in one piece, by {error:.0%}; the first layer that differs is {layer}. "
         "It looks ahead, or along time without carrying what it has seen: give it a state by StatefulRNN, "
-        f"or train whole windows (sub_seq_len=None).{_time_first(model)} "
+        f"or train whole windows (sub_seq_len=None).{_time_first(model, window.time_dim)} "
         "If it is meant to see each sub-window by itself: check=False."
         f"{unroll_hint(model)}")
 
 # %% ../../nbs/training/02_parts.ipynb #790b47c8
-def _another(o):
+def _another(o, time_dim):
     "Other values for the steps of a tensor, of the same kind; the same if there are none"
-    others = (.7*o+.1, o+1) if o.is_floating_point() else (o.roll(1, 0), o.flip(1))
+    others = (.7*o+.1, o+1) if o.is_floating_point() else (o.roll(1, 1 if time_dim==0 else 0), o.flip(time_dim))
     return next((other for other in others if not torch.equal(other, o)), o)
 
 def _changed(window, start, stop):
     "The inputs with other values in some steps; what has no time axis stays"
-    def change(o): return torch.cat([o[:,:start], _another(o[:,start:stop]), o[:,stop:]], 1)
+    dim = window.time_dim
+    def change(o):
+        before,within,after = (cut_steps(o, *span, dim) for span in ((0, start), (start, stop), (stop, window.steps)))
+        return torch.cat([before, _another(within, dim), after], dim)
     elements,form = tree_flatten(window.batch)
     changed = [change(o) if timed and isinstance(o, Tensor) else o for o,timed in zip(elements, window.timed)]
-    return Window(tree_unflatten(changed, form), len(window.batch), window.timed)
+    return Window(tree_unflatten(changed, form), len(window.batch), window.timed, dim)
 
 # %% ../../nbs/training/02_parts.ipynb #161dcab3
 def _same_bits(a, b):

@@ -133,4 +133,5 @@ def _in_pieces(self:StateResets, view, owner, pieces, after):
         f"nor with its graph, as {scheme} asks for. "
         "Carry it in a StatefulRNN, or use sub-windows of one length.")
     def cut(start, stop, xb): return inputs(xb).cut(start, stop)
-    owner.in_pieces(pieces, cut, segment.ends_at_last, scheme.recompute, segment.joins, after)
+    axes = dict(bs=inputs(self.learn.xb).bs, time_dim=view.time_dim)
+    owner.in_pieces(pieces, cut, segment.ends_at_last, scheme.recompute, segment.joins, after, **axes)
