@@ -590,3 +590,24 @@ def test_text_is_batch_first():
 
 def test_a_stream_needs_predictions_for_every_step():
     with pytest.raises(TypeError, match=r'\(12, 4, ...\), not of shape'): trained('stream', 0, partial(net, last=True), check=False)
+
+@pytest.mark.parametrize('dim,match', [(0, 'use batch_first=False'), (1, 'use batch_first=True, or .*time_dim=0'), (-1, 'move the time axis')])
+def test_without_the_check_the_state_tells_that_a_layer_has_another_layout(dim, match):
+    class Wrong(Net):
+        def forward(self, x): # a layer that takes the steps for the batch
+            o = self.rnn(to_rows(x, dim).transpose(0, 1) if self.rnn.batch_first else to_rows(x, dim))[0]
+            o = self.out(o)
+            return from_rows(o.transpose(0, 1) if self.rnn.batch_first else o, dim)
+    model = Wrong(1 if dim==0 else 0).double()
+    model.rnn = nn.LSTM(2, 5, batch_first=dim==0).double()
+    refused(match, source_loaders('list', dim), model, TbpttResetCB(SUB, time_dim=dim, check=False))
+
+@dims
+def test_a_washout_of_windows_for_a_model_of_a_stream(dim):
+    def run(d):
+        learn = trained('stream', d, n_skip=5)
+        x,y = signals()
+        windows = TbpttDL(SequenceWindows(list(x), list(y), dtype=torch.float64), bs=BS, num_workers=0, time_dim=d)
+        with learn.no_bar(), learn.no_logging(): return torch.tensor(list(learn.validate(dl=windows))),learn.get_preds(dl=windows)[0]
+    (a,p),(b,q) = run(1),run(dim)
+    assert p.shape==q.shape==(10, WIN, 2) and torch.allclose(p, q, rtol=0, atol=1e-12) and torch.allclose(a, b, atol=1e-6)
