@@ -1533,6 +1533,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._compare_untrained': ( 'training/callback.html#tbpttresetcb._compare_untrained',
                                                                                                                     'tbptt_fastai/training/callback.py'),
+                                                'tbptt_fastai.training.callback.TbpttResetCB._count': ( 'training/callback.html#tbpttresetcb._count',
+                                                                                                        'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._gather_inputs_by_rows': ( 'training/callback.html#tbpttresetcb._gather_inputs_by_rows',
                                                                                                                         'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._hold_against_targets': ( 'training/callback.html#tbpttresetcb._hold_against_targets',

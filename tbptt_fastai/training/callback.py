@@ -15,6 +15,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import find_bs, get_model, no_random
 from fastcore.basics import first, patch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from .checks import check_carries, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
 from ..loaders.counts import NotIgnored, TargetCounts, ignore_index_of
@@ -166,7 +167,7 @@ def _compare_untrained(self:TbpttResetCB):
     "The loss of the steps that count, of the model that goes along"
     learn,own = self.learn,(self.learn.pred,self.learn.yb)
     with torch.random.fork_rng(): learn.pred = self._search.carry.model(*learn.xb)
-    learn.pred,learn.yb = self.segment.counted(*self.segment.real(learn.pred, learn.yb))
+    learn.pred,learn.yb = self._count(self.segment, *self.segment.real(learn.pred, learn.yb))
     if len(learn.yb): self._search.loss.compare_with(learn.loss_func(learn.pred, *learn.yb))
     learn.pred,learn.yb = own
 
@@ -282,7 +283,7 @@ def after_pred(self:TbpttResetCB):
     if learn.training and self.carrying and not self.checked and segment.moves_on: self._check_states()
     if self._searching: self._compare_untrained()
     pred,yb = self._real(learn.pred, learn.yb)
-    learn.pred,learn.yb = self._counting.counted(pred, yb)
+    learn.pred,learn.yb = self._count(self._counting, pred, yb)
     if self.check and not self._is_held: self._hold_against_targets()
     is_cut = learn.pred is not pred or learn.yb is not yb
     if is_cut and not learn.training: self._is_cut,self._whole = True,(pred, yb)
@@ -304,6 +305,13 @@ def _real(self:TbpttResetCB, pred, yb):
 
 # %% ../../nbs/training/04_callback.ipynb #36cbb448
 @patch
+def _count(self:TbpttResetCB, segment, pred, yb):
+    "What counts in the loss. A loss of fastai that has its classes in axis 1 wants that axis in targets too"
+    pred,yb = segment.counted(pred, yb)
+    if segment.mask is None or getattr(self.loss_func, 'axis', None)!=1: return pred,yb
+    return pred,tuple(o[:,None] if isinstance(o, Tensor) and o.ndim==1 else o for o in yb)
+
+@patch
 def _hold_against_targets(self:TbpttResetCB):
     self._is_held = True
     time_dim = 1 if self.segment.flat or self._wants_rows else self.view.time_dim
@@ -315,7 +323,7 @@ def _try_output(self:TbpttResetCB):
     learn = self.learn
     self._tried = True
     with output_explained(get_model(learn.model), learn.pred, learn.xb, self.view.time_dim), torch.no_grad(), no_random():
-        pred,yb = self._counting.counted(*self._real(learn.pred, learn.yb))
+        pred,yb = self._count(self._counting, *self._real(learn.pred, learn.yb))
         if len(yb): learn.loss_func(pred, *yb)
 
 @patch
@@ -375,7 +383,7 @@ def after_batch(self:TbpttResetCB):
     learn = self.learn
     if not learn.training:
         segment = self._counting if self._rows is None else self._counting.in_rows()
-        if self._is_cut and self._whole is None: learn.pred,learn.yb = segment.counted(learn.pred, learn.yb)
+        if self._is_cut and self._whole is None: learn.pred,learn.yb = self._count(segment, learn.pred, learn.yb)
         return
     n,n_before = self.segment.n_sub,self.segment.n_before
     if n is None: return
