@@ -213,16 +213,18 @@ def TbpttLearner(
     timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
     check:bool=True, # Before the first step of a fit, refuse a model that sub-windows cannot train
     num_threads:int=None, # Threads of the CPU; default: PyTorch's, and a hint if one is several times as fast
+    continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
     **kwargs
 )->SequenceLearner:
     "A `Learner` that trains by truncated backpropagation through time; its methods do what fastai's do"
     own = dict(loss_func=loss_func, opt_func=opt_func, num_threads=num_threads)
     if model is None:
-        settings = dict(sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, timed=timed, check=check)
+        settings = dict(sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, timed=timed, check=check,
+                        continuing=continuing)
         return RNNLearner(dls, grad_clip=grad_clip, cbs=cbs, **settings, **own, **kwargs)
     own['loss_func'] = default_loss(dls) if loss_func is None else loss_func
     check_targets(dls, own['loss_func'])
-    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check)
+    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check, continuing)
     if num_threads is None: cbs += ThreadHintCB()
     if grad_clip is not None: cbs += clipping(grad_clip)
     return SequenceLearner(dls, model, cbs=cbs, **own, **kwargs)

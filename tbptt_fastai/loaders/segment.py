@@ -95,7 +95,7 @@ class Window:
                 f"timed has {len(timed)} entries, a batch {n} elements: expected one for each "
                 "(those of the targets may be left over).")
         first_array = _first_timed(self._elements, timed)
-        self.steps = first_array.shape[1]
+        self.rows,self.steps = first_array.shape[:2]
         self.timed = _as_long_as(first_array, self._elements) if timed is None else list(timed)[:n]
         inputs = batch[:n_inp] if isinstance(batch, (tuple,list)) else batch
         self.targets_timed = self.timed[len(tree_leaves(inputs)):]
@@ -143,8 +143,10 @@ class WindowPart(Segment):
         sub_window:SubWindow, # Which steps of it
         n_sub:int=1, # Training steps of the window
         is_first:bool=True, # Is it the first of them?
+        continuing:bool=False, # Does the window go on, row by row, from where the one before it ended?
     ):
         self.window,self.sub_window,self.n_sub,self.is_first = window,sub_window,n_sub,is_first
+        self.continuing = continuing
         self.weight,self.lr,self.moves_on = sub_window.weight,sub_window.lr,sub_window.moves_on
         self.ends_at_last = sub_window.next_start==sub_window.stop
 
@@ -154,8 +156,8 @@ class WindowPart(Segment):
         return not timed or any(timed)
 
     def starts(self, seen):
-        same_window = seen is not None and seen.window is self.window
-        return None if same_window else Start()
+        goes_on = seen is not None and (self.continuing or seen.window is self.window)
+        return None if goes_on else Start()
 
     def after(self, seen): return self if self.moves_on else seen
     def pieces(self, seen): return planned_pieces(self, self.sub_window, self.starts(seen))

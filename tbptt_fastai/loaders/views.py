@@ -19,6 +19,7 @@ from fastcore.basics import GetAttr, patch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import IterableDataset
+from .continuing import check_order, check_rows_of, check_same_rows, continues
 from .segment import Segment, Window, WindowPart, is_array
 from ..truncation.plan import SubWindow, Truncation, Fixed, as_truncation
 
@@ -57,21 +58,23 @@ class SubWindows(GetAttr):
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
         n_inp:int=None, # How many elements of a batch are inputs; default: as the loader says, or all but the last
         evaluation:bool=False, # Is it for an evaluation, which is of whole windows, whatever the scheme?
+        continuing:bool=None, # Does each batch continue the last, row by row? Default: as `continues` says
     ):
         self._given_n_inp = n_inp
         self.dl = dl.dl if isinstance(dl, SubWindows) else dl
         self.evaluation = evaluation
         self.truncation = as_truncation(self.eval_seq_len if evaluation else truncation)
         self.n_skip,self.timed = n_skip,timed
-        self.segment,self.warm_up,self._begun = Segment(),[],None
+        self.continuing = continues(inner_loader(dl)) if continuing is None else continuing
+        self.segment,self.warm_up,self._begun,self._rows = Segment(),[],None,None
 
     def __iter__(self):
         batches,self._begun = self._begun or self._batches(),None
-        self.rng = self._new_rng()
+        self.rng,self._rows = self._new_rng(),None
         for batch in batches:
             for self.segment,self.warm_up in self._segments(batch):
                 yield batch if self.window is None else self.window.cut(*self.sub_window[:2])
-        if self.truncation is not None or self.n_skip: self._agree(0, 0)
+        if self._cuts: self._agree(0, 0)
 
     def __len__(self):
         "Steps of an epoch, if all windows are as long as the first"
@@ -116,20 +119,31 @@ def n_inputs(self:SubWindows,
     return getattr(inner_loader(self.dl), 'n_inp', max(len(batch)-1, 1))
 
 # %% ../../nbs/loaders/01_views.ipynb #befd0c0d
+@patch(as_prop=True)
+def _cuts(self:SubWindows): return self.truncation is not None or self.n_skip or self.continuing
+
+@patch
+def _goes_on(self:SubWindows, window):
+    "Does it start where the one before it ended?"
+    before,self._rows = self._rows,window.rows
+    if not self.continuing or before is None: return False
+    check_same_rows(window.rows, before)
+    return True
+
 @patch
 def _segments(self:SubWindows, batch):
     "The segments of a window, each with the warm-up before it"
-    if self.truncation is None and not self.n_skip: return [(Segment(), [])]
+    if not self._cuts: return [(Segment(), [])]
     n_inp = self.n_inputs(batch)
     window = Window(batch, n_inp, self.timed)
-    steps,plan = window.steps,[]
+    steps,plan,goes_on = window.steps,[],self._goes_on(window)
     if self.truncation is None: plan = [SubWindow(0, steps, min(self.n_skip, steps))]
     elif steps>self.n_skip or self.world_size==1: plan = window.plan(self.truncation, self.n_skip, self.rng)
     n_sub = sum(o.weight>0 for o in plan)
     self._agree(steps, n_sub if steps>self.n_skip else 0)
     segments,warm_up = [],[]
     for o in plan:
-        part = WindowPart(window, o, n_sub, is_first=not segments)
+        part = WindowPart(window, o, n_sub, is_first=not (segments or goes_on), continuing=self.continuing)
         if o.weight:
             segments.append((part, warm_up))
             warm_up = []
@@ -220,7 +234,7 @@ def eval_seq_len(self:SubWindows):
 @patch(as_prop=True)
 def carries(self:SubWindows):
     "Does a state go on from one batch to the next?"
-    return self.truncation is not None
+    return self.truncation is not None or self.continuing
 
 @patch(as_prop=True)
 def is_uneven(self:SubWindows):
@@ -255,6 +269,7 @@ def check(self:SubWindows):
     """A `ValueError` if sub-window or washout are too long for the first window
 
     A dataset that cannot be indexed is not looked at."""
+    self.check_continuing()
     whole = self.truncation is None and not self.n_skip
     if getattr(self.dl, 'n', None)==0 or whole or first_item(self.dl) is None: return
     self.check_window(self.first_window)
@@ -267,6 +282,17 @@ def check_window(self:SubWindows,
     scheme = self.truncation or Fixed(window.steps)
     _check_fits(scheme, window.steps)
     scheme.sub_windows(window.steps, self.n_skip)
+@patch
+def check_continuing(self:SubWindows):
+    "A `ValueError` if batches are to continue each other, and cannot"
+    if not self.continuing: return
+    dl = inner_loader(self.dl)
+    check_order(dl)
+    check_rows_of(dl, self.world_size)
+    if self.n_skip: raise ValueError(
+        f"n_skip is {self.n_skip}, but each batch continues the last, so a washout would be the start of the whole run alone. "
+        "Leave it out; or use a StreamDL, whose sequences each have a washout, or windows (continuing=False).")
+
 
 # %% ../../nbs/loaders/01_views.ipynb #12b0c1b5
 @patch
@@ -292,10 +318,11 @@ def view_of(
     timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
     n_inp:int=None, # How many elements of a batch are inputs; default: as the loader says, or all but the last
     evaluation:bool=False, # Is it for an evaluation, which is of whole windows, whatever the scheme?
+    continuing:bool=None, # Does each batch continue the last, row by row? Default: as `continues` says
 )->SubWindows:
     "The view that suits a loader: a loader of ours says which, all others get `SubWindows`"
     view = getattr(type(inner_loader(dl)), 'view', SubWindows)
-    return view(dl, truncation, n_skip, timed, n_inp, evaluation)
+    return view(dl, truncation, n_skip, timed, n_inp, evaluation, continuing)
 
 def given_n_inp(
     dls, # `DataLoaders`

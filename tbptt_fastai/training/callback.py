@@ -42,6 +42,7 @@ class TbpttResetCB(StateResets):
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
         truncation:Truncation=None, # A scheme such as `Overlap`; what the loaders say is then for evaluation
         check:bool=True, # Before the first step of a fit, refuse a model that sub-windows cannot train
+        continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
     ):
         if truncation is not None and sub_seq_len!='dls':
             raise ValueError(
@@ -52,6 +53,7 @@ class TbpttResetCB(StateResets):
                 "For sub-windows of one length: sub_seq_len.")
         self.sub_seq_len,self.truncation = sub_seq_len,truncation
         self.n_skip,self.timed,self.check = check_steps('n_skip', n_skip, least=0),timed,check
+        self.continuing = continuing
 
     @property
     def setting(self):
@@ -69,10 +71,10 @@ class TbpttResetCB(StateResets):
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
         for view in views: view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
-        if scheme is not None:
+        if scheme is not None or self.continuing:
             carry.check()
             if self.check: check_carries(self.model)
-            if scheme.recompute: check_statistics(self.model, scheme)
+            if scheme is not None and scheme.recompute: check_statistics(self.model, scheme)
         for view in views: view.check_training(scheme, carry)
     after_create = check_settings
 
@@ -198,7 +200,7 @@ def evaluation_view(self:TbpttResetCB,
 
 @patch
 def _view(self:TbpttResetCB, dl, truncation=None, evaluation=False):
-    return view_of(dl, truncation, self.n_skip, self.timed, given_n_inp(self.dls), evaluation)
+    return view_of(dl, truncation, self.n_skip, self.timed, given_n_inp(self.dls), evaluation, self.continuing)
 
 # %% ../../nbs/training/04_callback.ipynb #d1b99335
 @patch
@@ -232,6 +234,7 @@ def before_validate(self:TbpttResetCB):
     self._tried = False
     self._check_channels(self.dl)
     self.learn.dl = self.evaluation_view(self.dl)
+    self.view.check_continuing()
     if self.view.flat and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
         raise ValueError(
             "Inputs cannot be put in the order of the predictions of a StreamDL: "

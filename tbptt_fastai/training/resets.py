@@ -120,7 +120,7 @@ def before_batch(self:StateResets):
     view = self.view
     if view.carries and not self.carrying: raise RuntimeError(
         "No state would be carried: another callback evaluated in `before_epoch`, after this one, "
-        "or asked for `inner` predictions of a StreamDL. Give it an order below 12, or let it evaluate in another event.")
+        "or asked for `inner` predictions of a StreamDL, or of batches that continue each other. Give it an order below 12, or let it evaluate in another event.")
     self.begin_batch(view, self.owner)
 
 # %% ../../nbs/training/02_resets.ipynb #184be1eb
