@@ -105,7 +105,7 @@ def broken_off(self:TbpttResetCB, error):
 @patch
 def before_fit(self:TbpttResetCB):
     self.check_settings()
-    self._is_new,self._is_held = True,False
+    if self.carry is None: self._is_new,self._is_held = True,False # else the training goes on after it
     self._search = None
     self._set_smooth_loss(self._smooth_loss)
 
@@ -235,6 +235,7 @@ def before_validate(self:TbpttResetCB):
     self._check_channels(self.dl)
     self.learn.dl = self.evaluation_view(self.dl)
     self.view.check_continuing()
+    self.is_interrupted = True
     if self.view.flat and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
         raise ValueError(
             "Inputs cannot be put in the order of the predictions of a StreamDL: "
@@ -245,10 +246,12 @@ def before_validate(self:TbpttResetCB):
             "largest for Interpretation. Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], "
             "losses.nan_to_num(-float('inf')).topk(k).")
 
+
 # %% ../../nbs/training/04_callback.ipynb #58e82730
 @patch
 def after_pred(self:TbpttResetCB):
     learn,segment = self.learn,self.segment
+    if learn.training: self.keep_states()
     if isinstance(learn.pred, tuple) and not self._tried: self._try_output()
     if learn.training and self.carrying and not self.checked and segment.moves_on: self._check_states()
     if self._searching: self._compare_untrained()
