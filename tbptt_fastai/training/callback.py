@@ -18,6 +18,7 @@ from .checks import check_carries, check_shapes, check_states, check_statistics,
 from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, view_of
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
+from ..state.own import check_reset
 from .parts import check_remembers, compare_parts
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss
@@ -71,6 +72,7 @@ class TbpttResetCB(StateResets):
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
         for view in views: view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
+        if carry.resets_itself: check_reset(carry.inner)
         if scheme is not None or self.continuing:
             carry.check()
             if self.check: check_carries(self.model)

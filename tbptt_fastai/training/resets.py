@@ -14,7 +14,8 @@ from fastai.torch_core import find_device
 from fastcore.basics import patch
 from ..loaders.views import SubWindows, plain_batch
 from ..loaders.segment import Segment
-from ..state.carry import out_of_reach, own_attributes, put_back
+from ..state.carry import out_of_reach
+from ..state.own import own_attributes, put_back
 from ..state.pieces import PieceCarry
 
 # %% ../../nbs/training/02_resets.ipynb #7f7ed874
