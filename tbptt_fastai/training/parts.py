@@ -107,15 +107,26 @@ def _watched(model, *args):
         for h in hooks: h.remove()
     return outs,within[-1] if within else None
 
+def _stacked(outs):
+    "What a layer gives in many calls, as in one; `None` if these are of different kinds"
+    same = all(isinstance(o, Tensor) and o.ndim and o.shape==outs[0].shape for o in outs)
+    return torch.stack(outs, 1) if same else None
+
+def _error_of(outs, parts, steps):
+    "Of a layer that runs once on a window, or as many times on each step; `None` for others"
+    if len(outs)==1: return _of_whole(parts, outs[0], steps)
+    if len(outs)%steps or len(parts)!=len(outs): return None
+    return _of_whole([_stacked(parts)], _stacked(outs), len(outs))
+
 def _first_different(model, window, sub_seq_len, groups, tol):
-    "The first layer that runs once on a window, and gives something else in its parts"
+    "The first layer that gives something else in the parts of a window than in the whole"
     whole,_ = _watched(model, window, window.steps, groups)
     parts,_ = _watched(model, window, sub_seq_len, groups)
     for name,outs in whole.items():
-        if len(outs)!=1: continue
-        error = _of_whole(parts[name], outs[0], window.steps) if name in parts else None
+        error = _error_of(outs, parts[name], window.steps) if name in parts else None
         if error is not None and error>tol: return name
     return type(model).__name__
+
 
 # %% ../../nbs/training/02_parts.ipynb #81368f0d
 def _run_whole(model, window, groups):
