@@ -10,6 +10,7 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import Tensor
+from .checks import check_goes_on
 from ..state.carry import Carry
 from ..loaders.continuing import continues
 from ..loaders.views import SubWindows, inner_loader, view_of
@@ -27,6 +28,7 @@ class SubWindowEvalCB(Callback):
     ): self.sub_seq_len = check_steps('sub_seq_len', sub_seq_len)
 
     def before_validate(self):
+        check_goes_on(self.model)
         self._states = None # at the end of the last batch, if batches continue each other
         if view_of(self.dl).flat:
             raise ValueError("A StreamDL is evaluated in sub-windows by itself: remove SubWindowEvalCB.")

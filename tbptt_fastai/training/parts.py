@@ -129,11 +129,18 @@ def _first_different(model, window, sub_seq_len, groups, tol):
 
 
 # %% ../../nbs/training/02_parts.ipynb #81368f0d
+def _indexed(model, steps, e):
+    return ValueError(
+        f"{type(model).__name__} cannot be run on a sub-window of {steps} steps: {e}\n"
+        "Does it look for a step of the whole window there, by the length of each row, or need a real step in each? "
+        "Train whole windows (sub_seq_len=None), or use a StreamDL, where sequences of any length need neither padding nor lengths.")
+
 def _run_whole(model, window, groups):
     n = window.steps
     try: return run_in_parts(model, window, n, groups, checked=True)[0]
-    except torch.OutOfMemoryError: raise
-    except RuntimeError as e:
+    except (torch.OutOfMemoryError, ValueError, TypeError): raise
+    except IndexError as e: raise _indexed(model, n, e) from e
+    except Exception as e:
         layer = _watched(model, window, n, groups)[1] or type(model).__name__
         raise ValueError(
             f"{layer} cannot be run on {n} steps: {e}\nA layer that is made for another number of steps, "
@@ -167,6 +174,7 @@ def compare_parts(
         whole = _run_whole(model, window, groups)
         try: parts = run_in_parts(model, window, sub_seq_len, groups)
         except torch.OutOfMemoryError: raise
+        except IndexError as e: raise _indexed(model, sub_seq_len, e) from e
         except Exception: return None
         error = _of_whole(parts, whole, n)
         if error is None: return None
