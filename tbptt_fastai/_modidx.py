@@ -1457,6 +1457,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._check_states': ( 'training/callback.html#tbpttresetcb._check_states',
                                                                                                                'tbptt_fastai/training/callback.py'),
+                                                'tbptt_fastai.training.callback.TbpttResetCB._compare_two': ( 'training/callback.html#tbpttresetcb._compare_two',
+                                                                                                              'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._compare_untrained': ( 'training/callback.html#tbpttresetcb._compare_untrained',
                                                                                                                     'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._hold_against_targets': ( 'training/callback.html#tbpttresetcb._hold_against_targets',

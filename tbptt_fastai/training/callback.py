@@ -12,10 +12,10 @@ from fastai.callback.core import GatherPredsCallback
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
-from fastai.torch_core import find_bs, get_model, no_random
+from fastai.torch_core import find_bs, find_device, get_model, no_random
 from fastcore.basics import first, patch
 from .checks import check_carries, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
-from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, view_of
+from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, plain_batch, view_of
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
 from ..state.own import check_reset
@@ -182,8 +182,17 @@ def _check_model(self:TbpttResetCB):
     if view.truncation is None: return
     if self.segment.window is not None and first_item(view) is None: view.check_window(self.segment.window)
     window = view.inputs(self.xb)
-    compare_parts(model, window, -(-window.steps//2), groups)
+    error = compare_parts(model, window, -(-window.steps//2), groups)
+    if error is None: self._compare_two(model, window.steps)
     check_remembers(model, window, groups)
+@patch
+def _compare_two(self:TbpttResetCB, model, steps):
+    "Where a sub-window has no halves to be compared with: the first two, in one piece and in two"
+    segment = self.segment
+    if segment.window is None or segment.window.steps<2*steps: return
+    xb = plain_batch(segment.window.cut(0, 2*steps)[:len(self.xb)], find_device(self.xb))
+    compare_parts(model, self.view.inputs(xb), steps, segment.groups, must_run=False)
+
 
 # %% ../../nbs/training/04_callback.ipynb #50f22b39
 @patch

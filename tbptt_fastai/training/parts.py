@@ -164,6 +164,7 @@ def compare_parts(
     sub_seq_len:int, # Steps of a part
     groups:list=None, # The group of each row
     tol:float=None, # Largest relative difference; default: 1e-4, and 16 roundings in half precision
+    must_run:bool=True, # Refuse a model that cannot be run on the window?
 )->float|None: # The difference; `None` if nothing can be compared
     """Raise a `ValueError` that names the layer, if parts of a window give other predictions than the whole
 
@@ -171,10 +172,12 @@ def compare_parts(
     and those of a model for one number of steps, cannot be compared."""
     n = window.steps
     with on_trial(model):
-        whole = _run_whole(model, window, groups)
+        try: whole = _run_whole(model, window, groups)
+        except ValueError:
+            if must_run: raise
+            return None
         try: parts = run_in_parts(model, window, sub_seq_len, groups)
         except torch.OutOfMemoryError: raise
-        except IndexError as e: raise _indexed(model, sub_seq_len, e) from e
         except Exception: return None
         error = _of_whole(parts, whole, n)
         if error is None: return None
