@@ -1,5 +1,5 @@
 "Batches that continue each other, row by row: the text path of fastai, and lists of batches against loops by hand"
-import copy
+import copy, warnings
 from functools import partial
 import pytest
 import torch
@@ -357,3 +357,26 @@ def test_without_it_each_batch_is_a_window_of_its_own():
     fit(list_learner(model, continuing=False), 1, 1e-1)
     for x,y in signal_batches(): run_by_hand(again, [(x, y)], 4, 1)
     assert_same(model, again)
+
+def test_a_search_of_the_learning_rate_goes_along_a_text_as_that_of_fastai():
+    "An AWD_LSTM cannot be copied, so the losses are those of the search itself"
+    def losses(*cbs):
+        learn,_ = text_learner(cbs, dropout=1.)
+        with warnings.catch_warnings(), learn.no_bar(), learn.no_logging():
+            warnings.filterwarnings('ignore', message='SequentialRNN cannot be copied')
+            learn.lr_find(num_it=20, show_plot=False)
+        return [o.item() for o in learn.recorder.losses]
+    plain = losses()
+    assert losses(TbpttResetCB(None))==plain==losses(TbpttResetCB(SEQ)) and len(losses(TbpttResetCB(3)))>=20
+
+class Pair(Net):
+    "Predictions and more, as the models of fastai.text give, taken apart by a callback"
+    def forward(self, x): return super().forward(x),x
+
+def test_a_search_of_the_learning_rate_takes_apart_what_a_callback_does():
+    class TakeFirst(Callback):
+        order = 0
+        def after_pred(self): self.learn.pred = self.learn.pred[0]
+    learn = list_learner(Pair(True), [TakeFirst()], continuing=None)
+    with learn.no_bar(), learn.no_logging(): learn.lr_find(start_lr=1e-12, end_lr=1e-11, num_it=12, show_plot=False)
+    assert all(o==1 for o in learn.recorder.losses)

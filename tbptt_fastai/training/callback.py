@@ -19,7 +19,7 @@ from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, p
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
 from ..state.own import check_reset
-from .parts import check_remembers, compare_parts
+from .parts import check_remembers, compare_parts, first_output
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss
 from .resets import CarryingRun, StateResets, back_to_method, cancels
@@ -157,7 +157,8 @@ def begin_batch(self:TbpttResetCB, view, owner):
 def _compare_untrained(self:TbpttResetCB):
     "The loss of the steps that count, of the model that goes along"
     learn,own = self.learn,(self.learn.pred,self.learn.yb)
-    with torch.random.fork_rng(): learn.pred = self._search.carry.model(*learn.xb)
+    with torch.random.fork_rng(): pred = self._search.carry.model(*learn.xb)
+    learn.pred = pred if isinstance(learn.pred, tuple) else first_output(pred) # a callback has taken it apart
     learn.pred,learn.yb = self.segment.counted(*self.segment.real(learn.pred, learn.yb))
     if len(learn.yb): self._search.loss.compare_with(learn.loss_func(learn.pred, *learn.yb))
     learn.pred,learn.yb = own
