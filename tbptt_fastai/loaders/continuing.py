@@ -39,8 +39,8 @@ def check_order(
 ):
     "A `ValueError` if it shuffles"
     if _shuffles(dl): raise ValueError(
-        f"Each batch is said to continue the last, but the {type(dl).__name__} shuffles its items, so no batch goes on from the last. "
-        "Use shuffle=False, with the items in the order in which each batch has the next steps of every row; "
+        f"Each batch is said to continue the last, but the {type(dl).__name__} shuffles its items, "
+        "so none goes on from the last. Use shuffle=False, with the items in the order in which each batch has the next steps of every row; "
         "or continuing=False.")
 
 
@@ -55,7 +55,7 @@ def check_same_rows(
         "Batches that continue each other have the same rows: use drop_last=True, or another batch size.")
 
 def _items(dl, shared):
-    "How many items a process gets, and how many a batch; `None` if it is not known"
+    "How many items has a process, and how many a batch (`None`: not known); and is a smaller one dropped?"
     if isinstance(dl, DataLoader): return (None if dl.n is None else -(-dl.n//shared)),dl.bs,dl.drop_last
     if not isinstance(dl, torch_data.DataLoader) or isinstance(dl.dataset, torch_data.IterableDataset): return None,None,False
     return len(dl.sampler),dl.batch_size,dl.drop_last

@@ -107,7 +107,8 @@ _of_any_module = vars(nn.Module()).keys()
 
 def _versions(o):
     "Of its tensors, which tell whether they were changed in place; parameters are, by an optimizer"
-    return [(t, t._version) for t in tree_leaves(o) if isinstance(t, Tensor) and not (isinstance(t, nn.Parameter) or t.is_inference())]
+    tensors = [t for t in tree_leaves(o) if isinstance(t, Tensor) and not isinstance(t, nn.Parameter)]
+    return [(t, t._version) for t in tensors if not t.is_inference()]
 
 def own_attributes(
     model:nn.Module, # A model that carries a state by itself

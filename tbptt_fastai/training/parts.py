@@ -133,7 +133,8 @@ def _indexed(model, steps, e):
     return ValueError(
         f"{type(model).__name__} cannot be run on a sub-window of {steps} steps: {e}\n"
         "Does it look for a step of the whole window there, by the length of each row, or need a real step in each? "
-        "Train whole windows (sub_seq_len=None), or use a StreamDL, where sequences of any length need neither padding nor lengths.")
+        "Train whole windows (sub_seq_len=None), or use a StreamDL, "
+        "where sequences of any length need neither padding nor lengths.")
 
 def _run_whole(model, window, groups):
     n = window.steps
