@@ -240,17 +240,18 @@ def TbpttLearner(
     num_threads:int=None, # Threads of the CPU; default: PyTorch's, and a hint if one is several times as fast
     time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the training loader says, or 1
     counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
+    continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
     **kwargs
 )->SequenceLearner:
     "A `Learner` that trains by truncated backpropagation through time; its methods do what fastai's do"
     own = dict(loss_func=loss_func, opt_func=opt_func, num_threads=num_threads)
     if model is None:
         settings = dict(sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, timed=timed, check=check)
-        settings.update(time_dim=time_dim, counts=counts)
+        settings.update(time_dim=time_dim, counts=counts, continuing=continuing)
         return RNNLearner(dls, grad_clip=grad_clip, cbs=cbs, **settings, **own, **kwargs)
     own['loss_func'] = default_loss(dls, time_dim=time_dim) if loss_func is None else loss_func
     check_targets(dls, own['loss_func'])
-    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check, time_dim, counts)
+    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check, time_dim, counts, continuing)
     if num_threads is None: cbs += ThreadHintCB()
     if grad_clip is not None: cbs += clipping(grad_clip)
     return SequenceLearner(dls, model, cbs=cbs, **own, **kwargs)

@@ -19,6 +19,7 @@ from ..sequences.windows import Sequences, channel_names
 from ..state.carry import Carry, layer_of, out_of_reach
 from ..training.callback import TbpttResetCB
 from ..training.checks import check_states
+from ..state.own import resets_state
 from ..state.stateful import StatefulRNN, learned_state
 from ..state.tree import batch_dims, state_batch_size, state_leaves, where_state
 from ..sequences.axis import check_time_dim, from_rows
@@ -41,7 +42,7 @@ def _own_reset(model):
     "Names of the modules that carry a state by themselves, by a `reset()` of their own"
     modules = dict(model.named_modules())
     wrapped = {inner for m in modules.values() if isinstance(m, StatefulRNN) for inner in m.modules()}
-    def of_its_own(m): return hasattr(m, 'reset') and m not in wrapped and wrapped.isdisjoint(m.modules())
+    def of_its_own(m): return resets_state(m) and m not in wrapped and wrapped.isdisjoint(m.modules())
     return [name or type(model).__name__ for name,m in modules.items() if of_its_own(m)]
 
 def _check_model(model):

@@ -216,9 +216,11 @@ class WindowPart(Segment):
         n_sub:int=1, # Training steps of the window
         is_first:bool=True, # Is it the first of them?
         n_before:int=0, # Windows before this one that had no training step
+        continuing:bool=False, # Does the window go on, row by row, from where the one before it ended?
     ):
         self.window,self.sub_window,self.n_sub,self.is_first = window,sub_window,n_sub,is_first
-        self.n_before = n_before if is_first else 0
+        self.n_before = n_before
+        self.continuing = continuing
         self.weight,self.lr,self.moves_on = sub_window.weight,sub_window.lr,sub_window.moves_on
         self.ends_at_last = sub_window.next_start==sub_window.stop
         self.time_dim = window.time_dim
@@ -229,8 +231,8 @@ class WindowPart(Segment):
     def joins(self): return self.window.has_timed_targets
 
     def starts(self, seen):
-        same_window = seen is not None and seen.window is self.window
-        return None if same_window else Start()
+        goes_on = seen is not None and (self.continuing or seen.window is self.window)
+        return None if goes_on else Start()
 
     def after(self, seen): return self if self.moves_on else seen
     def pieces(self, seen): return planned_pieces(self, self.sub_window, self.starts(seen))

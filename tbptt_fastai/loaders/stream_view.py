@@ -27,6 +27,9 @@ class StreamView(SubWindows):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.continuing:
+            raise ValueError(
+                "A StreamDL says by itself where each row goes on and where a sequence begins: leave out continuing=True.")
         if self.world_size>1:
             raise NotImplementedError(
                 "A StreamDL cannot be shared by several processes. Give each of them sequences of its own, "

@@ -19,6 +19,7 @@ from fastcore.basics import GetAttr, patch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import IterableDataset
+from .continuing import check_order, check_rows_of, check_same_rows, continues
 from .counts import TargetCounts
 from .segment import CountedBatch, Segment, Window, WindowPart, is_array
 from ..sequences.axis import check_time_dim, layouts
@@ -81,6 +82,7 @@ class SubWindows(GetAttr):
         evaluation:bool=False, # Is it for an evaluation, which is of whole windows, whatever the scheme?
         time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the loader says, or 1
         counts:TargetCounts=None, # Which targets count; default: all
+        continuing:bool=None, # Does each batch continue the last, row by row? Default: as `continues` says
     ):
         self.time_dim = resolve_time_dim(time_dim, dl)
         self._given_n_inp,self.counts = n_inp,counts
@@ -88,16 +90,17 @@ class SubWindows(GetAttr):
         self.evaluation = evaluation
         self.truncation = as_truncation(self.eval_seq_len if evaluation else truncation)
         self.n_skip,self.timed = n_skip,timed
-        self.segment,self.warm_up,self._begun = Segment(),[],None
-        self._n_before = 0 # windows in a row that had no training step
+        self.continuing = continues(inner_loader(dl)) if continuing is None else continuing
+        self.segment,self.warm_up,self._begun,self._rows = Segment(),[],None,None
+        self._n_before,self._left = 0,[] # windows in a row that had no training step, and what is to be run before the next
 
     def __iter__(self):
         batches,self._begun = self._begun or self._batches(),None
-        self.rng = self._new_rng()
+        self.rng,self._rows = self._new_rng(),None
         for batch in batches:
             for self.segment,self.warm_up in self._segments(batch):
                 yield batch if self.window is None else self.window.cut(*self.sub_window[:2])
-        if self.truncation is not None or self.n_skip: self._agree(0, 0)
+        if self._cuts: self._agree(0, 0)
         self._check_counted()
 
     def __len__(self):
@@ -160,25 +163,38 @@ def _check_shared(self:SubWindows):
         "Share a TbpttDL of Sequences, or use time_dim=1.")
 
 # %% ../../nbs/loaders/01_views.ipynb #befd0c0d
+@patch(as_prop=True)
+def _cuts(self:SubWindows): return self.truncation is not None or self.n_skip or self.continuing
+
+@patch
+def _goes_on(self:SubWindows, window):
+    "Does it start where the one before it ended?"
+    before,self._rows = self._rows,window.bs
+    if not self.continuing or before is None: return False
+    check_same_rows(window.bs, before)
+    return True
+
 @patch
 def _segments(self:SubWindows, batch):
     "The segments of a window, each with the warm-up before it"
-    if self.truncation is None and not self.n_skip: return self._whole_batch(batch)
+    if not self._cuts: return self._whole_batch(batch)
     n_inp = self.n_inputs(batch)
     window = Window(batch, n_inp, self.timed, self.time_dim, self.counts)
-    steps,plan = window.steps,[]
+    steps,plan,goes_on = window.steps,[],self._goes_on(window)
     if self.truncation is None: plan = self._washed(window)
     elif steps>self.n_skip or self.world_size==1: plan = window.plan(self.truncation, self.n_skip, self.rng)
     n_sub = sum(o.weight>0 for o in plan)
     self._agree(steps, n_sub if steps>self.n_skip else 0)
-    segments,warm_up = [],[]
+    segments,warm_up = [],self._left if goes_on else []
     for o in plan:
-        part = WindowPart(window, o, n_sub, not segments, self._n_before)
+        is_first = not (segments or goes_on)
+        part = WindowPart(window, o, n_sub, is_first, 0 if segments else self._n_before, self.continuing)
         if o.weight:
             segments.append((part, warm_up))
             warm_up = []
         elif o.moves_on: warm_up.append((part, window.cut(o.start, o.next_start)[:n_inp]))
     self._n_before = 0 if segments else self._n_before+1
+    self._left = warm_up if self.continuing else []
     return segments
 
 # %% ../../nbs/loaders/01_views.ipynb #543c479e
@@ -312,7 +328,7 @@ def eval_seq_len(self:SubWindows):
 @patch(as_prop=True)
 def carries(self:SubWindows):
     "Does a state go on from one batch to the next?"
-    return self.truncation is not None
+    return self.truncation is not None or self.continuing
 
 @patch(as_prop=True)
 def is_uneven(self:SubWindows):
@@ -356,6 +372,7 @@ def check(self:SubWindows):
     """A `ValueError` if sub-window or washout are too long for the first window
 
     A dataset that cannot be indexed is not looked at."""
+    self.check_continuing()
     whole = self.truncation is None and not self.n_skip
     if getattr(self.dl, 'n', None)==0 or whole or first_item(self.dl) is None: return
     self.check_window(self.first_window)
@@ -368,6 +385,17 @@ def check_window(self:SubWindows,
     scheme = self.truncation or Fixed(window.steps)
     _check_fits(scheme, window)
     scheme.sub_windows(window.steps, self.n_skip)
+@patch
+def check_continuing(self:SubWindows):
+    "A `ValueError` if batches are to continue each other, and cannot"
+    if not self.continuing: return
+    dl = inner_loader(self.dl)
+    check_order(dl)
+    check_rows_of(dl, self.world_size, self.time_dim)
+    if self.n_skip: raise ValueError(
+        f"n_skip is {self.n_skip}, but each batch continues the last, so a washout would be the start of the whole run alone. "
+        "Leave it out; or use a StreamDL, whose sequences each have a washout, or windows (continuing=False).")
+
 
 # %% ../../nbs/loaders/01_views.ipynb #12b0c1b5
 @patch
@@ -395,10 +423,11 @@ def view_of(
     evaluation:bool=False, # Is it for an evaluation, which is of whole windows, whatever the scheme?
     time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the loader says, or 1
     counts:TargetCounts=None, # Which targets count; default: all
+    continuing:bool=None, # Does each batch continue the last, row by row? Default: as `continues` says
 )->SubWindows:
     "The view that suits a loader: a loader of ours says which, all others get `SubWindows`"
     view = getattr(type(inner_loader(dl)), 'view', SubWindows)
-    return view(dl, truncation, n_skip, timed, n_inp, evaluation, time_dim, counts)
+    return view(dl, truncation, n_skip, timed, n_inp, evaluation, time_dim, counts, continuing)
 
 def given_n_inp(
     dls, # `DataLoaders`

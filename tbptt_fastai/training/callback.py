@@ -13,17 +13,19 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
-from fastai.torch_core import find_bs, get_model, no_random
+from fastai.torch_core import find_bs, find_device, get_model, no_random
 from fastcore.basics import first, patch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from .checks import check_carries, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
+from ..loaders.continuing import is_text
 from ..loaders.counts import NotIgnored, TargetCounts, ignore_index_of
 from ..loaders.segment import Window, preds_to_rows
-from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, resolve_time_dim, view_of
+from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, plain_batch, resolve_time_dim, view_of
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
-from .parts import check_remembers, compare_parts
+from ..state.own import check_reset
+from .parts import check_remembers, compare_parts, first_output
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss
 from ..sequences.axis import check_time_dim
@@ -42,6 +44,7 @@ class TbpttResetCB(StateResets):
     _is_cut = False # was it left out of this batch?
     _lrs = None # the schedule's learning rates, while a step has its own
     _rows = None # what brings the rows of this batch to the front, if time comes first
+    _counting = None # the segment that says what counts in this batch
     # after GatherPredsCallback (0), MixedPrecision (10), DistributedTrainer (11); before Recorder (50), ProgressCallback (60)
     order = 12
     def __init__(self,
@@ -52,6 +55,7 @@ class TbpttResetCB(StateResets):
         check:bool=True, # Before the first step of a fit, refuse a model that sub-windows cannot train
         time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the training loader says, or 1
         counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
+        continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
     ):
         if truncation is not None and sub_seq_len!='dls':
             raise ValueError(
@@ -64,6 +68,7 @@ class TbpttResetCB(StateResets):
         self.n_skip,self.timed,self.check = check_steps('n_skip', n_skip, least=0),timed,check
         self.time_dim = check_time_dim(time_dim)
         self.counts = counts
+        self.continuing = continuing
 
     @property
     def setting(self):
@@ -82,10 +87,11 @@ class TbpttResetCB(StateResets):
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
         for view in views: view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
-        if scheme is not None:
+        if carry.resets_itself: check_reset(carry.inner)
+        if scheme is not None or self.continuing:
             carry.check()
             if self.check: check_carries(self.model)
-            if scheme.recompute: check_statistics(self.model, scheme)
+            if scheme is not None and scheme.recompute: check_statistics(self.model, scheme)
         for view in views: view.check_training(scheme, carry)
     after_create = check_settings
 
@@ -104,7 +110,7 @@ def after_epoch(self:TbpttResetCB): back_to_method(self.learn, 'all_batches')
 def after_fit(self:TbpttResetCB):
     self.after_epoch()
     self.end_search()
-    self._whole = None
+    self._whole = self._rows = self._counting = None
     if self.carry is None: self.reset() # else it is an evaluation in the middle of a training
 
 @patch
@@ -116,7 +122,7 @@ def broken_off(self:TbpttResetCB, error):
 @patch
 def before_fit(self:TbpttResetCB):
     self.check_settings()
-    self._is_new,self._is_held = True,False
+    if self.carry is None: self._is_new,self._is_held = True,False # else the training goes on after it
     self._search = None
     self._set_smooth_loss(self._smooth_loss)
 
@@ -166,7 +172,8 @@ def begin_batch(self:TbpttResetCB, view, owner):
 def _compare_untrained(self:TbpttResetCB):
     "The loss of the steps that count, of the model that goes along"
     learn,own = self.learn,(self.learn.pred,self.learn.yb)
-    with torch.random.fork_rng(): learn.pred = self._search.carry.model(*learn.xb)
+    with torch.random.fork_rng(): pred = self._search.carry.model(*learn.xb)
+    learn.pred = pred if isinstance(learn.pred, tuple) else first_output(pred) # a callback has taken it apart
     learn.pred,learn.yb = self._count(self.segment, *self.segment.real(learn.pred, learn.yb))
     if len(learn.yb): self._search.loss.compare_with(learn.loss_func(learn.pred, *learn.yb))
     learn.pred,learn.yb = own
@@ -192,8 +199,17 @@ def _check_model(self:TbpttResetCB):
     if view.truncation is None: return
     if self.segment.window is not None and first_item(view) is None: view.check_window(self.segment.window)
     window = view.inputs(self.xb)
-    compare_parts(model, window, -(-window.steps//2), groups)
+    error = compare_parts(model, window, -(-window.steps//2), groups)
+    if error is None: self._compare_two(model, window.steps)
     check_remembers(model, window, groups)
+@patch
+def _compare_two(self:TbpttResetCB, model, steps):
+    "Where a sub-window has no halves to be compared with: the first two, in one piece and in two"
+    segment = self.segment
+    if segment.window is None or segment.window.steps<2*steps: return
+    xb = plain_batch(segment.window.cut(0, 2*steps)[:len(self.xb)], find_device(self.xb))
+    compare_parts(model, self.view.inputs(xb), steps, segment.groups, must_run=False)
+
 
 # %% ../../nbs/training/04_callback.ipynb #50f22b39
 @patch
@@ -214,14 +230,14 @@ def evaluation_view(self:TbpttResetCB,
 def _view(self:TbpttResetCB, dl, truncation=None, evaluation=False):
     return view_of(
         dl, truncation, self.n_skip, self.timed, given_n_inp(self.dls), evaluation,
-        resolve_time_dim(self.time_dim, self.dls.train), self._target_counts(evaluation))
+        resolve_time_dim(self.time_dim, self.dls.train), self._target_counts(dl, evaluation), self.continuing)
 
 @patch
-def _target_counts(self:TbpttResetCB, evaluation):
+def _target_counts(self:TbpttResetCB, dl, evaluation):
     "Which targets count, if the learner or its loss says so; a loss that ignores some by itself is given all where it can"
     if self.counts is not None: return TargetCounts(self.counts)
     ignored = ignore_index_of(self.loss_func)
-    if ignored is None: return None
+    if ignored is None or is_text(inner_loader(dl)): return None # no token is ignored
     takes_steps = getattr(self.loss_func, 'axis', -1) in (-1,1)
     return NotIgnored(ignored, always=takes_steps and (evaluation or bool(self.learn._grab_cbs(GradientAccumulation))))
 
@@ -263,6 +279,8 @@ def before_validate(self:TbpttResetCB):
     self._tried = False
     self._check_channels(self.dl)
     self.learn.dl = self.evaluation_view(self.dl)
+    self.view.check_continuing()
+    self.is_interrupted = True
     if self.view.flat and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
         raise ValueError(
             "Inputs cannot be put in the order of the predictions of a StreamDL: "
@@ -273,12 +291,14 @@ def before_validate(self:TbpttResetCB):
             "largest for Interpretation. Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], "
             "losses.nan_to_num(-float('inf')).topk(k).")
 
+
 # %% ../../nbs/training/04_callback.ipynb #58e82730
 @patch
 def after_pred(self:TbpttResetCB):
     learn,segment = self.learn,self.segment
     self._rows = self._rows_of_batch()
     self._counting = segment.in_rows() if self._wants_rows else segment
+    if learn.training: self.keep_states()
     if isinstance(learn.pred, tuple) and not self._tried: self._try_output()
     if learn.training and self.carrying and not self.checked and segment.moves_on: self._check_states()
     if self._searching: self._compare_untrained()
@@ -382,8 +402,7 @@ def _weigh_loss(self:TbpttResetCB):
 def after_batch(self:TbpttResetCB):
     learn = self.learn
     if not learn.training:
-        segment = self._counting if self._rows is None else self._counting.in_rows()
-        if self._is_cut and self._whole is None: learn.pred,learn.yb = self._count(segment, learn.pred, learn.yb)
+        if self._is_cut and self._whole is None: self._count_again()
         return
     n,n_before = self.segment.n_sub,self.segment.n_before
     if n is None: return
@@ -393,6 +412,13 @@ def after_batch(self:TbpttResetCB):
     learn.pct_train += (n_first/n-1+n_first*n_before)/(learn.n_iter*learn.n_epoch)
 
 # %% ../../nbs/training/04_callback.ipynb #7624eb06
+@patch
+def _count_again(self:TbpttResetCB):
+    "Metrics are of what counts too"
+    learn,segment = self.learn,self._counting
+    if self._rows is not None: segment = segment.in_rows()
+    learn.pred,learn.yb = self._count(segment, learn.pred, learn.yb)
+
 @patch
 def _rows_of_batch(self:TbpttResetCB):
     "What brings the rows of a batch to the front; `None` if they are there, or if its steps will be one after the other"

@@ -10,8 +10,10 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import Tensor
+from .checks import check_goes_on
 from ..state.carry import Carry
-from ..loaders.views import SubWindows, view_of
+from ..loaders.continuing import continues
+from ..loaders.views import SubWindows, inner_loader, view_of
 from ..loaders.segment import Window
 from ..truncation.plan import Fixed, check_steps
 from ..sequences.axis import has_steps
@@ -27,6 +29,8 @@ class SubWindowEvalCB(Callback):
     ): self.sub_seq_len = check_steps('sub_seq_len', sub_seq_len)
 
     def before_validate(self):
+        check_goes_on(self.model)
+        self._states = None # at the end of the last batch, if batches continue each other
         if view_of(self.dl).flat:
             raise ValueError("A StreamDL is evaluated in sub-windows by itself: remove SubWindowEvalCB.")
 
@@ -49,12 +53,30 @@ def _joined(self:SubWindowEvalCB, preds, plan):
     return torch.cat(preds, dim) if per_step and not for_whole else preds[-1]
 
 @patch
+def _goes_on(self:SubWindowEvalCB, carry):
+    "Does the batch continue the last? By itself only a model that carries a state of its own knows"
+    if isinstance(self.dl, SubWindows): return self.dl.continuing
+    return carry.is_own and continues(inner_loader(self.dl))
+
+@patch
+def _run(self:SubWindowEvalCB, model, plan):
+    "Predictions of all sub-windows"
+    carry = Carry(model, evaluation=True)
+    goes_on = self._goes_on(carry)
+    # a state that is out of sight is where the first sub-window has left it
+    first = [self.pred] if goes_on and carry.is_own else []
+    if not first: carry.reset_own()
+    with carry:
+        if goes_on and self._states is not None: carry.restore(self._states)
+        preds = first+[model(*self._inputs(o.start, o.stop)) for o in plan[len(first):]]
+        self._states = carry.snapshot()
+    return preds
+
+@patch
 def after_pred(self:SubWindowEvalCB):
     "Predictions of the whole window in the place of those of its first sub-window"
     model,plan = self.model,Fixed(self.sub_seq_len).sub_windows(self._window.steps)
-    carry = Carry(model, evaluation=True)
-    carry.reset_own()
-    with carry: preds = [model(*self._inputs(o.start, o.stop)) for o in plan]
+    preds = self._run(model, plan)
     if not all(isinstance(o, Tensor) for o in (self.pred, *preds)):
         raise TypeError(
             f"{type(model).__name__} gives a {type(preds[0]).__name__}; only one tensor of predictions can be joined.")

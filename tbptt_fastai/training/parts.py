@@ -109,22 +109,40 @@ def _watched(model, *args):
         for h in hooks: h.remove()
     return outs,within[-1] if within else None
 
+def _stacked(outs):
+    "What a layer gives in many calls, as in one; `None` if these are of different kinds"
+    same = all(isinstance(o, Tensor) and o.ndim and o.shape==outs[0].shape for o in outs)
+    return torch.stack(outs, 1) if same else None
+
+def _error_of(outs, parts, window):
+    "Of a layer that runs once on a window, or as many times on each step; `None` for others"
+    if len(outs)==1: return _of_whole(parts, outs[0], window)
+    if len(outs)%window.steps or len(parts)!=len(outs): return None
+    return difference([_stacked(parts)], _stacked(outs), len(outs))
+
 def _first_different(model, window, sub_seq_len, groups, tol):
-    "The first layer that runs once on a window, and gives something else in its parts"
+    "The first layer that gives something else in the parts of a window than in the whole"
     whole,_ = _watched(model, window, window.steps, groups)
     parts,_ = _watched(model, window, sub_seq_len, groups)
     for name,outs in whole.items():
-        if len(outs)!=1: continue
-        error = _of_whole(parts[name], outs[0], window) if name in parts else None
+        error = _error_of(outs, parts[name], window) if name in parts else None
         if error is not None and error>tol: return name
     return type(model).__name__
 
 # %% ../../nbs/training/02_parts.ipynb #81368f0d
+def _indexed(model, steps, e):
+    return ValueError(
+        f"{type(model).__name__} cannot be run on a sub-window of {steps} steps: {e}\n"
+        "Does it look for a step of the whole window there, by the length of each row, or need a real step in each? "
+        "Train whole windows (sub_seq_len=None), or use a StreamDL, "
+        "where sequences of any length need neither padding nor lengths.")
+
 def _run_whole(model, window, groups):
     n = window.steps
     try: return run_in_parts(model, window, n, groups, checked=True)[0]
-    except torch.OutOfMemoryError: raise
-    except RuntimeError as e:
+    except (torch.OutOfMemoryError, ValueError, TypeError): raise
+    except IndexError as e: raise _indexed(model, n, e) from e
+    except Exception as e:
         layer = _watched(model, window, n, groups)[1] or type(model).__name__
         raise ValueError(
             f"{layer} cannot be run on {n} steps: {e}\nA layer that is made for another number of steps, "
@@ -149,6 +167,7 @@ def compare_parts(
     sub_seq_len:int, # Steps of a part
     groups:list=None, # The group of each row
     tol:float=None, # Largest relative difference; default: 1e-4, and 16 roundings in half precision
+    must_run:bool=True, # Refuse a model that cannot be run on the window?
 )->float|None: # The difference; `None` if nothing can be compared
     """Raise a `ValueError` that names the layer, if parts of a window give other predictions than the whole
 
@@ -156,7 +175,10 @@ def compare_parts(
     and those of a model for one number of steps, cannot be compared."""
     n = window.steps
     with on_trial(model):
-        whole = _run_whole(model, window, groups)
+        try: whole = _run_whole(model, window, groups)
+        except ValueError:
+            if must_run: raise
+            return None
         try: parts = run_in_parts(model, window, sub_seq_len, groups)
         except torch.OutOfMemoryError: raise
         except Exception: return None
