@@ -21,7 +21,7 @@ from tbptt_fastai.learner import RNNLearner, ScaledL1Loss, TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.loaders.segment import Window
 from tbptt_fastai.loaders.streams import StreamDL
-from tbptt_fastai.loaders.views import SubWindows, view_of
+from tbptt_fastai.loaders.views import view_of
 from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.sequences.axis import from_rows, to_rows
 from tbptt_fastai.sequences.windows import SequenceWindows, Sequences
@@ -555,7 +555,7 @@ def test_a_layer_that_takes_the_steps_for_the_batch_has_the_right_remedy(n, stat
             o = self.rnn(x)
             return self.out(o if stateful else o[0])
     x,y = (o[:n].transpose(0, 1) for o in signals(30))
-    refused('use batch_first=False', DataLoaders([(x, y)], [(x, y)]), Wrong().double(), time_dim=0)
+    refused('Use batch_first=False', DataLoaders([(x, y)], [(x, y)]), Wrong().double(), time_dim=0)
 
 @dims
 def test_a_layer_that_looks_ahead_and_a_model_without_memory_are_found(dim):
@@ -591,7 +591,7 @@ def test_text_is_batch_first():
 def test_a_stream_needs_predictions_for_every_step():
     with pytest.raises(TypeError, match=r'\(12, 4, ...\), not of shape'): trained('stream', 0, partial(net, last=True), check=False)
 
-@pytest.mark.parametrize('dim,match', [(0, 'use batch_first=False'), (1, 'use batch_first=True, or .*time_dim=0'), (-1, 'move the time axis')])
+@pytest.mark.parametrize('dim,match', [(0, 'Use batch_first=False'), (1, 'Use batch_first=True, or .*time_dim=0'), (-1, 'move the time axis')])
 def test_without_the_check_the_state_tells_that_a_layer_has_another_layout(dim, match):
     class Wrong(Net):
         def forward(self, x): # a layer that takes the steps for the batch

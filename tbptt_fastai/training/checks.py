@@ -93,8 +93,8 @@ def batch_first_remedy(
     "What is wrong about it, and what to do"
     if time_dim==-1: return (
         f"batch_first={batch_first}, and the data is (batch, ..., time): move the time axis in the model to where it expects it.")
-    if batch_first: return "batch_first=True, and the data is (time, batch, ...): use batch_first=False."
-    return ("batch_first=False, and the data is (batch, time, ...): use batch_first=True, or give the callback or the learner "
+    if batch_first: return "batch_first=True, and the data is (time, batch, ...). Use batch_first=False."
+    return ("batch_first=False, and the data is (batch, time, ...). Use batch_first=True, or give the callback or the learner "
             "time_dim=0 if the data is (time, batch, ...).")
 
 def _check_layer(layer, n, bs, steps, time_dim=1):
