@@ -381,6 +381,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'tbptt_fastai/loaders/counts.py'),
                                              'tbptt_fastai.loaders.counts._default_of': ( 'loaders/counts.html#_default_of',
                                                                                           'tbptt_fastai/loaders/counts.py'),
+                                             'tbptt_fastai.loaders.counts.has_classes_second': ( 'loaders/counts.html#has_classes_second',
+                                                                                                 'tbptt_fastai/loaders/counts.py'),
                                              'tbptt_fastai.loaders.counts.ignore_index_of': ( 'loaders/counts.html#ignore_index_of',
                                                                                               'tbptt_fastai/loaders/counts.py')},
             'tbptt_fastai.loaders.dataloaders': { 'tbptt_fastai.loaders.dataloaders.SequenceDataLoaders': ( 'loaders/dataloaders.html#sequencedataloaders',

@@ -154,6 +154,16 @@ def test_one_label_for_each_window():
     assert steps.losses==[pytest.approx(loss.item(), abs=1e-6)] and steps.pct>.4
     assert learn.recorder.values[-1][1]==pytest.approx(F.cross_entropy(learn.model(x[:4]), y[:4]).item(), abs=1e-6)
 
+@pytest.mark.parametrize('sub', [SUB, None])
+def test_one_number_for_each_window(sub):
+    x,_ = windows()
+    y = torch.tensor([0.,nan,2.,1., nan,nan,nan,nan])[:,None]
+    class OneNumber(Last):
+        def __init__(self): super().__init__(1)
+    learn = fit(learner(loaders(x, y), OneNumber(), nn.L1Loss(), sub=sub, counts=lambda y: ~y.isnan()))
+    assert len(learn.recorder.losses)==1
+    assert learn.validate()[0]==pytest.approx((learn.model(x)-y).abs().nanmean().item(), abs=1e-6)
+
 def test_whole_windows():
     x,y = sparse_labels()
     y[4:] = -100
@@ -404,3 +414,19 @@ def test_windows_without_a_loss_are_not_ranked():
     with pytest.raises(ValueError, match='no target that counts'), learn.no_bar(): Interpretation.from_learner(learn)
     y[:,0] = 1
     with learn.no_bar(): Interpretation.from_learner(learner(loaders(x, y), Net()))
+
+@pytest.mark.parametrize('sub', [CLASSES, 2*CLASSES, 20])
+def test_as_many_classes_as_steps(sub):
+    x,y = sparse_labels()
+    y[:,1::3] = -100
+    second = fit(learner(loaders(x, y), Net(classes_second=True), nn.CrossEntropyLoss(), sub=sub))
+    last = fit(learner(loaders(x, y), Net(), sub=sub))
+    assert_same(second.model, list(last.model.parameters()))
+
+def test_classes_and_steps_that_cannot_be_told_apart_are_refused():
+    def loss_func(pred, y, ignore_index=-100): return F.cross_entropy(pred.movedim(-1, 1) if pred.ndim>2 else pred, y)
+    x,y = sparse_labels()
+    y[:,1::3] = -100
+    fit(learner(loaders(x, y), Net(), loss_func))
+    with pytest.raises(ValueError, match='as many classes as steps'):
+        fit(learner(loaders(x, y), Net(), loss_func, sub=CLASSES))

@@ -30,6 +30,7 @@ class Segment:
     is_first,n_sub = True,None # Is it the first part, and of how many?
     n_before = 0 # Windows before its own that had no training step
     mask = None # Which targets count, see `TargetCounts`; `None`: all of them
+    classes_second = None # Do predictions have classes in axis 1? `None`: not known
     weight,lr = 1.,1. # Factors for its loss, which is a mean over the steps that count, and for the learning rate
     moves_on,ends_at_last = True,True # Does the next one start from another state, and from that at its end?
     groups = None # The group of each row
@@ -58,7 +59,7 @@ class Segment:
 
     def counted(self, pred, yb):
         "Of those, what counts in the loss; no targets if none does"
-        return (pred,yb) if self.mask is None else only(self.mask, pred, yb)
+        return (pred,yb) if self.mask is None else only(self.mask, pred, yb, self.time_dim, self.classes_second)
 
     def step_losses(self, loss, pred, yb):
         "The loss of every real step, or row, of the losses of those that count"
@@ -133,6 +134,7 @@ class Window:
         self.targets_timed = self.timed[n_inputs:]
         self._flat = type(batch) is tuple and len(batch)==n and all(map(is_, batch, self._elements))
         self.mask,self.labels = self._count(counts, n_inp)
+        self.classes_second = counts and counts.classes_second
 
 # %% ../../nbs/loaders/00_segment.ipynb #c1bef63b
 @patch(as_prop=True)
@@ -146,6 +148,7 @@ def _count(self:Window, counts, n_inp):
     targets = self.batch[n_inp:] if isinstance(self.batch, (tuple,list)) else ()
     mask = None if counts is None else counts.mask(targets)
     if mask is None: return None,None
+    if not self.has_timed_targets and mask.shape[1:]==(1,): mask = mask[:,0]
     if mask.ndim>1 and mask.shape[self.time_dim]!=self.steps: raise ValueError(
         f"counts gave shape {tuple(mask.shape)}, but a window has {self.steps} steps; "
         "expected an answer for each step (batch, time), or for each window (batch,).")
@@ -224,7 +227,7 @@ class WindowPart(Segment):
         self.weight,self.lr,self.moves_on = sub_window.weight,sub_window.lr,sub_window.moves_on
         self.ends_at_last = sub_window.next_start==sub_window.stop
         self.time_dim = window.time_dim
-        self.mask = window.mask_of(sub_window)
+        self.mask,self.classes_second = window.mask_of(sub_window),window.classes_second
         self.flat = self.mask is not None and self.mask.ndim>1
 
     @property
@@ -275,22 +278,29 @@ def preds_to_rows(
     return map_predictions(moved, preds, with_axes=True)
 
 # %% ../../nbs/loaders/00_segment.ipynb #53822d19
-def _steps_first(o, mask):
+def _steps_first(o, mask, time_dim, classes_second):
     "With the axes of the mask in front; `None` if it has others"
-    if o.shape[:mask.ndim]==mask.shape: return o
-    if mask.ndim>1 and o.ndim==mask.ndim+1 and (o.shape[0],*o.shape[2:])==mask.shape: return o.movedim(1, -1)
-    return None
+    ways = [o, o.movedim(1, -1)] if o.ndim==mask.ndim+1==3 else [o]
+    if time_dim==-1 or classes_second: ways.reverse()
+    fitting = [way for way in ways if way.shape[:mask.ndim]==mask.shape]
+    if len(fitting)>1 and time_dim!=-1 and classes_second is None: raise ValueError(
+        f"Of targets {tuple(mask.shape)} some count and some do not, and predictions {tuple(o.shape)} have as many classes as steps: "
+        "it is not known which axis is which. Use CrossEntropyLossFlat, another number of steps, or a loss of torch.nn.")
+    return fitting[0] if fitting else None
 
 def only(
     mask:Tensor, # bool `(batch, time)` or `(batch,)`: which targets count
     pred, # Predictions: tensors and distributions of any nesting
     yb:tuple, # Targets
+    time_dim:int=1, # Where the time axis is
+    classes_second:bool=None, # Do predictions have classes in axis 1? Default: not known
 ): # Predictions and targets, `(n, ...)` each; no targets if none counts
     "Those that count, one after the other"
     at = mask.flatten().nonzero().flatten()
     if len(at)==0: return pred,()
+    are_classes = all(o.ndim==mask.ndim for o in tree_leaves(yb) if isinstance(o, Tensor))
     def counted(o, must=True):
-        o_first = _steps_first(o, mask)
+        o_first = _steps_first(o, mask, time_dim, classes_second if are_classes else False)
         if o_first is None and not must: return o
         if o_first is None: raise ValueError(
             f"Of targets {tuple(mask.shape)} some count and some do not, but there are predictions or targets of shape "
@@ -336,6 +346,7 @@ class CountedBatch(Segment):
         mask:Tensor=None, # bool `(batch, time)` or `(batch,)`: which targets count; `None`: all
         n_before:int=0, # Batches before this one that had no training step
         time_dim:int=1, # Where the time axis of the batch is
+        classes_second:bool=None, # Do predictions have classes in axis 1? Default: not known
     ):
-        self.mask,self.n_before,self.time_dim = mask,n_before,time_dim
+        self.mask,self.n_before,self.time_dim,self.classes_second = mask,n_before,time_dim,classes_second
         self.flat = mask is not None and mask.ndim>1

@@ -208,7 +208,7 @@ def _whole_batch(self:SubWindows, batch):
         self._n_before += 1
         return []
     if not self.counts.always and (self.evaluation or mask.all()): mask = None
-    segment,self._n_before = CountedBatch(mask, self._n_before, self.time_dim),0
+    segment,self._n_before = CountedBatch(mask, self._n_before, self.time_dim, self.counts.classes_second),0
     return [(segment, [])]
 
 @patch

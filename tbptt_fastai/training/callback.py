@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from .checks import check_carries, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
 from ..loaders.continuing import is_text
-from ..loaders.counts import NotIgnored, TargetCounts, ignore_index_of
+from ..loaders.counts import NotIgnored, TargetCounts, has_classes_second, ignore_index_of
 from ..loaders.segment import Window, preds_to_rows
 from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, plain_batch, resolve_time_dim, view_of
 from ..sequences.windows import Sequences, check_same_channels
@@ -235,11 +235,13 @@ def _view(self:TbpttResetCB, dl, truncation=None, evaluation=False):
 @patch
 def _target_counts(self:TbpttResetCB, dl, evaluation):
     "Which targets count, if the learner or its loss says so; a loss that ignores some by itself is given all where it can"
-    if self.counts is not None: return TargetCounts(self.counts)
+    classes_second = has_classes_second(self.loss_func)
+    if self.counts is not None: return TargetCounts(self.counts, True, classes_second)
     ignored = ignore_index_of(self.loss_func)
     if ignored is None or is_text(inner_loader(dl)): return None # no token is ignored
     takes_steps = getattr(self.loss_func, 'axis', -1) in (-1,1)
-    return NotIgnored(ignored, always=takes_steps and (evaluation or bool(self.learn._grab_cbs(GradientAccumulation))))
+    always = takes_steps and (evaluation or bool(self.learn._grab_cbs(GradientAccumulation)))
+    return NotIgnored(ignored, always, classes_second)
 
 # %% ../../nbs/training/04_callback.ipynb #d1b99335
 @patch
