@@ -191,7 +191,12 @@ def counted(self:WindowPart, pred, yb):
     if n_skip==0 or not any(self.window.targets_timed): return pred,yb
     if n_skip==steps: raise ValueError(
         f"A window to evaluate has {steps} steps, and all are washout (n_skip): no step would count.")
-    def without(o): return o[:,n_skip:] if o.ndim>1 and o.shape[1]==steps else o
     targets,form = tree_flatten(yb)
+    whole = [not timed and o.shape for o,timed in zip(targets, self.window.targets_timed)]
+    preds,pred_form = tree_flatten(pred)
+    if len(preds)!=len(targets): whole = [False]*len(preds)
+    def without(o): return o[:,n_skip:] if o.ndim>1 and o.shape[1]==steps else o
+    def of_pair(o, shape): return o if shape and getattr(o, 'shape', None)==shape else map_predictions(without, o)
+    preds = [of_pair(*o) for o in zip(preds, whole)]
     targets = [o[:,n_skip:] if timed else o for o,timed in zip(targets, self.window.targets_timed)]
-    return map_predictions(without, pred),tree_unflatten(targets, form)
+    return tree_unflatten(preds, pred_form),tree_unflatten(targets, form)
