@@ -309,7 +309,6 @@ def given_n_inp(
     They say so themselves, or their training loader does. It is asked as late as a learner asks, as that may take an item."""
     return partial(_split_at, dls)
 
-
 # %% ../../nbs/loaders/01_views.ipynb #c89f0812
 def plain_batch(
     batch, # Tensors in tuples, lists or dicts, of any nesting

@@ -300,7 +300,7 @@ def after_loss(self:TbpttResetCB):
     if not len(learn.yb): return # no targets, no loss
     weight = self.segment.weight
     if weight!=1 and self._loss_takes_weights: learn.loss_grad = learn.loss_grad*weight
-    if learn.loss.dtype==torch.float64: learn.loss = learn.loss.float() # what Recorder smooths has to be float32
+    if learn.loss.dtype!=torch.float32: learn.loss = learn.loss.float() # what Recorder smooths has to be float32
 
 @patch
 def after_batch(self:TbpttResetCB):
