@@ -6,13 +6,14 @@
 __all__ = ['TbpttResetCB']
 
 # %% ../../nbs/training/04_callback.ipynb #2aa02dba
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 import torch
 from fastai.callback.core import GatherPredsCallback
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
-from fastai.torch_core import find_bs, get_model, no_random
+from fastai.torch_core import find_bs, get_model
 from fastcore.basics import first, patch
 from .checks import check_carries, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
 from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, view_of
@@ -29,7 +30,7 @@ class TbpttResetCB(StateResets):
     """Train on the sub-windows of each window in turn, and reset the state where a window or sequence starts
 
     Evaluation runs whole windows; sequences of a `StreamDL` in sub-windows too."""
-    _is_new,_is_held = False,True # is the first batch of a fit still to be looked at, are predictions held against targets?
+    _is_new,_tried = False,False # is the first batch of a fit still to be looked at, was the loss tried in this run over batches?
     _search = None # of a learning rate, for the time of its fit
     _whole = None # predictions and targets of a batch in evaluation, while the washout is left out of them
     _is_cut = False # was it left out of this batch?
@@ -103,7 +104,7 @@ def broken_off(self:TbpttResetCB, error):
 @patch
 def before_fit(self:TbpttResetCB):
     self.check_settings()
-    self._is_new,self._is_held = True,False
+    self._is_new = True
     self._search = None
     self._set_smooth_loss(self._smooth_loss)
 
@@ -204,7 +205,7 @@ def _view(self:TbpttResetCB, dl, truncation=None, evaluation=False):
 @patch
 def before_train(self:TbpttResetCB):
     self.checked = False # has the model been seen to carry a state?
-    self._tried = False # has the loss been seen to take a tuple, if that is the model's output?
+    self._tried = False
     view = self.training_view(self.dl)
     if view.truncation is not None: view.truncation.before_epoch(self.learn)
     self.learn.dl = view
@@ -246,29 +247,26 @@ def before_validate(self:TbpttResetCB):
 @patch
 def after_pred(self:TbpttResetCB):
     learn,segment = self.learn,self.segment
-    if isinstance(learn.pred, tuple) and not self._tried: self._try_output()
+    if not self._tried: self._try_loss()
     if learn.training and self.carrying and not self.checked and segment.moves_on: self._check_states()
     if self._searching: self._compare_untrained()
     pred,yb = segment.real(learn.pred, learn.yb)
     learn.pred,learn.yb = segment.counted(pred, yb)
-    if self.check and not self._is_held: self._hold_against_targets()
     is_cut = learn.pred is not pred or learn.yb is not yb
     if is_cut and not learn.training: self._is_cut,self._whole = True,(pred, yb)
 
 # %% ../../nbs/training/04_callback.ipynb #36cbb448
 @patch
-def _hold_against_targets(self:TbpttResetCB):
-    self._is_held = True
-    check_shapes(self.learn.loss_func, self.learn.pred, self.learn.yb)
-
-@patch
-def _try_output(self:TbpttResetCB):
-    "A loss that takes no tuple says so before it is asked for a gradient"
+def _try_loss(self:TbpttResetCB):
+    "A loss that cannot take predictions and targets says so before it is asked for a gradient"
     learn,segment = self.learn,self.segment
-    self._tried = True
-    with output_explained(get_model(learn.model), learn.pred, learn.xb), torch.no_grad(), no_random():
-        pred,yb = segment.counted(*segment.real(learn.pred, learn.yb))
-        if len(yb): learn.loss_func(pred, *yb)
+    is_tuple = isinstance(learn.pred, tuple)
+    self._tried = not (is_tuple or self.check)
+    if self._tried: return
+    explained = is_tuple and partial(output_explained, get_model(learn.model), learn.pred, learn.xb)
+    with explained() if explained else nullcontext(): pred,yb = segment.counted(*segment.real(learn.pred, learn.yb))
+    self._tried = len(yb)>0 or not len(learn.yb) # else nothing of this batch counts
+    if len(yb): check_shapes(learn.loss_func, pred, yb, explained() if explained else None, self.check)
 
 @patch
 def _check_states(self:TbpttResetCB):
