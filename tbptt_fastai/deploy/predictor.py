@@ -17,7 +17,7 @@ from ..loaders.views import inner_loader
 from ..sequences.windows import Sequences, channel_names
 from ..state.carry import Carry, layer_of, out_of_reach
 from ..training.callback import TbpttResetCB
-from ..training.checks import check_states
+from ..training.checks import channels_explained, check_states
 from ..state.stateful import StatefulRNN, learned_state
 from ..state.tree import batch_dims, state_batch_size, state_leaves, where_state
 
@@ -206,7 +206,7 @@ def _step(self:StreamPredictor, xs, timed):
         carry.reset(groups=self._groups)
         carry.restore({name:(o, None, self._groups) for name,o in states.items()})
         if self._begins is not None: carry.reset(self._begins, self._groups)
-        y = self.model(*xs)
+        with channels_explained(self.model): y = self.model(*xs)
         check_states(carry, n, like.shape[1])
         states = carry.states
     self._states = tree_map_only(Tensor, Tensor.clone, states) # it may be a view of a chunk

@@ -15,6 +15,8 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import find_bs, get_model
 from fastcore.basics import first, patch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from .checks import check_carries, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
 from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, view_of
 from ..sequences.windows import Sequences, check_same_channels
@@ -31,6 +33,7 @@ class TbpttResetCB(StateResets):
 
     Evaluation runs whole windows; sequences of a `StreamDL` in sub-windows too."""
     _is_new,_tried = False,False # is the first batch of a fit still to be looked at, was the loss tried in this run over batches?
+    _trained = None # channels of the inputs in the last training
     _search = None # of a learning rate, for the time of its fit
     _whole = None # predictions and targets of a batch in evaluation, while the washout is left out of them
     _is_cut = False # was it left out of this batch?
@@ -169,6 +172,7 @@ def end_search(self:TbpttResetCB):
 @patch
 def before_batch(self:TbpttResetCB):
     if self._is_cut: self._is_cut,self._whole = False,None # of a batch that was cancelled
+    if not self._tried and self.check: self._check_inputs()
     if self._is_new and self.learn.training and self.check: self._check_model()
     StateResets.before_batch(self)
 
@@ -181,6 +185,17 @@ def _check_model(self:TbpttResetCB):
     window = view.inputs(self.xb)
     compare_parts(model, window, -(-window.steps//2), groups)
     check_remembers(model, window, groups)
+
+@patch
+def _check_inputs(self:TbpttResetCB):
+    "A `ValueError` if inputs have other channels than those of the last training, from whatever loader they come"
+    inputs = [o for o in tree_leaves(self.xb) if isinstance(o, Tensor)]
+    channels = [tuple(o.shape[2:3] if timed else o.shape[1:2]) for o,timed in zip(inputs, self.timed or [True]*len(inputs))]
+    if self.learn.training: self._trained = channels
+    if self._trained in (None, channels): return
+    raise ValueError(
+        f"Inputs have shapes {[tuple(o.shape) for o in inputs]} and channels {channels}, in training they had channels "
+        f"{self._trained}: expected the same, in the same order. If the model takes any: check=False.")
 
 # %% ../../nbs/training/04_callback.ipynb #50f22b39
 @patch

@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..state.carry import Carry, out_of_reach
 from ..state.unroll import unroll_hint
-from .checks import check_states
+from .checks import ChannelsError, channels_explained, check_states
 from ..loaders.segment import Window
 
 # %% ../../nbs/training/02_parts.ipynb #15da2350
@@ -144,8 +144,9 @@ def _first_different(model, window, sub_seq_len, groups, tol):
 # %% ../../nbs/training/02_parts.ipynb #81368f0d
 def _run_whole(model, window, groups):
     n = window.steps
-    try: return _run(model, window, n, groups, checked=True)[0]
-    except torch.OutOfMemoryError: raise
+    try:
+        with channels_explained(model): return _run(model, window, n, groups, checked=True)[0]
+    except (torch.OutOfMemoryError, ChannelsError): raise
     except RuntimeError as e:
         layer = _watched(model, window, n, groups)[1] or type(model).__name__
         raise ValueError(
