@@ -79,6 +79,16 @@ def _as_long_as(first_array, elements):
             f"{tuple(others[0])}. Say so by timed=, a bool for each of the {len(elements)} elements of a batch.")
     return [is_array(o) and o.ndim>1 and o.shape[1]==steps for o in elements]
 
+def _as_said(first_array, elements, timed):
+    "Which elements are said to have as many steps as the first; a `ValueError` if one of them has not"
+    steps = first_array.shape[1]
+    wrong = [o for o,t in zip(elements, timed) if t and not (is_array(o) and o.ndim>1 and o.shape[1]==steps)]
+    if not wrong: return list(timed)[:len(elements)]
+    found = f'has shape {tuple(wrong[0].shape)}' if is_array(wrong[0]) else f'is a {type(wrong[0]).__name__}'
+    raise ValueError(
+        f"timed is {tuple(timed)}, but an element {found}: expected (batch, {steps}, ...), as many steps as the first element "
+        "with a time axis. Bring all of them to one rate, or say False for it.")
+
 # %% ../../nbs/loaders/00_segment.ipynb #35399eec
 class Window:
     "A batch of windows `(*inputs, *targets)` that knows which of its elements have a time axis, and can be cut there"
@@ -96,9 +106,11 @@ class Window:
                 "(those of the targets may be left over).")
         first_array = _first_timed(self._elements, timed)
         self.steps = first_array.shape[1]
-        self.timed = _as_long_as(first_array, self._elements) if timed is None else list(timed)[:n]
+        self.timed = _as_long_as(first_array, self._elements) if timed is None else _as_said(first_array, self._elements, timed)
         inputs = batch[:n_inp] if isinstance(batch, (tuple,list)) else batch
-        self.targets_timed = self.timed[len(tree_leaves(inputs)):]
+        first_target = len(tree_leaves(inputs))
+        self.targets,self.targets_timed = self._elements[first_target:],self.timed[first_target:]
+        self.is_guessed = timed is None
         self._flat = type(batch) is tuple and len(batch)==n and all(map(is_, batch, self._elements))
 
 # %% ../../nbs/loaders/00_segment.ipynb #7390d8ff
@@ -123,6 +135,19 @@ def plan(self:Window,
     if not self.targets_timed or any(self.targets_timed): return truncation.sub_windows(self.steps, n_skip, rng)
     *carry,last = truncation.sub_windows(self.steps, rng=rng)
     return [o._replace(loss_start=o.stop, weight=0.) for o in carry]+[last._replace(weight=1.)]
+
+# %% ../../nbs/loaders/00_segment.ipynb #2d7275ea
+@patch
+def check_washout(self:Window,
+    n_skip:int, # Washout
+):
+    "A `ValueError` if it cannot be left out, as targets have a time axis of another number of steps"
+    if not (n_skip and self.is_guessed) or any(self.targets_timed): return
+    other = next((tuple(o.shape) for o in self.targets if is_array(o) and o.ndim>2 and o.shape[1]>1), None)
+    if other is None: return
+    raise ValueError(
+        f"n_skip is {n_skip} steps of a window of {self.steps}, but its targets have shape {other}: a washout cannot be left "
+        "out of another number of steps. Bring both to one rate; if the targets have no time axis, say so by timed=.")
 
 # %% ../../nbs/loaders/00_segment.ipynb #0e3052a5
 def planned_pieces(

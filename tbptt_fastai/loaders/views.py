@@ -124,6 +124,7 @@ def _segments(self:SubWindows, batch):
     if self.truncation is None and not self.n_skip: return [(Segment(), [])]
     n_inp = self.n_inputs(batch)
     window = Window(batch, n_inp, self.timed)
+    window.check_washout(self.n_skip)
     steps,plan = window.steps,[]
     if self.truncation is None: plan = [SubWindow(0, steps, min(self.n_skip, steps))]
     elif steps>self.n_skip or self.world_size==1: plan = window.plan(self.truncation, self.n_skip, self.rng)

@@ -21,7 +21,7 @@ from .checks import check_carries, check_shapes, check_states, check_statistics,
 from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, view_of
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
-from .parts import check_remembers, compare_parts
+from .parts import check_remembers, compare_parts, on_trial, run_in_parts
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss
 from .resets import CarryingRun, StateResets, back_to_method, cancels
@@ -281,7 +281,23 @@ def _try_loss(self:TbpttResetCB):
     explained = is_tuple and partial(output_explained, get_model(learn.model), learn.pred, learn.xb)
     with explained() if explained else nullcontext(): pred,yb = segment.counted(*segment.real(learn.pred, learn.yb))
     self._tried = len(yb)>0 or not len(learn.yb) # else nothing of this batch counts
+    self._check_rate(pred, yb)
     if len(yb): check_shapes(learn.loss_func, pred, yb, explained() if explained else None, self.check)
+
+@patch
+def _check_rate(self:TbpttResetCB, pred, yb):
+    "A `ValueError` if targets of a window are taken for those of the steps of its last sub-window"
+    window = self.segment.window
+    if not self.check or window is None or any(window.targets_timed) or len(yb)!=1: return
+    steps,shape = self.sub_window.steps,tuple(getattr(pred, 'shape', ()))
+    if shape!=tuple(getattr(yb[0], 'shape', ())) or shape[1:2]!=(steps,) or steps in (1, window.steps): return
+    model = get_model(self.learn.model)
+    with on_trial(model), torch.no_grad(): half = run_in_parts(model, self.view.inputs(self.xb), -(-steps//2))[0]
+    if half.shape[1:2]==shape[1:2]: return # as many for any steps
+    raise ValueError(
+        f"Predictions for the {steps} steps of the last sub-window have the shape of the targets, {shape}, of a window of {window.steps} "
+        "steps: they are not for the same steps. Targets of another number of steps cannot be cut along with predictions: "
+        "bring both to one rate, or train whole windows (sub_seq_len=None).")
 
 @patch
 def _check_states(self:TbpttResetCB):

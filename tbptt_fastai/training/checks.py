@@ -230,11 +230,16 @@ def _said(preds, targets):
     return f"Predictions have {of(preds)}, targets {of(targets).removeprefix('shape ')}"
 
 def _of_kind(kind, o): return [o for o in tree_leaves(o) if isinstance(o, kind)]
+def _name(loss_func):
+    "Of fastai's losses that flatten, the name of the one inside"
+    if type(loss_func).__name__=='BaseLoss': loss_func = loss_func.func
+    return getattr(loss_func, '__name__', type(loss_func).__name__)
 
 # %% ../../nbs/training/01_checks.ipynb #3293f529
 def _targets_hint(pred, y, is_real=True):
     "What to do about two shapes"
-    if len(y)==len(pred)>1 and y[1]!=pred[1]:
+    are_classes = len(y)==len(pred)-1 and not is_real
+    if len(y)>1 and (are_classes or len(y)==len(pred)) and y[0]==pred[0] and y[1]!=pred[1]:
         return (f"Targets of another number of steps ({y[1]}) than predictions ({pred[1]}) cannot be cut along with "
                 "them: bring both to one rate, or train whole windows (sub_seq_len=None).")
     if not is_real: return "Whole numbers are taken for classes: for a regression, give the target by .astype(float)."
@@ -248,7 +253,7 @@ def _loss_explained(name, preds, targets):
     except Exception as e:
         pairs = [(p, y) for p,y in zip(preds, targets) if p.shape!=y.shape]
         hints = [_targets_hint(tuple(p.shape), tuple(y.shape), y.is_floating_point()) for p,y in pairs]
-        raise ValueError(f"{_said(preds, targets)}, which {name} cannot take: {e}. {first(hints) or ''}") from e
+        raise ValueError(f"{_said(preds, targets)}, which {name} cannot take: {str(e).rstrip('.')}. {first(hints) or ''}") from e
 
 # %% ../../nbs/training/01_checks.ipynb #3fd7ee22
 def check_shapes(
@@ -262,7 +267,7 @@ def check_shapes(
     preds,targets,dists = _of_kind(Tensor, pred),_of_kind(Tensor, yb),_of_kind(Distribution, pred)
     alike = not (preds and targets) or [p.shape for p in preds]==[y.shape for y in targets]
     if explained is None and alike and not dists: return
-    name,watch = getattr(loss_func, '__name__', type(loss_func).__name__),_Watch(preds, targets)
+    name,watch = _name(loss_func),_Watch(preds, targets)
     with warnings.catch_warnings(), torch.no_grad(), no_random(), explained or _loss_explained(name, preds, targets):
         warnings.simplefilter('ignore') # some losses warn of it
         with watch, _heard(dists, watch): loss_func(pred, *yb)
