@@ -282,7 +282,8 @@ def _try_loss(self:TbpttResetCB):
     with explained() if explained else nullcontext(): pred,yb = segment.counted(*segment.real(learn.pred, learn.yb))
     self._tried = len(yb)>0 or not len(learn.yb) # else nothing of this batch counts
     self._check_rate(pred, yb)
-    if len(yb): check_shapes(learn.loss_func, pred, yb, explained() if explained else None, self.check)
+    names = getattr(getattr(inner_loader(self.dl), 'dataset', None), 'y_names', None)
+    if len(yb): check_shapes(learn.loss_func, pred, yb, explained() if explained else None, self.check, names)
 
 @patch
 def _check_rate(self:TbpttResetCB, pred, yb):

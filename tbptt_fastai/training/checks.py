@@ -236,23 +236,24 @@ def _name(loss_func):
     return getattr(loss_func, '__name__', type(loss_func).__name__)
 
 # %% ../../nbs/training/01_checks.ipynb #3293f529
-def _targets_hint(pred, y, is_real=True):
+def _targets_hint(pred, y, is_real, names):
     "What to do about two shapes"
     are_classes = len(y)==len(pred)-1 and not is_real
     if len(y)>1 and (are_classes or len(y)==len(pred)) and y[0]==pred[0] and y[1]!=pred[1]:
         return (f"Targets of another number of steps ({y[1]}) than predictions ({pred[1]}) cannot be cut along with "
                 "them: bring both to one rate, or train whole windows (sub_seq_len=None).")
-    if not is_real: return "Whole numbers are taken for classes: for a regression, give the target by .astype(float)."
+    column = f'column {names[0]!r}' if names else 'the target'
+    if not is_real: return f"Whole numbers are taken for classes: for a regression, give {column} by .astype(float)."
     return "Give the model as many outputs as there are targets, or the targets the shape of the predictions."
 
 @contextmanager
-def _loss_explained(name, preds, targets):
+def _loss_explained(name, preds, targets, names):
     "In it, an error of the loss is a `ValueError` with the shapes"
     try: yield
     except torch.OutOfMemoryError: raise
     except Exception as e:
         pairs = [(p, y) for p,y in zip(preds, targets) if p.shape!=y.shape]
-        hints = [_targets_hint(tuple(p.shape), tuple(y.shape), y.is_floating_point()) for p,y in pairs]
+        hints = [_targets_hint(tuple(p.shape), tuple(y.shape), y.is_floating_point(), names) for p,y in pairs]
         raise ValueError(f"{_said(preds, targets)}, which {name} cannot take: {str(e).rstrip('.')}. {first(hints) or ''}") from e
 
 # %% ../../nbs/training/01_checks.ipynb #3fd7ee22
@@ -262,17 +263,18 @@ def check_shapes(
     yb:tuple, # Its targets
     explained=None, # Context for the run of the loss; default: it says the shapes if the loss fails
     strict:bool=True, # Refuse what only broadcasting makes fit, or only what fails?
+    names=None, # Of the target's channels, if they are known
 ):
     "A `ValueError` if predictions and targets fit each other by broadcasting alone, or not at all"
     preds,targets,dists = _of_kind(Tensor, pred),_of_kind(Tensor, yb),_of_kind(Distribution, pred)
     alike = not (preds and targets) or [p.shape for p in preds]==[y.shape for y in targets]
     if explained is None and alike and not dists: return
     name,watch = _name(loss_func),_Watch(preds, targets)
-    with warnings.catch_warnings(), torch.no_grad(), no_random(), explained or _loss_explained(name, preds, targets):
+    with warnings.catch_warnings(), torch.no_grad(), no_random(), explained or _loss_explained(name, preds, targets, names):
         warnings.simplefilter('ignore') # some losses warn of it
         with watch, _heard(dists, watch): loss_func(pred, *yb)
     if watch.met is None or not strict: return
     is_real = all(y.is_floating_point() for y in targets if tuple(y.shape) in watch.met)
     raise ValueError(
         f"{_said(preds or dists, targets)}: {name} would compare each with every other {tuple(_joint(*watch.met))}. "
-        f"{_targets_hint(*watch.met, is_real)} If the loss means it: targets.expand_as(predictions).")
+        f"{_targets_hint(*watch.met, is_real, names)} If the loss means it: targets.expand_as(predictions).")
