@@ -324,3 +324,14 @@ def test_a_training_goes_by_its_own_data():
     fit(learn)
     learn.tbptt_reset_cb.check = False
     with learn.no_bar(): learn.validate(dl=batches_of(4))
+
+def test_pictures_may_have_another_size_in_an_evaluation_but_no_other_channels():
+    class Video(nn.Module):
+        def __init__(self): super().__init__(); self.rnn,self.head = nn.GRU(1, 4, batch_first=True),nn.Linear(4, 1)
+        def forward(self, x): return self.head(self.rnn(x.flatten(2).mean(-1, keepdim=True))[0])
+    for channels,other in (((), None), ((3,), (1,))):
+        def loader(size, channels=channels): return [(torch.randn(4, 20, *channels, size, size), torch.zeros(4, 20, 1)) for _ in range(2)]
+        learn = fit(Learner(DataLoaders(loader(6), loader(8)), Video(), nn.L1Loss(), cbs=TbpttResetCB(10)))
+        with learn.no_bar(): learn.validate(dl=loader(5))
+        if other is None: continue
+        with learn.no_bar(), pytest.raises(ValueError, match='in training they had'): learn.validate(dl=loader(6, other))

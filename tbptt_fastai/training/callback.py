@@ -186,11 +186,16 @@ def _check_model(self:TbpttResetCB):
     compare_parts(model, window, -(-window.steps//2), groups)
     check_remembers(model, window, groups)
 
+def _channels(o, timed):
+    "Of an input; of one of four dimensions they are not known, it may have heights and widths that differ"
+    if not timed: return tuple(o.shape[1:2])
+    return tuple(o.shape[2:3]) if o.ndim in (3, 5) else ()
+
 @patch
 def _check_inputs(self:TbpttResetCB):
     "A `ValueError` if inputs have other channels than those of the last training, from whatever loader they come"
     inputs = [o for o in tree_leaves(self.xb) if isinstance(o, Tensor)]
-    channels = [tuple(o.shape[2:3] if timed else o.shape[1:2]) for o,timed in zip(inputs, self.timed or [True]*len(inputs))]
+    channels = [_channels(*o) for o in zip(inputs, self.timed or [True]*len(inputs))]
     if self.learn.training: self._trained = channels
     if self._trained in (None, channels): return
     raise ValueError(
