@@ -13,6 +13,7 @@ from helpers import fit, learner, sgd
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.sequences.windows import Sequences
 from tbptt_fastai.state.stateful import StatefulRNN
+from tbptt_fastai.training.checks import check_shapes
 
 STEPS,SUB = 20,20 # bs too: any two axes may be taken for each other
 
@@ -168,3 +169,18 @@ def test_a_loss_is_not_run_more_than_once_for_a_trial():
     batches = data(two)
     fit(learner(DataLoaders(batches, batches[:1]), net(3), SUB, loss_func=loss))
     assert calls==[False, True, True, True, False, False]
+
+def test_a_third_may_be_repeated_for_a_prediction_that_is_not_its_like():
+    "... such as the level that predictions and targets are counted from"
+    batches = [(x, y, y[...,:1]) for x,y in data(two)]
+    dls = DataLoaders(batches, batches)
+    dls.n_inp = 1
+    def loss(o, y, level): return ((o-level)-(y-level)).abs().mean()
+    fit(learner(dls, net(2), SUB, loss_func=loss))
+
+def test_a_distribution_that_was_listened_to_is_as_it_was():
+    dist = Normal(torch.zeros(20, 1), 1.)
+    def loss(o, y): return -o.log_prob(y).mean()
+    check_shapes(loss, dist, (torch.zeros(20, 1),))
+    with pytest.raises(ValueError, match='compare each'): check_shapes(loss, dist, (torch.zeros(20),))
+    assert 'log_prob' not in vars(dist)
