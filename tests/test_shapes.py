@@ -184,3 +184,23 @@ def test_a_distribution_that_was_listened_to_is_as_it_was():
     check_shapes(loss, dist, (torch.zeros(20, 1),))
     with pytest.raises(ValueError, match='compare each'): check_shapes(loss, dist, (torch.zeros(20),))
     assert 'log_prob' not in vars(dist)
+
+def flat(o, y): return (o[...,0]-y[...,0]).abs().mean()
+
+def test_a_trial_shows_no_warning_and_draws_no_random_number():
+    def loss(o, y):
+        warnings.warn('of the loss')
+        return flat(o, y)+0*torch.rand(1).sum()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    check_shapes(loss, torch.zeros(20, 3), (torch.zeros(20, 1),))
+    assert torch.equal(torch.rand(3), expected)
+
+def test_a_tuple_is_tried_but_not_refused_if_checks_are_left_out():
+    batches = data(without_channel)
+    learn = learner(DataLoaders(batches, batches), net(1, lambda o: (o, o)), SUB, loss_func=lambda o, y: (o[0]-y).abs().mean())
+    learn.tbptt_reset_cb.check = False
+    fit(learn)
+    learn.tbptt_reset_cb.check = True
+    with pytest.raises(ValueError, match='compare each with every other'): fit(learn)
