@@ -174,3 +174,7 @@ def test_labels_of_long_sub_windows_train():
 def test_a_loss_of_any_type_is_recorded(dtype):
     data = [(signal(40, dtype=dtype), signal(40, channels=2, dtype=dtype))]*2
     assert fit(learner(DataLoaders(data, data), Net().to(dtype), 20, loss_func=nn.MSELoss())).recorder.losses[0].isfinite()
+
+def test_whole_numbers_are_compared_too():
+    check(Net(lambda o, m: (1000*m.out(o)).round().div(100).long()), signal())
+    with pytest.raises(ValueError, match='gives other predictions'): check(Net(lambda o, m: (1000*m.out(o.mean(1))).long()), signal())

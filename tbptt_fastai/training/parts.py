@@ -170,8 +170,8 @@ def compare_parts(
 )->float|None: # The difference; `None` if nothing can be compared
     """Raise a `ValueError` that names the layer, if parts of a window give other predictions than the whole
 
-    All that the model returns is compared; what has no time axis, with that of the last part. Or if the whole cannot be run. Random predictions,
-    and those of a model for one number of steps, cannot be compared."""
+    All that the model returns is compared; what has no time axis, with that of the last part. Or if the whole cannot be run.
+    Random predictions, and those of a model for one number of steps, cannot be compared."""
     n = window.steps
     with on_trial(model):
         whole = _run_whole(model, window, groups)
