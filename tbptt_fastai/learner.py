@@ -8,11 +8,13 @@ __all__ = ['scaling_from_data', 'ScaledL1Loss', 'default_loss', 'check_targets',
 
 # %% ../nbs/learner.ipynb #9d995426
 from contextlib import contextmanager
+from copy import copy
 from fastai.callback.training import GradientClip
 from fastai.callback.schedule import ParamScheduler # with it come fit_flat_cos, fit_one_cycle and lr_find
 from fastai.callback.progress import ProgressCallback # shown by default once imported
 from fastai.data.core import TfmdDL
 from fastai.learner import Learner, Recorder
+from fastai.losses import BaseLoss
 from fastai.torch_core import no_random
 from fastcore.basics import first
 from fastcore.foundation import L
@@ -24,7 +26,8 @@ from torch.nn import functional as F
 from .sequences.arrays import channel_stats
 from .training.callback import TbpttResetCB
 from .speed.dispatch import LeanLearner
-from .loaders.views import first_item
+from .loaders.views import first_item, inner_loader, resolve_time_dim
+from .loaders.streams import StreamDL
 from .speed.optimizer import FusedAdam
 from .models.sequence import SequenceRNN, Standardize
 from .sequences.text import TextRows
@@ -46,6 +49,10 @@ def _make_real(dl):
     target = 'the targets' if names is None else f'column {L(names)[0]!r}'
     return f"For a regression make {target} real by .astype(float)"
 
+def _channel_axis(dl, time_dim):
+    "That of an item: items of `Sequences` have time first, others are laid out as a batch is"
+    return 0 if time_dim==-1 and not isinstance(getattr(inner_loader(dl), 'dataset', None), Sequences) else -1
+
 def _labels(dls): return getattr(dls.train.dataset, 'vocab', None)
 
 def _signals(dls):
@@ -59,11 +66,12 @@ def _signals(dls):
 
 
 # %% ../nbs/learner.ipynb #084bf55f
-def _training_arrays(dl):
+def _training_arrays(dl, time_dim=1):
     "All sequences; or one batch, if a loader transforms batches or reads no `Sequences`"
     if isinstance(dl.dataset, Sequences) and not dl.after_batch.fs: return dl.dataset.arrays
     batch = dl.new(shuffle=False, num_workers=0).one_batch() if isinstance(dl, TfmdDL) else first(dl)
-    return [[o.as_subclass(Tensor).flatten(0, -2).cpu()] if isinstance(o, Tensor) else None for o in batch]
+    def steps(o): return (o.movedim(1, -1) if time_dim==-1 and o.ndim>2 else o).flatten(0, -2).cpu()
+    return [[steps(o.as_subclass(Tensor))] if isinstance(o, Tensor) else None for o in batch]
 
 def _scaling(dl, name, seqs, dtype):
     names = getattr(dl.dataset, f'{name}_names', None)
@@ -73,23 +81,27 @@ def _scaling(dl, name, seqs, dtype):
 # %% ../nbs/learner.ipynb #97f67670
 def scaling_from_data(
     dls, # Loaders of real signals `(batch, time, channels)`
+    time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the loader says, or 1
 )->list[Standardize]: # Scaling of x and of y; `None` for classes
     """Mean and deviation per channel over all training steps, whose value is finite
 
     Of one batch, if the loader transforms batches or reads no `Sequences`"""
     dl,dtype = dls.train,_signals(dls)[0].dtype
-    x,y = _training_arrays(dl)
+    x,y = _training_arrays(dl, resolve_time_dim(time_dim, dl))
     return [_scaling(dl, 'x', x, dtype), None if _labels(dls) else _scaling(dl, 'y', y, dtype)]
 
 
 # %% ../nbs/learner.ipynb #d8e8b5eb
 class ScaledL1Loss(nn.L1Loss):
     "Mean absolute error, of each output in units of its deviation"
+    time_dim = 1 # of a loss that was pickled without
     def __init__(self,
         std, # Deviation of each output `(channels,)`
         reduction:str='mean', # As in `nn.L1Loss`
+        time_dim:int=1, # Where the time axis of predictions is; -1: `(batch, channels, time)`
     ):
         super().__init__(reduction=reduction)
+        self.time_dim = time_dim
         self.register_buffer('std', torch.as_tensor(std))
 
     def forward(self,
@@ -97,37 +109,50 @@ class ScaledL1Loss(nn.L1Loss):
         targ, # Of the same shape
     ):
         if self.std.device!=pred.device: self.to(pred.device)
-        return super().forward(pred/self.std, targ/self.std)
+        std = self.std[:,None] if self.time_dim==-1 and pred.ndim>2 else self.std
+        return super().forward(pred/std, targ/std)
 
 
 # %% ../nbs/learner.ipynb #094b759e
-def _target_scaling(dl, item):
+def _target_scaling(dl, item, time_dim=1):
     "Scaling of several real outputs, or `None`; an axis of one size with that of the steps is time, not outputs"
-    y,steps = item[-1],item[0].shape[:1] if isinstance(item[0], Tensor) else None
+    channel = _channel_axis(dl, time_dim)
+    y,x = item[-1],item[0]
+    steps = (x.shape[:1] if channel==-1 else x.shape[-1:]) if isinstance(x, Tensor) else None
     has_outputs = y.ndim==2 or y.ndim==1 and y.shape!=steps
-    if not has_outputs or y.shape[-1]<2: return None
-    with no_random(): return _scaling(dl, 'y', _training_arrays(dl)[-1], y.dtype)
+    if not has_outputs or y.shape[channel]<2: return None
+    with no_random(): return _scaling(dl, 'y', _training_arrays(dl, time_dim)[-1], y.dtype)
 
 
 # %% ../nbs/learner.ipynb #025d0fbd
+def _with_classes_second(loss_func):
+    "A loss of fastai for `(batch, classes, time)`"
+    if not isinstance(loss_func, BaseLoss): return loss_func
+    loss_func = copy(loss_func)
+    loss_func.axis = 1
+    return loss_func
+
 def default_loss(
     dls, # `DataLoaders`
     scale_y:Standardize=None, # Scaling of the outputs; default: that of the training data, if there are several
+    time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the loader says, or 1
 ):
     """The loss that the dataset names, or the mean absolute error for real targets
 
     Several outputs whose deviations in training differ are each in units of their deviation (`ScaledL1Loss`)"""
     dl = dls.train
+    time_dim = resolve_time_dim(time_dim, dl)
+    if isinstance(inner_loader(dl), StreamDL): time_dim = 1 # steps come one after the other, each `(channels,)`
     loss_func = getattr(dl.dataset, 'loss_func', None)
-    if loss_func is not None: return loss_func
+    if loss_func is not None: return _with_classes_second(loss_func) if time_dim==-1 else loss_func
     item = first_item(dl)
     y = None if item is None else item[-1]
     if not _is_real(y): raise ValueError(
         f"No default loss for targets of type {y.dtype if isinstance(y, Tensor) else type(y).__name__}: "
         f"pass loss_func, such as CrossEntropyLossFlat(). {_make_real(dl)}.")
-    if scale_y is None: scale_y = _target_scaling(dl, item)
+    if scale_y is None: scale_y = _target_scaling(dl, item, time_dim)
     if scale_y is None or len(scale_y.std.unique())<2: return nn.L1Loss()
-    return ScaledL1Loss(scale_y.std.to(getattr(dls, 'device', None) or 'cpu'))
+    return ScaledL1Loss(scale_y.std.to(getattr(dls, 'device', None) or 'cpu'), time_dim=time_dim)
 
 
 # %% ../nbs/learner.ipynb #ad8852f5
@@ -213,16 +238,20 @@ def TbpttLearner(
     timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
     check:bool=True, # Before the first step of a fit, refuse a model that sub-windows cannot train
     num_threads:int=None, # Threads of the CPU; default: PyTorch's, and a hint if one is several times as fast
+    time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the training loader says, or 1
+    counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
+    continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
     **kwargs
 )->SequenceLearner:
     "A `Learner` that trains by truncated backpropagation through time; its methods do what fastai's do"
     own = dict(loss_func=loss_func, opt_func=opt_func, num_threads=num_threads)
     if model is None:
         settings = dict(sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, timed=timed, check=check)
+        settings.update(time_dim=time_dim, counts=counts, continuing=continuing)
         return RNNLearner(dls, grad_clip=grad_clip, cbs=cbs, **settings, **own, **kwargs)
-    own['loss_func'] = default_loss(dls) if loss_func is None else loss_func
+    own['loss_func'] = default_loss(dls, time_dim=time_dim) if loss_func is None else loss_func
     check_targets(dls, own['loss_func'])
-    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check)
+    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check, time_dim, counts, continuing)
     if num_threads is None: cbs += ThreadHintCB()
     if grad_clip is not None: cbs += clipping(grad_clip)
     return SequenceLearner(dls, model, cbs=cbs, **own, **kwargs)
@@ -239,11 +268,15 @@ def RNNLearner(
 )->SequenceLearner:
     "A `TbpttLearner` with a `SequenceRNN`, sized and scaled by the training data, or with a `TextRNN`"
     sizes = rnn_type,hidden_size,num_layers,dropout
+    time_dim = resolve_time_dim(kwargs.get('time_dim'), dls.train)
+    if isinstance(dls.train.dataset, TextRows) and time_dim!=1: raise ValueError(
+        f"time_dim is {time_dim}, but a TextRNN reads (batch, time): leave it out, or pass a `model`.")
     if isinstance(dls.train.dataset, TextRows): return TbpttLearner(dls, TextRNN(len(dls.vocab), 64, *sizes), **kwargs)
     if kwargs.get('loss_func') is not None: check_targets(dls, kwargs['loss_func'])
     x,y = _signals(dls)
-    scale_x,scale_y = scaling_from_data(dls)
-    n_out = y.shape[-1] if scale_y else len(dls.vocab)
-    model = SequenceRNN(x.shape[-1], n_out, *sizes, scale_x, scale_y, last=y.ndim==0)
-    if kwargs.get('loss_func') is None: kwargs['loss_func'] = default_loss(dls, scale_y)
+    scale_x,scale_y = scaling_from_data(dls, time_dim)
+    channel = _channel_axis(dls.train, time_dim)
+    n_out = y.shape[channel] if scale_y else len(dls.vocab)
+    model = SequenceRNN(x.shape[channel], n_out, *sizes, scale_x, scale_y, last=y.ndim==0, time_dim=time_dim)
+    if kwargs.get('loss_func') is None: kwargs['loss_func'] = default_loss(dls, scale_y, time_dim)
     return TbpttLearner(dls, model.to(x.dtype), **kwargs)

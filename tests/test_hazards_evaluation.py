@@ -232,11 +232,11 @@ def lm(cbs, **config):
     return language_model_learner(dls, AWD_LSTM, {**awd_lstm_lm_config, **dict(emb_sz=6, n_hid=8, n_layers=2), **config}, pretrained=False, drop_mult=.1, cbs=cbs)
 
 def test_language_models_are_reset_by_their_own_protocol():
-    "Every batch is a window: its sub-windows go on from each other, and a window, in training or evaluation, from zero"
+    "If every batch is a window: its sub-windows go on from each other, and a window, in training or evaluation, from zero"
     class Hidden(Callback):
         order,seen = 13,[]
         def before_batch(self): self.seen.append((self.training, self.learn.tbptt_reset_cb.sub_window.start, self.model[0].hidden[0][0].abs().sum().item()))
-    learn = fit(lm([TbpttResetCB(7), Hidden()]))
+    learn = fit(lm([TbpttResetCB(7, continuing=False), Hidden()]))
     n_win = len(learn.dls.train)
     assert learn.dls.train.last_len<7 and [s for t,s,_ in Hidden.seen if t]==[0,7,14]*(n_win-1)+[0] and len(learn.recorder.losses)==3*(n_win-1)+1
     assert all((h==0)==(s==0) for t,s,h in Hidden.seen) and not all(t for t,*_ in Hidden.seen)

@@ -187,3 +187,33 @@ def test_an_evaluation_of_a_stream_is_not_compared(signals):
     learn.model.register_forward_pre_hook(lambda m,args: seen.append(args[0].shape[1]))
     with learn.no_bar(): learn.validate()
     assert set(seen)<={20, 60%20 or 20} and 10 not in seen
+
+
+class CellLoop(nn.Module):
+    "A layer that is carried, then a loop over steps whose state begins anew in each sub-window"
+    def __init__(self, cell, head_in_loop=False, twice=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn,self.cell,self.o = nn.LSTM(2, 6, batch_first=True),cell(),nn.Linear(6, 1)
+        self.head_in_loop,self.twice = head_in_loop,twice
+    def step(self, x, state):
+        if isinstance(self.cell, nn.Linear): return torch.tanh(self.cell(torch.cat([x, torch.zeros_like(x) if state is None else state], -1)))
+        return self.cell(x, state)
+    def forward(self, x):
+        x,state,outs = self.rnn(x)[0],None,[]
+        for t in range(x.shape[1]):
+            for _ in range(1+self.twice): state = self.step(x[:,t], state)
+            h = state[0] if isinstance(state, tuple) else state
+            outs.append(self.o(h) if self.head_in_loop else h)
+        return torch.stack(outs, 1) if self.head_in_loop else self.o(torch.stack(outs, 1))
+
+CELLS = {'LSTMCell': lambda: nn.LSTMCell(6, 6), 'GRUCell': lambda: nn.GRUCell(6, 6), 'RNNCell': lambda: nn.RNNCell(6, 6), 'Linear': lambda: nn.Linear(12, 6)}
+
+@pytest.mark.parametrize('name', CELLS)
+@pytest.mark.parametrize('head_in_loop', [False, True])
+@pytest.mark.parametrize('twice', [False, True])
+@pytest.mark.parametrize('make', [TbpttLearner, Learner])
+def test_the_cell_of_a_loop_is_named_though_it_runs_once_for_each_step(signals, name, head_in_loop, twice, make):
+    model = CellLoop(CELLS[name], head_in_loop, twice)
+    own = dict(cbs=TbpttResetCB(), loss_func=nn.L1Loss()) if make is Learner else {}
+    with pytest.raises(ValueError, match=rf'first layer that differs is {name} \(cell\)'): fit(make(loaders(signals), model, **own))

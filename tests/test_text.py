@@ -4,24 +4,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fastai.callback.rnn import RNNCallback
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import Perplexity, accuracy
 from fastai.optimizer import OptimWrapper
+from fastai.text.data import SortedDL, TensorText, pad_input, pad_input_chunk
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.text.models.core import get_text_classifier
 from fastai.torch_core import set_seed
 from functools import partial
 from torch import nn
 from torch.utils._pytree import tree_map
-from helpers import fit
+from helpers import adam, fit
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.sequences.text import TextRows
 from tbptt_fastai.models.text import TextRNN, sample_text
+from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.training.evaluation import SubWindowEvalCB
 
 TEXT = 'the quick brown fox jumps over the lazy dog. '*23+'end'
 
@@ -193,3 +196,57 @@ def test_a_classifier_that_resets_itself_in_every_call_is_refused_in_sub_windows
         return fit(Learner(DataLoaders(dl, dl), model, CrossEntropyLossFlat(), cbs=[TbpttResetCB(sub_seq_len), RNNCallback()]))
     with pytest.raises(ValueError, match='gives other predictions than in one piece|remembers nothing'): refused_or_trained(20)
     refused_or_trained(None)
+
+
+def documents_of_unequal_length():
+    "(tokens, label), of 15 to 70 tokens"
+    torch.manual_seed(0)
+    return [(TensorText(torch.randint(2, 30, (n,))), torch.tensor(n%2)) for n in torch.randint(15, 70, (24,)).tolist()]
+
+@pytest.mark.parametrize('pad', [pad_input, partial(pad_input_chunk, pad_idx=1, seq_len=20)])
+@pytest.mark.parametrize('cls', [TfmdDL, SortedDL])
+@pytest.mark.parametrize('make', [Learner, TbpttLearner])
+@pytest.mark.parametrize('sub_seq_len', [20, 7])
+def test_padded_documents_of_unequal_length_are_refused_by_name_before_the_first_step(pad, cls, make, sub_seq_len):
+    set_seed(0)
+    dl = cls(documents_of_unequal_length(), bs=6, num_workers=0, before_batch=pad)
+    def learner(sub_seq_len, *cbs):
+        model = get_text_classifier(AWD_LSTM, 30, 2, seq_len=20, config={**awd_lstm_clas_config, 'emb_sz': 8, 'n_hid': 12, 'n_layers': 2})
+        if make is TbpttLearner: return TbpttLearner(DataLoaders(dl, dl), model, sub_seq_len, loss_func=CrossEntropyLossFlat(), cbs=[RNNCallback(), *cbs], num_threads=1)
+        return Learner(DataLoaders(dl, dl), model, CrossEntropyLossFlat(), cbs=[TbpttResetCB(sub_seq_len), RNNCallback(), *cbs])
+    with pytest.raises(ValueError, match=r'SentenceEncoder \(0\) remembers nothing.*sub_seq_len=None'): fit(learner(sub_seq_len))
+    learn = fit(learner(None))
+    learn.add_cb(SubWindowEvalCB(sub_seq_len))
+    with learn.no_bar(), pytest.raises(ValueError, match='remembers nothing'): learn.validate()
+
+class TakesLengths(nn.Module):
+    "The state after the last real step of each row, found by its length"
+    def __init__(self):
+        super().__init__()
+        self.emb,self.rnn,self.out = nn.Embedding(30, 8),nn.GRU(8, 8, batch_first=True),nn.Linear(8, 2)
+    def forward(self, x, lengths): return self.out(self.rnn(self.emb(x))[0][torch.arange(len(x)),lengths-1])
+
+@pytest.mark.parametrize('longest', [60, 20])
+@pytest.mark.parametrize('loader', ['torch', 'TfmdDL', 'TbpttDL', 'list', 'iterable'])
+@pytest.mark.parametrize('make', [Learner, TbpttLearner])
+def test_a_model_that_takes_lengths_is_refused_by_name_in_sub_windows(longest, loader, make):
+    "... also where those of the first batch all lie in its first sub-window"
+    torch.manual_seed(0)
+    lengths = torch.randint(longest-8, longest+1, (12,))
+    items = [(torch.randint(2, 30, (60,)), n, n%2) for n in lengths]
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(items)
+        def __len__(self): return 12
+    dl = {'torch': lambda: torch.utils.data.DataLoader(items, batch_size=4), 'TfmdDL': lambda: TfmdDL(items, bs=4, num_workers=0, n_inp=2),
+        'TbpttDL': lambda: TbpttDL(items, bs=4, num_workers=0, n_inp=2), 'iterable': lambda: torch.utils.data.DataLoader(Stream(), batch_size=4),
+        'list': lambda: list(torch.utils.data.DataLoader(items, batch_size=4))}[loader]
+    def learner(sub_seq_len):
+        torch.manual_seed(0)
+        own = dict(loss_func=CrossEntropyLossFlat(), opt_func=adam)
+        if make is TbpttLearner: return TbpttLearner(DataLoaders(dl(), dl()), TakesLengths(), sub_seq_len, num_threads=1, **own)
+        return Learner(DataLoaders(dl(), dl()), TakesLengths(), cbs=TbpttResetCB(sub_seq_len), **own)
+    learn = learner(20)
+    before = copy.deepcopy(learn.model.state_dict())
+    with pytest.raises(ValueError, match=r'TakesLengths cannot be run on a sub-window of 20 steps[\s\S]*by the length of each row' if longest==60 else 'A window of 40 steps in sub-windows of 20 gives other predictions'): fit(learn)
+    for k,o in learn.model.state_dict().items(): assert torch.equal(o, before[k])
+    fit(learner(None))

@@ -173,6 +173,10 @@ def _onnxruntime():
 def _copied(model, timed):
     "A predictor of a copy on the CPU"
     source = model if isinstance(model, StreamPredictor) else StreamPredictor(model)
+    if source.time_dim!=1: raise NotImplementedError(
+        f"{type(source.model).__name__} has time_dim={source.time_dim}: to_onnx writes models of (streams, time, ...). Give it a "
+        "module that moves the axis, runs the model, and moves it back: forward(x) = model(x.transpose(0, 1)).transpose(0, 1) "
+        "for time_dim=0, x.transpose(1, 2) for -1.")
     copied = StreamPredictor(copy.deepcopy(source.model).cpu(), source.ndim, source.timed if timed is None else timed)
     copied._trained = source._trained
     return copied

@@ -13,13 +13,17 @@ from fastai.torch_core import get_model
 from fastcore.basics import first, patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-from ..loaders.views import inner_loader
+from ..loaders.segment import preds_to_rows
+from ..loaders.views import inner_loader, resolve_time_dim
 from ..sequences.windows import Sequences, channel_names
 from ..state.carry import Carry, layer_of, out_of_reach
 from ..training.callback import TbpttResetCB
 from ..training.checks import channels_explained, check_states
+from ..state.own import resets_state
 from ..state.stateful import StatefulRNN, learned_state
 from ..state.tree import batch_dims, state_batch_size, state_leaves, where_state
+from ..sequences.axis import check_time_dim, from_rows
+from ..models.sequence import SequenceRNN
 
 # %% ../../nbs/deploy/00_predictor.ipynb #96eb04fa
 @contextmanager
@@ -38,7 +42,7 @@ def _own_reset(model):
     "Names of the modules that carry a state by themselves, by a `reset()` of their own"
     modules = dict(model.named_modules())
     wrapped = {inner for m in modules.values() if isinstance(m, StatefulRNN) for inner in m.modules()}
-    def of_its_own(m): return hasattr(m, 'reset') and m not in wrapped and wrapped.isdisjoint(m.modules())
+    def of_its_own(m): return resets_state(m) and m not in wrapped and wrapped.isdisjoint(m.modules())
     return [name or type(model).__name__ for name,m in modules.items() if of_its_own(m)]
 
 def _check_model(model):
@@ -60,6 +64,14 @@ def _timed_in(learn):
     cb = first(o for o in getattr(learn, 'cbs', []) if isinstance(o, TbpttResetCB))
     return cb and cb.timed
 
+def _time_dim_in(learn):
+    "Where time is in what the model is given, as its learner or the model itself says"
+    if isinstance(learn, nn.Module):
+        model = get_model(learn)
+        return model.time_dim if isinstance(model, SequenceRNN) else 1
+    cb = first(o for o in getattr(learn, 'cbs', []) if isinstance(o, TbpttResetCB))
+    return resolve_time_dim(cb and cb.time_dim, learn.dls.train) if hasattr(learn, 'dls') else 1
+
 def _channels_in(learn):
     "The channels that the model was trained with, and their names; `None` if not known, or if a transform may change them"
     dl = inner_loader(learn.dls.train) if hasattr(learn, 'dls') else None
@@ -79,11 +91,15 @@ class StreamPredictor:
         timed:tuple[bool,...]=None, # Which of several inputs have a time axis; default: as the learner's `TbpttResetCB` says
         # What a stream does with steps that are not finite: 'raise', 'hold', 'skip' or 'reset'; `None`: take them
         on_nan:str='raise',
+        # Where time is in what the model is given: 0, 1 or -1; chunks are `(streams, time, ...)` in any case;
+        # default: as the learner or the model says, or 1
+        time_dim:int=None,
     ):
         if on_nan not in _policies: raise ValueError(f"on_nan is {on_nan!r}; expected one of {list(_policies)}.")
         self.model = get_model(learn if isinstance(learn, nn.Module) else learn.model)
         self.ndim,self.on_nan = ndim,on_nan
         self.timed = _timed_in(learn) if timed is None else tuple(timed)
+        self.time_dim = _time_dim_in(learn) if check_time_dim(time_dim) is None else time_dim
         self._trained,self._names = _channels_in(learn)
         _check_model(self.model)
         self.reset()
@@ -206,8 +222,11 @@ def _step(self:StreamPredictor, xs, timed):
         carry.reset(groups=self._groups)
         carry.restore({name:(o, None, self._groups) for name,o in states.items()})
         if self._begins is not None: carry.reset(self._begins, self._groups)
-        with channels_explained(self.model): y = self.model(*xs)
-        check_states(carry, n, like.shape[1])
+        dim,steps = self.time_dim,like.shape[1]
+        def moved(x, is_timed): return from_rows(x, dim) if is_timed else x
+        with channels_explained(self.model): y = self.model(*map(moved, xs, timed))
+        y = preds_to_rows(y, steps, n, dim)
+        check_states(carry, n, steps, dim)
         states = carry.states
     self._states = tree_map_only(Tensor, Tensor.clone, states) # it may be a view of a chunk
     self.n_streams,self._begins = n,None

@@ -8,13 +8,14 @@ __all__ = ['activation_memory']
 # %% ../../nbs/instruments/00_activation.ipynb #30c7d1ca
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from ..state.own import own_resets, reset_own_state
 from ..state.stateful import StatefulRNN
 
 # %% ../../nbs/instruments/00_activation.ipynb #9ffd5127
 def _forget(model, groups=None):
+    for m in own_resets(model): reset_own_state(m)
     for m in model.modules():
         if isinstance(m, StatefulRNN): m.reset(groups=groups)
-        elif hasattr(m, 'reset'): m.reset()
 
 def activation_memory(
     model:nn.Module, # A model in any mode; its carried state is forgotten

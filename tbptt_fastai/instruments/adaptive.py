@@ -12,11 +12,12 @@ import numpy as np
 import matplotlib.pyplot as plt
 import torch
 from fastai.torch_core import maybe_gather
-from fastcore.basics import patch
+from fastcore.basics import first, patch
 import tbptt_fastai.instruments.find # it adds tbptt_find to Learner
-from ..loaders.views import inner_loader, view_of
+from ..loaders.views import given_n_inp, inner_loader, view_of
 from ..truncation.schemes import Overlap
 from ..truncation.plan import Truncation, check_steps
+from ..training.callback import TbpttResetCB
 
 # %% ../../nbs/instruments/05_adaptive.ipynb #0da2fa2c
 class Adaptive(Truncation):
@@ -57,7 +58,9 @@ class Adaptive(Truncation):
 # %% ../../nbs/instruments/05_adaptive.ipynb #84b74aa1
 def _most_lags(learn):
     "Half of the steps that there are"
-    return view_of(learn.dls.train).usual_steps//2
+    cb = first(learn._grab_cbs(TbpttResetCB)) or TbpttResetCB()
+    view = view_of(learn.dls.train, timed=cb.timed, n_inp=given_n_inp(learn.dls), time_dim=cb.time_dim)
+    return view.usual_steps//2
 
 @patch
 def _measure(self:Adaptive, learn):

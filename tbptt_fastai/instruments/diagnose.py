@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from ..training.callback import TbpttResetCB
 from ..state.carry import Carry
-from ..loaders.segment import Window
+from ..loaders.segment import Window, preds_to_rows
 from ..training.checks import resolve_truncation
-from ..loaders.views import inner_loader, plain_batch
+from ..loaders.views import inner_loader, plain_batch, resolve_time_dim
 from ..training.parts import compare_parts, difference, first_output, on_trial, run_in_parts
 from ..loaders.streams import StreamDL, transform_block
 from ..truncation.plan import check_steps
 from ..loaders.unread import unread
 from ..sequences.windows import Sequences
+from ..sequences.axis import has_steps
 
 # %% ../../nbs/instruments/01_diagnose.ipynb #593802fb
 def reads_steps(
@@ -61,14 +62,17 @@ def a_window(
     dl,groups = inner_loader(learn.dls.train),None
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))
     with unread(dl):
-        if reads_steps(dl): batch,groups = _first_steps(dl, steps, device)
+        if reads_steps(dl):
+            batch,groups = _first_steps(dl, steps, device)
+            batch = dl.laid_out(batch) if hasattr(dl, 'laid_out') else batch
         else: batch = dl.one_batch() if isinstance(dl, DataLoader) else first(dl)
     n_inp = getattr(learn.dls, 'n_inp', max(len(batch)-1, 1))
-    timed = next((cb.timed for cb in learn._grab_cbs(TbpttResetCB)), None)
-    window = Window(batch, n_inp, timed)
+    cb = first(learn._grab_cbs(TbpttResetCB)) or TbpttResetCB()
+    timed,time_dim = cb.timed,resolve_time_dim(cb.time_dim, dl)
+    window = Window(batch, n_inp, timed, time_dim)
     part = plain_batch(window.cut(0, min(steps, window.steps)), device)
     xb,yb = part[:n_inp],part[n_inp:]
-    return Window(xb, n_inp, timed and timed[:len(tree_leaves(xb))]),yb,groups
+    return Window(xb, n_inp, timed and timed[:len(tree_leaves(xb))], time_dim),yb,groups
 
 # %% ../../nbs/instruments/01_diagnose.ipynb #7f4988aa
 @patch
@@ -163,38 +167,39 @@ def _cut_within(model, memory, window, groups, tol):
     return 'detached too early' if lost else None
 
 # %% ../../nbs/instruments/01_diagnose.ipynb #cbececbf
-def _check_step_by_step(model, preds, n):
+def _check_step_by_step(model, preds, window):
+    n = window.steps
     if not isinstance(preds, Tensor): raise TypeError(
         f"{type(model).__name__} gives a {type(preds).__name__}; the memory is followed in one tensor of predictions.")
-    if preds.ndim<2 or preds.shape[1]!=n: raise TypeError(
+    if not has_steps(preds, n, window.bs, window.time_dim): raise TypeError(
         f"{type(model).__name__} gives predictions of shape {tuple(preds.shape)} for {n} steps, none step by step; "
         "the memory of such a model cannot be followed.")
     if not torch.isfinite(preds).all(): raise ValueError(
         f"Predictions for a window of {n} steps are not finite. Look at the data and the weights.")
 
-def _check_repeatable(model, run, n, tol):
+def _check_repeatable(model, run, n, tol, time_dim):
     def seeded():
         with no_random(): return run(n)
     one,other,again = seeded(),run(n),seeded()
-    if difference([again], one, n)<=tol<difference([other], one, n): raise ValueError(
+    if difference([again], one, n, time_dim)<=tol<difference([other], one, n, time_dim): raise ValueError(
         f"{type(model).__name__} gives other predictions each time, in evaluation too: what comes through the memory cannot be "
         "told from random numbers. Switch them off in evaluation.")
 
 # %% ../../nbs/instruments/01_diagnose.ipynb #75589108
 def _run_both_ways(model, window, groups, tol):
     "Predictions for the whole window, and for single steps that carry the state; and what they say of the memory"
-    n = window.steps
-    def run(steps, window=window): return torch.cat(run_in_parts(model, window, steps, groups), 1)
-    def step(k): return Window(window.cut(k, k+1), len(window.batch), window.timed)
+    n,dim = window.steps,window.time_dim
+    def run(steps, window=window): return torch.cat(run_in_parts(model, window, steps, groups), dim)
+    def step(k): return Window(window.cut(k, k+1), len(window.batch), window.timed, dim)
     whole, = run_in_parts(model, window, n, groups)
-    _check_step_by_step(model, whole, n)
-    _check_repeatable(model, run, n, tol)
-    alone = torch.cat([run(1, step(k)) for k in range(n)], 1)
-    remembers = difference([alone], whole, n)>tol
+    _check_step_by_step(model, whole, window)
+    _check_repeatable(model, run, n, tol, dim)
+    alone = torch.cat([run(1, step(k)) for k in range(n)], dim)
+    remembers = difference([alone], whole, n, dim)>tol
     leaks = _leaks(model, window, groups, tol)
     cut = {name:_cut_within(model, m, window, groups, tol) for name,m in Carry(model).stateful.items()}
     single = run(1)
-    carried = (difference([single], whole, n) or 0)<=1e-4
+    carried = (difference([single], whole, n, dim) or 0)<=1e-4
     return whole,single,dict(remembers=remembers, leaks=leaks, carried=carried, cut={k:o for k,o in cut.items() if o})
 
 # %% ../../nbs/instruments/01_diagnose.ipynb #decfb2de
@@ -278,9 +283,11 @@ def check_memory_grads(self:Learner,
     model,loss_func = _in_double(get_model(self.model)).requires_grad_(),_in_double(self.loss_func)
     if len(frozen)==len(list(model.parameters())): raise ValueError("All parameters are frozen: there is nothing that could learn.")
     names,params = zip(*model.named_parameters())
-    window,yb = Window(_to_double(window.batch), len(window.batch), window.timed),_to_double(yb)
+    window,yb = Window(_to_double(window.batch), len(window.batch), window.timed, window.time_dim),_to_double(yb)
     with on_trial(model), _double_by_default():
         whole,single,facts = _run_both_ways(model, window, groups, tol)
+        if isinstance(inner_loader(self.dls.train), StreamDL): # whose losses have the channels last
+            whole,single,yb = preds_to_rows((whole, single, yb), n, window.bs, window.time_dim)
         grads,direct = (_grads(params, loss_func, preds, yb) for preds in (whole, single))
     rows = {name:_learns(g, d, tol) for name,g,d in zip(names, grads, direct)}
     table = MemoryGrads.from_dict(rows, orient='index', columns=['norm','through memory','share','verdict'])

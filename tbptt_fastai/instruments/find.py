@@ -18,7 +18,6 @@ from fastcore.basics import patch
 from torch import Tensor
 from .activation import activation_memory
 from .lags import gradients_by_lag, unchanged
-from ..loaders.segment import Window
 from ..state.carry import Carry
 from ..state.tree import state_leaves
 from ..training.checks import check_carries
@@ -134,9 +133,9 @@ def _no_suggestion(res):
         "the decay. No sub_seq_len is suggested; use longer windows and a larger max_lag.")
 
 # %% ../../nbs/instruments/03_find.ipynb #3c838473
-def _cost(model, xb, groups, steps):
+def _cost(model, window, groups, steps):
     "Bytes and seconds of a training step of so many steps"
-    xb = Window(xb, len(xb)).cut(0, steps)
+    xb = window.cut(0, steps)
     memory = activation_memory(model, *xb, groups=groups)
     sync = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
     sync()

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from fastai.torch_core import get_model
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from ..training.callback import TbpttResetCB
 from ..training.checks import check_states
 from ..state.carry import Carry, out_of_reach
 from ..state.tree import batch_dims, state_leaves
-from ..loaders.segment import Window
+from ..loaders.segment import Window, preds_to_rows
 from ..loaders.unread import unread
 from ..loaders.views import given_n_inp, inner_loader, plain_batch, view_of
+from ..sequences.axis import cut_steps, has_steps
 
 # %% ../../nbs/instruments/02_lags.ipynb #2bcf150b
 def _with_gradient(carry):
@@ -53,12 +54,12 @@ def unchanged(
                 for b,value in buffers: b.copy_(value)
 
 # %% ../../nbs/instruments/02_lags.ipynb #c6aa6051
-def _windows(dl, limit, n_inp, timed):
+def _windows(dl, limit, n_inp, timed, time_dim):
     "Training windows, how many of their elements are inputs, and the groups of their rows if the loader tells"
-    view = view_of(dl, n_inp=n_inp)
+    view = view_of(dl, timed=timed, n_inp=n_inp, time_dim=time_dim)
     for batch,groups in view.beginnings(limit):
         n_inp = view.n_inputs(batch)
-        yield Window(batch, n_inp, timed),n_inp,groups
+        yield Window(batch, n_inp, timed, view.time_dim),n_inp,groups
 
 # %% ../../nbs/instruments/02_lags.ipynb #ad839740
 def _has_steps(window):
@@ -82,11 +83,13 @@ def _blocks_with_loss(n_blocks, n_lags, step, n_losses, n_skip, timed):
     return {int(o) for o in np.linspace(least, n_blocks-1, n_losses).round()}
 
 # %% ../../nbs/instruments/02_lags.ipynb #5b8399a0
-def _last_loss(loss_func, pred, yb, step, timed):
+def _last_loss(loss_func, pred, yb, step, timed, window, flat):
     "The loss of the last step of a block, or of the whole prediction where targets have no steps"
+    bs,dim = window.bs,window.time_dim
+    if flat: pred,yb,dim = *preds_to_rows((pred, yb), step, bs, dim),1
     def last(o):
-        has_steps = timed and isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==step
-        return o[:,-1:] if has_steps else o
+        is_timed = timed and isinstance(o, Tensor) and has_steps(o, step, bs, dim)
+        return cut_steps(o, -1, None, dim) if is_timed else o
     loss = loss_func(*tree_map(last, (pred, *yb)))
     return loss.mean() if loss.ndim else loss
 
@@ -132,6 +135,7 @@ def _gradients(learn, window, n_inp, groups, step, n_blocks, n_lags, ends):
     The mean norm of a row's gradient, for each lag; and, for each tensor of the state, the mean gradient `(lag, unit)`."""
     model,loss_func = learn.model,learn.loss_func
     device,timed = next(model.parameters()).device,_has_steps(window)
+    flat = view_of(learn.dls.train).flat
     start = 0 if timed else window.steps-n_blocks*step # so that the last block ends with the window
     states,phi,total = [],0,{}
     with Carry(model, keep_graph=True) as carry:
@@ -140,11 +144,11 @@ def _gradients(learn, window, n_inp, groups, step, n_blocks, n_lags, ends):
             batch = plain_batch(window.cut(start+j*step, start+(j+1)*step), device)
             pred = model(*batch[:n_inp])
             carry.restore({name:(_views(o), *rest) for name,(o,*rest) in carry.snapshot().items()})
-            bs = next(len(o) for o in state_leaves(batch) if isinstance(o, Tensor))
-            if j==0: check_states(carry, bs, step)
+            bs = window.bs
+            if j==0: check_states(carry, bs, step, window.time_dim)
             if j in ends:
                 _check_followed(states, model)
-                loss = _last_loss(loss_func, pred, batch[n_inp:], step, timed)
+                loss = _last_loss(loss_func, pred, batch[n_inp:], step, timed, window, flat)
                 scale = 1 if getattr(loss_func, 'reduction', 'mean')=='sum' else bs # the gradient of a row's own loss
                 grads = {key:o*scale for key,o in _by_lag(loss, states[:-n_lags-1:-1], bs).items()}
                 phi = phi+torch.cat([*grads.values()], 2).norm(dim=2).mean(1)/len(ends)
@@ -165,11 +169,12 @@ def gradients_by_lag(
     limit = cb.n_skip+(1000 if max_lag is None else 2*max_lag)
     device = next(learn.model.parameters()).device
     phis,total,example = [],{},None
-    for window,n_inp,groups in _windows(inner_loader(learn.dls.train), limit, given_n_inp(learn.dls), cb.timed):
+    for window,n_inp,groups in _windows(inner_loader(learn.dls.train), limit, given_n_inp(learn.dls), cb.timed, cb.time_dim):
         steps = min(window.steps, limit)
         if example is None:
             n_lags = _count_lags(window, steps, max_lag, step)
-            example = plain_batch(window.batch[:n_inp], device),groups
+            xb = plain_batch(window.batch[:n_inp], device)
+            example = Window(xb, n_inp, window.timed[:len(tree_leaves(xb))], window.time_dim),groups
         n_blocks = steps//step
         ends = _blocks_with_loss(n_blocks, n_lags, step, n_losses, cb.n_skip, _has_steps(window))
         if not ends and phis: continue

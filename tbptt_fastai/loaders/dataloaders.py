@@ -153,6 +153,7 @@ def test_dl(self:SequenceDataLoaders,
     steps = self.valid.sub_seq_len if whole.in_files else None
     if steps: steps = min(steps, int(whole.lengths.max()))
     settings = dict(bs=self.valid.bs, sub_seq_len=steps, device=self.device, after_batch=self.valid.after_batch)
+    settings['time_dim'] = self.valid.time_dim
     return StreamDL(whole if given else self._with_classes(whole), **{**settings, **kwargs})
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #28fe91bb

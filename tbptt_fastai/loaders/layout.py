@@ -14,7 +14,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
-from .segment import Segment, map_predictions, planned_pieces
+from .segment import Segment, map_predictions, planned_pieces, preds_to_rows
 from ..state.carry import Start
 from ..state.pieces import Piece
 from ..truncation.plan import SubWindow
@@ -29,18 +29,20 @@ class Block(Segment):
         start, # First step of each row, counted from the start of its sequence
         n, # Real steps in each row; what is left of the longest is padding
         n_skip:int=0, # Washout: first steps of each sequence whose loss does not count
-        most:int=None, # Steps that count in a full block; default: the real steps of this one
+        most:int=None, # Steps that count in the block with most of them; default: the real steps of this one
         groups_of=None, # Function that gives the groups of sequences; default: they have none
+        counted=None, # Which targets count, as `SequenceCounts` says; default: all
     ):
         self.seq,self.start,self.n,self.steps = seq,start,n,int(n.max())
         self.groups_of = groups_of
         step = np.arange(self.steps)
         filled = step<n[:,None]
-        self._count(filled, filled&(start[:,None]+step>=n_skip))
-        self.weight = int(self._counts.sum())/(most or int(n.sum())) # as that of a `SubWindow`
+        said = True if counted is None else counted(seq, start, n)
+        self._count(filled, filled&(start[:,None]+step>=n_skip)&said)
+        self.weight = self.n_counted/(most or int(n.sum())) # as that of a `SubWindow`
 
     def _count(self, filled, counts):
-        self._filled,self._counts = filled,counts
+        self._filled,self._counts,self.n_counted = filled,counts,int(counts.sum())
         # where the real steps are among all, and those with a loss among the real ones; `None`: everywhere
         self.real_at = None if filled.all() else np.flatnonzero(filled)
         self.counted_at = None if (counts==filled).all() else np.flatnonzero(counts[filled])
@@ -72,6 +74,13 @@ class Block(Segment):
         rows = zip(self.seq, self.start, self.n)
         return ' | '.join(f'{s}[{a}:{a+n}]' if n else '-' for s,a,n in rows)
 
+# %% ../../nbs/loaders/03_layout.ipynb #06ce1ed7
+@patch(as_prop=True)
+def _expected(self:Block):
+    "The shape of what has a time axis, where that is in a batch"
+    rows,steps = len(self.seq),self.steps
+    return {0: f'({steps}, {rows}, ...)', 1: f'({rows}, {steps}, ...)', -1: f'({rows}, ..., {steps})'}[self.time_dim]
+
 # %% ../../nbs/loaders/03_layout.ipynb #f482fb02
 @patch
 def real_steps(self:Block,
@@ -79,8 +88,7 @@ def real_steps(self:Block,
 )->Tensor: # `(n, ...)`: one real step after the other, row by row
     "All steps but the padding"
     if o.shape[:2]!=(len(self.seq), self.steps): raise TypeError(
-        f"A stream needs predictions and targets for every step, ({len(self.seq)}, {self.steps}, ...), "
-        f"not of shape {tuple(o.shape)}.")
+        f"A stream needs predictions and targets for every step, {self._expected}, not of shape {tuple(o.shape)}.")
     flat = o.flatten(0, 1)
     return flat if self.real_at is None else flat[torch.from_numpy(self.real_at).to(o.device)]
 
@@ -107,7 +115,9 @@ def pieces(self:Block, seen):
 
 # %% ../../nbs/loaders/03_layout.ipynb #88ab330c
 @patch
-def real(self:Block, pred, yb): return map_predictions(self.real_steps, (pred, yb))
+def real(self:Block, pred, yb):
+    rows = preds_to_rows((pred, yb), self.steps, len(self.seq), self.time_dim)
+    return map_predictions(self.real_steps, rows)
 
 @patch
 def counted(self:Block, pred, yb):
@@ -133,6 +143,7 @@ class BlockRun(Block):
         blocks:list[Block], # The blocks
         plan, # `SubWindow` in blocks, counted from the first of them
         size:int, # Steps of a full block
+        most:float=1, # Weight of the run with most targets that count
     ):
         self.blocks,self.plan = blocks,plan
         self.lr,self.moves_on,self.ends_at_last = plan.lr,plan.moves_on,plan.next_start==plan.stop
@@ -142,7 +153,7 @@ class BlockRun(Block):
         counts = [o._counts&(i>=plan.loss_start) for i,o in enumerate(blocks)]
         self._count(np.concatenate([o._filled for o in blocks], 1), np.concatenate(counts, 1))
         full = (plan.stop-plan.loss_start)*size*len(self.seq)
-        self.weight = plan.weight*int(self._counts.sum())/full
+        self.weight = plan.weight*self.n_counted/full/most
 
     def __repr__(self): return ' + '.join(map(repr, self.blocks))
 
@@ -192,8 +203,9 @@ class Layout:
         order=None, # Permutation of the sequences; default: as they are
         n_skip:int=0, # Washout: first steps of each sequence whose loss does not count
         groups_of=None, # Function that gives the groups of sequences; default: they have none
+        counted=None, # Which targets count, as `SequenceCounts` says; default: all
     ):
-        self.groups_of = groups_of
+        self.groups_of,self.counted = groups_of,counted
         n,longest,shortest = len(lengths),int(lengths.max(initial=1)),int(lengths.min(initial=1<<62))
         size = min(sub_seq_len or longest, longest)
         self.lengths,self.n_skip,self.sub_seq_len = lengths,n_skip,size
@@ -203,7 +215,7 @@ class Layout:
         self.rows = assign_rows(self.n_blocks, min(bs, n), order) if n else []
         # Of the longest sequence, the block with the end of the washout begins at `washed`
         washed = n_skip//size*size
-        self.most = len(self.rows)*max(min(washed+size, longest)-n_skip, min(size, longest-washed-size))
+        self._full = len(self.rows)*max(min(washed+size, longest)-n_skip, min(size, longest-washed-size))
 
     @cached_property
     def _len(self): return max((int(self.n_blocks[row].sum()) for row in self.rows), default=0)
@@ -218,14 +230,26 @@ class Layout:
         "Do all rows begin their sequences in the same steps?"
         return len(self.lengths)<=len(self.rows) or self.n_blocks.min()==self.n_blocks.max()
 
-    def __iter__(self):
+    @cached_property
+    def labels(self):
+        "Of each block, the targets that count"
+        return [block.n_counted for block in self._blocks(None)]
+
+    @property
+    def most(self):
+        "Of a block with as many targets as any"
+        return self._full if self.counted is None else max(self.labels, default=0) or 1
+
+    def __iter__(self): return self._blocks(self.most)
+
+    def _blocks(self, most):
         lengths,rows = self.lengths,self.rows
         seq = np.array([row[0] if len(row) else -1 for row in rows], dtype=int)
         place,start = np.zeros(len(rows), int),np.zeros(len(rows), int)
         for size in self.sizes():
             if (seq<0).all(): return
             n = np.where(seq<0, 0, np.minimum(lengths[seq]-start, size))
-            yield Block(seq.copy(), start.copy(), n, self.n_skip, self.most, self.groups_of)
+            yield Block(seq.copy(), start.copy(), n, self.n_skip, most, self.groups_of, self.counted)
             start += n
             for row in np.flatnonzero((seq>=0)&(start==lengths[seq])):
                 place[row] += 1
@@ -234,6 +258,7 @@ class Layout:
 
     def n_counted(self):
         "Blocks that have a step whose loss counts"
+        if self.counted is not None: return sum(n>0 for n in self.labels)
         if not self.n_skip: return len(self)
         silent = np.ones(len(self), bool)
         for row in self.rows: silent &= ~self._heard(row)
@@ -280,12 +305,12 @@ class VaryingLayout(Layout):
         **kwargs
     ):
         super().__init__(lengths, **kwargs)
-        self.sizes,self.most = sizes,len(self.rows)*self.sub_seq_len
+        self.sizes,self._full = sizes,len(self.rows)*self.sub_seq_len
 
     @cached_property
-    def _len(self): return sum(1 for _ in self)
+    def _len(self): return sum(1 for _ in self._blocks(None))
 
     @property
     def aligned(self): return len(self.lengths)<=len(self.rows) or self.lengths.min()==self.lengths.max()
 
-    def n_counted(self): return sum(block.weight>0 for block in self)
+    def n_counted(self): return sum(block.n_counted>0 for block in self._blocks(None))

@@ -11,6 +11,7 @@ from functools import cached_property
 import random, warnings
 import numpy as np, torch
 from fastcore.basics import patch
+from .counts import NotIgnored, SequenceCounts
 from .layout import BlockRun
 from .views import SubWindows
 from ..truncation.plan import Fixed
@@ -26,6 +27,9 @@ class StreamView(SubWindows):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.continuing:
+            raise ValueError(
+                "A StreamDL says by itself where each row goes on and where a sequence begins: leave out continuing=True.")
         if self.world_size>1:
             raise NotImplementedError(
                 "A StreamDL cannot be shared by several processes. Give each of them sequences of its own, "
@@ -37,12 +41,19 @@ class StreamView(SubWindows):
     def usual_steps(self): return int(np.median(self.dl.dataset.lengths))
 
     @cached_property
+    def counted(self):
+        "Which targets count; `None`, where all do: tokens, and classes of a vocabulary, are never ignored"
+        ds,is_known = self.dl.dataset,isinstance(self.counts, NotIgnored)
+        if self.counts is None or len(ds.arrays)<2 or is_known and getattr(ds, 'vocab', None) is not None: return None
+        return SequenceCounts(ds, self.counts, self.time_dim)
+
+    @cached_property
     def layout(self):
         "Where the sequences are in this run; shuffled, if the loader shuffles"
-        if not self.varies: return self.dl.layout(self.block, self.n_skip)
+        if not self.varies: return self.dl.layout(self.block, self.n_skip, counted=self.counted)
         seed = random.getrandbits(62)
         def sizes(): return self.truncation.lengths(random.Random(seed))
-        return self.dl.layout(self.truncation.sub_seq_len, self.n_skip, sizes)
+        return self.dl.layout(self.truncation.sub_seq_len, self.n_skip, sizes, self.counted)
 
     @cached_property
     def runs(self):
@@ -57,20 +68,22 @@ class StreamView(SubWindows):
     @cached_property
     def n_windows(self):
         "Steps of the run: those that have a loss, or all of them in evaluation"
-        if self.runs is not None: return self._n_runs_with_loss() if self.n_skip else len(self.runs)
-        if self.n_skip and not self.evaluation: return self.layout.n_counted()
+        may_be_silent = self.n_skip or self.counted is not None
+        if self.runs is not None: return self._n_runs_with_loss() if may_be_silent else len(self.runs)
+        if may_be_silent and not self.evaluation: return self.layout.n_counted()
         return len(self.layout) if self.varies else self.dl.n_blocks(self.block)
 
     def __iter__(self):
         self.warm_up = []
         blocks = self.dl.read_blocks(self.layout)
         for block,batch in blocks if self.runs is None else self._run(blocks):
+            block.time_dim = self.time_dim
             if block.weight==0 and not self.evaluation:
                 n_inp = self.n_inputs(batch)
-                self.warm_up += [(o, x[:n_inp]) for o,x in self._carried_on(block, batch)]
+                self.warm_up += [(o, self.laid_out(x)[:n_inp]) for o,x in self._carried_on(block, batch)]
             else:
                 self.segment = self._planned(block)
-                yield batch
+                yield self.laid_out(batch)
                 self.warm_up = []
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #c56760d2
@@ -88,7 +101,7 @@ def beginnings(self:StreamView, limit):
     dl.before_iter()
     for block in dl.layout(steps):
         rows = (block.start==0)&(block.n==steps)
-        if rows.any(): yield dl.read_begins(block, rows),dl.dataset.groups_of(block.seq[rows])
+        if rows.any(): yield self.laid_out(dl.read_begins(block, rows)),dl.dataset.groups_of(block.seq[rows])
 
 @patch
 def _planned(self:StreamView, block):
@@ -118,6 +131,7 @@ def _in_blocks(self:StreamView, plan):
 def _run(self:StreamView, blocks):
     "Blocks and batches, joined by the plan"
     held,first_held = deque(),0
+    most = 1 if self.counted is None else max(self._run_weights(), default=0) or 1
     for o in self.runs:
         while first_held<o.start:
             held.popleft()
@@ -125,7 +139,7 @@ def _run(self:StreamView, blocks):
         while first_held+len(held)<o.stop: held.append(next(blocks))
         plan = _moved(o, lambda i: i-first_held)
         batches = zip(*(batch for _,batch in held))
-        run = BlockRun([block for block,_ in held], plan, self.block)
+        run = BlockRun([block for block,_ in held], plan, self.block, most)
         yield run,tuple(torch.cat(o, 1) for o in batches)
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #6d53544e
@@ -137,9 +151,14 @@ def _carried_on(self:StreamView, block, batch):
     return list(zip(block.blocks, parts))[:block.plan.carry]
 
 @patch
-def _n_runs_with_loss(self:StreamView):
-    counts = [block.weight>0 for block in self.layout]
-    return sum(any(counts[o.loss_start:o.stop]) for o in self.runs)
+def _run_weights(self:StreamView):
+    "Of each run, before the most of them is known"
+    labels,rows = self.layout.labels,len(self.layout.rows)
+    def weight(o): return o.weight*sum(labels[o.loss_start:o.stop])/((o.stop-o.loss_start)*self.block*rows)
+    return [weight(o) for o in self.runs]
+
+@patch
+def _n_runs_with_loss(self:StreamView): return sum(o>0 for o in self._run_weights())
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #c4216b9b
 @patch

@@ -15,6 +15,7 @@ from fastai.torch_core import to_device
 from fastcore.basics import first, noop, patch
 from fastcore.meta import delegates
 from torch import Tensor
+from .counts import SequenceCounts
 from .layout import Block, Layout, VaryingLayout
 from .stream_view import StreamView
 from .windows import TbpttDL
@@ -143,6 +144,7 @@ def layout(self:StreamDL,
     sub_seq_len:int=None, # Steps of a sub-window
     n_skip:int=0, # Washout: first steps of each sequence whose loss does not count
     sizes=None, # Function that gives an iterator over the lengths of the blocks; default: all have `sub_seq_len` steps
+    counted:SequenceCounts=None, # Which targets count; default: all
 )->Layout:
     "Where sequences go in the next run over the data"
     order = None
@@ -151,7 +153,7 @@ def layout(self:StreamDL,
         order = TbpttDL.get_idxs(self)
     of_length = Layout if sizes is None else partial(VaryingLayout, sizes=sizes)
     return of_length(self.dataset.lengths, bs=self.bs, sub_seq_len=sub_seq_len, order=order, n_skip=n_skip,
-                     groups_of=self.dataset.groups_of)
+                     groups_of=self.dataset.groups_of, counted=counted)
 
 @patch
 def n_blocks(self:StreamDL,
@@ -209,7 +211,7 @@ def one_batch(self:StreamDL):
     if self.n==0: raise ValueError("This loader has no sequences.")
     block = first(self.layout(self.sub_seq_len))
     self.before_iter()
-    return self.read_begins(block, block.n==block.steps)
+    return self.laid_out(self.read_begins(block, block.n==block.steps))
 
 @patch
 def read_begins(self:StreamDL,

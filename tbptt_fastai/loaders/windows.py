@@ -10,23 +10,28 @@ import numpy as np, torch
 from fastai.data.core import TfmdDL
 from fastcore.basics import first, patch
 from fastcore.meta import delegates
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from .segment import Window
 from .views import SubWindows, view_of
+from ..sequences.axis import check_time_dim, from_rows, to_rows
 from ..sequences.windows import SequenceWindows, Sequences
 from ..truncation.plan import check_steps
 
 # %% ../../nbs/loaders/02_windows.ipynb #deb983ba
 class TbpttDL(TfmdDL):
     "A `TfmdDL` over windows that yields sub-windows; `one_batch`, and what is shown, are whole windows"
-    view = SubWindows
+    view,time_dim = SubWindows,None
     @delegates(TfmdDL.__init__)
     def __init__(self,
         dataset, # Map-style dataset of windows; a batch of `SequenceWindows` is read by one gather
         bs:int=64, # Windows per batch
         sub_seq_len:int=None, # Steps of a sub-window; default: the whole window
         ahead=None, # How batches come to a GPU: a function of them and the device, such as `pinned_ahead`
+        time_dim:int=None, # Where time is in a batch: 0, 1 or -1; `Sequences` are laid out so, others come so; default: 1
         **kwargs
     ):
-        self.ahead = ahead
+        self.ahead,self.time_dim = ahead,check_time_dim(time_dim)
         self.sub_seq_len = None if sub_seq_len is None else check_steps('sub_seq_len', sub_seq_len)
         super().__init__(dataset, bs=bs, **kwargs)
         if isinstance(dataset, Sequences): view_of(self, self.sub_seq_len).check()
@@ -42,6 +47,49 @@ class TbpttDL(TfmdDL):
     def whole_windows(self): return super().__iter__()
     @property
     def n_whole(self): return super().__len__()
+
+# %% ../../nbs/loaders/02_windows.ipynb #56ab4c85
+@patch(as_prop=True)
+def makes_batches(self:TbpttDL):
+    "Are batches made here, as `(batch, time, ...)`, and not by the dataset's own means?"
+    return isinstance(self.dataset, Sequences)
+
+@patch(as_prop=True)
+def own_time_dim(self:TbpttDL):
+    "Where time is in its batches; `None` if that is not known"
+    return 1 if self.time_dim is None and self.makes_batches else self.time_dim
+
+@patch
+def laid_out(self:TbpttDL,
+    batch:tuple, # `(batch, time, ...)`; targets may have no time axis
+    timed:tuple[bool,...]=None, # Which of its elements have one; default: those as long as the first
+):
+    "A batch of `Sequences` with its time axis where it is to be: views"
+    if self.time_dim in (None, 1) or not self.makes_batches: return batch
+    timed = Window(batch, len(batch), timed).timed
+    return tuple(from_rows(o, self.time_dim) if t else o for o,t in zip(batch, timed))
+
+# %% ../../nbs/loaders/02_windows.ipynb #46547d75
+@patch
+def in_rows(self:TbpttDL,
+    batch, # As the loader gives it
+):
+    "The same batch as `(batch, time, ...)`, for what goes through it row by row"
+    dim = self.own_time_dim
+    if dim in (None, 1): return batch
+    timed = Window(batch, self.n_inp, None, dim).timed
+    elements,form = tree_flatten(batch)
+    return tree_unflatten([to_rows(o, dim) if t else o for o,t in zip(elements, timed)], form)
+
+# %% ../../nbs/loaders/02_windows.ipynb #48fba139
+@patch
+def decode(self:TbpttDL,
+    b, # A batch as the model has it; with time first, one that has its rows in front, as predictions do
+):
+    "Undo the transforms of a batch, which are those of `(batch, time, ...)`"
+    if self.time_dim!=-1 or not self.makes_batches: return super(TbpttDL, self).decode(b)
+    decoded = super(TbpttDL, self).decode(self.in_rows(b))
+    return type(b)(from_rows(o, -1) if o.ndim>2 else o for o in decoded)
 
 # %% ../../nbs/loaders/02_windows.ipynb #705fa18c
 @patch
@@ -87,8 +135,9 @@ def new(self:TbpttDL,
     cls=None, # Another class; default: the same
     **kwargs
 ):
-    "A copy with some arguments changed; `sub_seq_len` and `ahead` are kept"
-    if issubclass(cls or type(self), TbpttDL): kwargs = dict(sub_seq_len=self.sub_seq_len, ahead=self.ahead)|kwargs
+    "A copy with some arguments changed; `sub_seq_len`, `ahead` and `time_dim` are kept"
+    kept = dict(sub_seq_len=self.sub_seq_len, ahead=self.ahead, time_dim=self.time_dim)
+    if issubclass(cls or type(self), TbpttDL): kwargs = kept|kwargs
     return super(TbpttDL, self).new(dataset, cls, **kwargs)
 
 # %% ../../nbs/loaders/02_windows.ipynb #b8110e17
@@ -100,10 +149,11 @@ def show_batch(self:TbpttDL,
     **kwargs
 ):
     "Draw `max_n` windows: targets above inputs, on one time axis"
-    if not show or not isinstance(self.dataset, Sequences):
-        return super(TbpttDL, self).show_batch(b, max_n=max_n, show=show, **kwargs)
-    if b is None: b = self.one_batch()
-    self.dataset.plot(*self.decode(b)[:2], max_n=max_n, **kwargs)
+    draws = show and self.makes_batches
+    if b is None and (draws or self.own_time_dim not in (None, 1)): b = self.one_batch()
+    if draws or self.own_time_dim==0: b = self.in_rows(b) # fastai goes by the first axis
+    if not draws: return super(TbpttDL, self).show_batch(b, max_n=max_n, show=show, **kwargs)
+    self.dataset.plot(*TfmdDL.decode(self, b)[:2], max_n=max_n, **kwargs)
 
 @patch
 def show_results(self:TbpttDL,
@@ -114,8 +164,12 @@ def show_results(self:TbpttDL,
     **kwargs
 ):
     "Draw `max_n` windows with the predictions `out`"
-    if not show or not isinstance(self.dataset, Sequences):
+    draws = show and self.makes_batches
+    if draws or self.own_time_dim==0: b = self.in_rows(b)
+    if not draws:
         return super(TbpttDL, self).show_results(b, out, max_n=max_n, show=show, **kwargs)
     outs = out if isinstance(out, (tuple,list)) else [out]
-    pred = self.decode((b[0], *outs))[1]
-    self.dataset.plot(*self.decode(b)[:2], pred=pred, max_n=max_n, **kwargs)
+    if self.time_dim==-1 and not self.view.flat: 
+        outs = [to_rows(o, -1) if isinstance(o, Tensor) and o.ndim>1 else o for o in outs] # `get_preds` has moved those of 0
+    pred = TfmdDL.decode(self, (b[0], *outs))[1]
+    self.dataset.plot(*TfmdDL.decode(self, b)[:2], pred=pred, max_n=max_n, **kwargs)

@@ -9,6 +9,7 @@ __all__ = ['rnn_types', 'check_channels', 'Standardize', 'SequenceRNN']
 import torch
 from torch import Tensor, nn
 from ..state.stateful import StatefulRNN
+from ..sequences.axis import check_time_dim, from_rows, to_rows
 
 # %% ../../nbs/models/00_sequence.ipynb #ff8a8bbb
 def _have_channels(x, like):
@@ -70,6 +71,7 @@ def _check_n_in(x, n_in):
 # %% ../../nbs/models/00_sequence.ipynb #390f7b6a
 class SequenceRNN(nn.Module):
     "A stateful RNN and a linear layer on its output at every step, in the units of the data"
+    time_dim = 1 # of a model that was pickled without
     def __init__(self,
         n_in:int, # Input channels
         n_out:int, # Output channels
@@ -80,6 +82,7 @@ class SequenceRNN(nn.Module):
         scale_x:Standardize=None, # Scaling of the input; default: none
         scale_y:Standardize=None, # Scaling that is undone on the output; default: none
         last:bool=False, # One output for each window, after its last step?
+        time_dim:int=1, # Where the time axis of inputs and outputs is: 0, 1 or -1
     ):
         super().__init__()
         if rnn_type not in rnn_types: raise ValueError(
@@ -88,17 +91,20 @@ class SequenceRNN(nn.Module):
         _check_scales(scale_x, n_in, scale_y, n_out)
         self.scale_x = scale_x or nn.Identity()
         self.scale_y,self.last = scale_y,last
+        self.time_dim = check_time_dim(1 if time_dim is None else time_dim)
         rnn = rnn_types[rnn_type](n_in, hidden_size, num_layers, batch_first=True, dropout=dropout)
         self.rnn = StatefulRNN(rnn)
         self.head = nn.Linear(hidden_size, n_out)
 
     def forward(self,
-        x, # `(batch, time, n_in)`
-    ): # `(batch, time, n_out)`, or `(batch, n_out)` after the last step
+        x, # `(batch, time, n_in)`, or as `time_dim` says
+    ): # `(batch, time, n_out)`, laid out as the input, or `(batch, n_out)` after the last step
+        if self.time_dim!=1: x = to_rows(x, self.time_dim)
         _check_n_in(x, self.rnn.rnn.input_size)
         out = self.rnn(self.scale_x(x))
         out = self.head(out[:,-1] if self.last else out)
-        return out if self.scale_y is None else self.scale_y.inverse(out)
+        if self.scale_y is not None: out = self.scale_y.inverse(out)
+        return out if self.last or self.time_dim==1 else from_rows(out, self.time_dim)
 
     def reset(self):
         "Forget the carried state"

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from .carry import Carry, Start
 from .tree import detach_state, state_leaves
+from ..sequences.axis import has_steps
 
 # %% ../../nbs/state/03_pieces.ipynb #bee8e44a
 class Piece(NamedTuple):
@@ -40,10 +41,10 @@ def _scaled(state, factor):
     def scale(o): return _Scale.apply(o, factor) if isinstance(o, Tensor) and o.requires_grad else o
     return tree_map(scale, state)
 
-def _joined(outs, steps):
+def _joined(outs, steps, bs=None, time_dim=1):
     "Predictions of pieces as those of the whole; what has no time axis is that of the last piece"
-    def has_steps(o, n): return isinstance(o, Tensor) and o.ndim>1 and o.shape[1]==n
-    def join(*os): return torch.cat(os, 1) if all(map(has_steps, os, steps)) else os[-1]
+    def is_timed(o, n): return isinstance(o, Tensor) and has_steps(o, n, bs, time_dim)
+    def join(*os): return torch.cat(os, time_dim) if all(map(is_timed, os, steps)) else os[-1]
     return tree_map(join, *outs)
 
 # %% ../../nbs/state/03_pieces.ipynb #1f4498b4
@@ -74,8 +75,11 @@ class PieceCarry(Carry):
         recompute:bool=False, # Compute activations again in the backward pass, instead of keeping them?
         join:bool=True, # Join predictions, step by step, or take those of the last piece?
         after=None, # The segment that the carried states are at the end of then
+        bs:int=None, # Rows of the inputs; they tell which predictions have a time axis, if that comes first
+        time_dim:int=1, # Where the time axis of predictions is
     ):
         "Run the next call of the model so"
+        self._bs,self._time_dim = bs,time_dim
         self.pieces,self._cut,self._after = pieces,cut,after
         self._keep_last,self._recompute,self._joins = keep_last,recompute,join
         if self._hooked: return
@@ -115,7 +119,7 @@ def _join(self:PieceCarry, model, args, out):
     outs,self._outs = [*self._outs, out],None
     if not self._keep_last: self.restore(self._kept_states)
     self._kept_states,self.seen = None,self._after
-    return _joined(outs, self._steps) if self._joins else outs[-1]
+    return _joined(outs, self._steps, self._bs, self._time_dim) if self._joins else outs[-1]
 
 # %% ../../nbs/state/03_pieces.ipynb #c8954272
 @patch

@@ -7,7 +7,7 @@ __all__ = ['refuse_bidirectional', 'refuse_cell', 'first_tensor', 'check_carried
            'first_state_of', 'Slot', 'StatefulRNN', 'state_dtype']
 
 # %% ../../nbs/state/01_stateful.ipynb #f9b51238
-import inspect
+import inspect, warnings
 from functools import partial
 import torch
 from fastcore.basics import patch
@@ -202,6 +202,7 @@ def first_state_of(
 # %% ../../nbs/state/01_stateful.ipynb #12999818
 class Slot:
     "What one recurrent module remembers from one call to the next. Copied or pickled it is empty"
+    without_grad = False # was the last call, which nobody owns, without gradients?
     owner,called = None,None # the `Carry` that it is in, and how it was called in this forward pass
     def __init__(self): self.reset()
     def __reduce__(self): return Slot,()
@@ -211,7 +212,7 @@ class Slot:
         groups:list=None, # The group of each row
     ):
         "Forget the state, or have some rows of it start over, and those that were to do so already"
-        if rows is None: self.state = None
+        if rows is None: self.state,self.without_grad = None,False
         elif self.rows is not None: rows = torch.as_tensor(rows)|self.rows
         self.rows = rows if rows is None else torch.as_tensor(rows)
         self.groups = groups
@@ -229,7 +230,8 @@ class StatefulRNN(nn.Module):
 
     The module is an `nn.RNN`, `nn.GRU` or `nn.LSTM`, or any with `forward(x, state) -> (out, state)` that has
     `initial_state(bs, device, dtype)`, `init_memory` or `init_hidden`, or takes `None` as first state.
-    It may be a whole model: its output alone goes on to a loss."""
+    It may be a whole model: its output alone goes on to a loss. Outside a learner each call goes on from the last until `reset()`.
+    What runs it there on batches that have nothing to do with each other, such as `update_bn`, does so `without_carrying`."""
     def __init__(self,
         rnn:nn.Module, # The recurrent module
         batch_dim=None, # Batch dimension of its state, see `batch_dims`; default: 1 for layers of `torch.nn`, else 0
@@ -252,6 +254,7 @@ class StatefulRNN(nn.Module):
         "The module's output alone; its state stays here"
         slot = self.slot
         carries = self.training if slot.owner is None else slot.owner.begin_call(slot)
+        if carries and slot.owner is None: self._warn_of_run()
         state = slot.state if carries else None
         check_carried(self.rnn, x, state, self.batch_dim, self.batch_first)
         if state is None or slot.rows is not None: state = self._begin(x, state)
@@ -264,6 +267,19 @@ class StatefulRNN(nn.Module):
     def state(self):
         "The carried state, detached; `None` at the start of a window"
         return self.slot.state
+
+# %% ../../nbs/state/01_stateful.ipynb #3e3f11f3
+@patch
+def _warn_of_run(self:StatefulRNN):
+    slot = self.slot
+    if torch.compiler.is_compiling(): return
+    before,slot.without_grad = slot.without_grad,not torch.is_grad_enabled()
+    if before and slot.without_grad and slot.state is not None: warnings.warn(
+        f"StatefulRNN({type(self.rnn).__name__}) is run in training mode without gradients, outside a learner, and goes on from "
+        "the state of the last batch. If batches have nothing to do with each other, as those of update_bn: "
+        "`with without_carrying(model): ...`, from tbptt_fastai.state.carry. "
+        "If they have: `with Carry(model): ...`.", stacklevel=3)
+
 
 # %% ../../nbs/state/01_stateful.ipynb #ed061fc0
 def _check_dims(initial, batch_dim):

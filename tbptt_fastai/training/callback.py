@@ -10,20 +10,27 @@ from contextlib import ExitStack, nullcontext
 from functools import partial
 import torch
 from fastai.callback.core import GatherPredsCallback
+from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
-from fastai.torch_core import find_bs, get_model
+from fastai.torch_core import find_bs, find_device, get_model
 from fastcore.basics import first, patch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from .checks import check_carries, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
-from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, view_of
+from ..loaders.continuing import is_text
+from ..loaders.counts import NotIgnored, TargetCounts, ignore_index_of
+from ..loaders.segment import Window, preds_to_rows
+from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, plain_batch, resolve_time_dim, view_of
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
-from .parts import check_remembers, compare_parts, on_trial, run_in_parts
+from ..state.own import check_reset
+from .parts import check_remembers, compare_parts, first_output, on_trial, run_in_parts
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss
+from ..sequences.axis import check_time_dim
+from .rows import RowsFirst
 from .resets import CarryingRun, StateResets, back_to_method, cancels
 from ..truncation.plan import Truncation, check_steps
 
@@ -38,6 +45,8 @@ class TbpttResetCB(StateResets):
     _whole = None # predictions and targets of a batch in evaluation, while the washout is left out of them
     _is_cut = False # was it left out of this batch?
     _lrs = None # the schedule's learning rates, while a step has its own
+    _rows = None # what brings the rows of this batch to the front, if time comes first
+    _counting = None # the segment that says what counts in this batch
     # after GatherPredsCallback (0), MixedPrecision (10), DistributedTrainer (11); before Recorder (50), ProgressCallback (60)
     order = 12
     def __init__(self,
@@ -46,6 +55,9 @@ class TbpttResetCB(StateResets):
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
         truncation:Truncation=None, # A scheme such as `Overlap`; what the loaders say is then for evaluation
         check:bool=True, # Before the first step of a fit, refuse a model that sub-windows cannot train
+        time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the training loader says, or 1
+        counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
+        continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
     ):
         if truncation is not None and sub_seq_len!='dls':
             raise ValueError(
@@ -56,6 +68,9 @@ class TbpttResetCB(StateResets):
                 "For sub-windows of one length: sub_seq_len.")
         self.sub_seq_len,self.truncation = sub_seq_len,truncation
         self.n_skip,self.timed,self.check = check_steps('n_skip', n_skip, least=0),timed,check
+        self.time_dim = check_time_dim(time_dim)
+        self.counts = counts
+        self.continuing = continuing
 
     @property
     def setting(self):
@@ -70,13 +85,15 @@ class TbpttResetCB(StateResets):
                 "Remove yours, and give it sub_seq_len and n_skip.")
         train,*others = self.dls.loaders
         for dl in others: self._check_channels(dl)
+        self._check_mixing()
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
         for view in views: view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
-        if scheme is not None:
+        if carry.resets_itself: check_reset(carry.inner)
+        if scheme is not None or self.continuing:
             carry.check()
             if self.check: check_carries(self.model)
-            if scheme.recompute: check_statistics(self.model, scheme)
+            if scheme is not None and scheme.recompute: check_statistics(self.model, scheme)
         for view in views: view.check_training(scheme, carry)
     after_create = check_settings
 
@@ -95,7 +112,7 @@ def after_epoch(self:TbpttResetCB): back_to_method(self.learn, 'all_batches')
 def after_fit(self:TbpttResetCB):
     self.after_epoch()
     self.end_search()
-    self._whole = None
+    self._whole = self._rows = self._counting = None
     if self.carry is None: self.reset() # else it is an evaluation in the middle of a training
 
 @patch
@@ -107,7 +124,7 @@ def broken_off(self:TbpttResetCB, error):
 @patch
 def before_fit(self:TbpttResetCB):
     self.check_settings()
-    self._is_new = True
+    if self.carry is None: self._is_new = True # else the training goes on after it
     self._search = None
     self._set_smooth_loss(self._smooth_loss)
 
@@ -157,8 +174,9 @@ def begin_batch(self:TbpttResetCB, view, owner):
 def _compare_untrained(self:TbpttResetCB):
     "The loss of the steps that count, of the model that goes along"
     learn,own = self.learn,(self.learn.pred,self.learn.yb)
-    with torch.random.fork_rng(): learn.pred = self._search.carry.model(*learn.xb)
-    learn.pred,learn.yb = self.segment.counted(*self.segment.real(learn.pred, learn.yb))
+    with torch.random.fork_rng(): pred = self._search.carry.model(*learn.xb)
+    learn.pred = pred if isinstance(learn.pred, tuple) else first_output(pred) # a callback has taken it apart
+    learn.pred,learn.yb = self._count(self.segment, *self.segment.real(learn.pred, learn.yb))
     if len(learn.yb): self._search.loss.compare_with(learn.loss_func(learn.pred, *learn.yb))
     learn.pred,learn.yb = own
 
@@ -175,6 +193,7 @@ def before_batch(self:TbpttResetCB):
     if not self._tried and self.check: self._check_inputs()
     if self._is_new and self.learn.training and self.check: self._check_model()
     StateResets.before_batch(self)
+    if not self.learn.training and self.view.time_dim==0: self._gather_inputs_by_rows()
 
 @patch
 def _check_model(self:TbpttResetCB):
@@ -183,19 +202,29 @@ def _check_model(self:TbpttResetCB):
     if view.truncation is None: return
     if self.segment.window is not None and first_item(view) is None: view.check_window(self.segment.window)
     window = view.inputs(self.xb)
-    compare_parts(model, window, -(-window.steps//2), groups)
+    error = compare_parts(model, window, -(-window.steps//2), groups)
+    if error is None: self._compare_two(model, window.steps)
     check_remembers(model, window, groups)
 
-def _channels(o, timed):
+@patch
+def _compare_two(self:TbpttResetCB, model, steps):
+    "Where a sub-window has no halves to be compared with: the first two, in one piece and in two"
+    segment = self.segment
+    if segment.window is None or segment.window.steps<2*steps: return
+    xb = plain_batch(segment.window.cut(0, 2*steps)[:len(self.xb)], find_device(self.xb))
+    compare_parts(model, self.view.inputs(xb), steps, segment.groups, must_run=False)
+
+# %% ../../nbs/training/04_callback.ipynb #6b653f9a
+def _channels(o, timed, time_dim):
     "Of an input; of one of four dimensions they are not known, it may have heights and widths that differ"
-    if not timed: return tuple(o.shape[1:2])
-    return tuple(o.shape[2:3]) if o.ndim in (3, 5) else ()
+    axis = 1 if time_dim==-1 or not timed else 2
+    return () if timed and o.ndim not in (3, 5) else tuple(o.shape[axis:axis+1])
 
 @patch
 def _check_inputs(self:TbpttResetCB):
     "A `ValueError` if inputs have other channels than those of the last training, from whatever loader they come"
     inputs = [o for o in tree_leaves(self.xb) if isinstance(o, Tensor)]
-    channels = [_channels(*o) for o in zip(inputs, self.timed or [True]*len(inputs))]
+    channels = [_channels(*o, self.view.time_dim) for o in zip(inputs, self.timed or [True]*len(inputs))]
     if self.learn.training: self._trained = channels
     if self._trained in (None, channels): return
     raise ValueError(
@@ -219,7 +248,18 @@ def evaluation_view(self:TbpttResetCB,
 
 @patch
 def _view(self:TbpttResetCB, dl, truncation=None, evaluation=False):
-    return view_of(dl, truncation, self.n_skip, self.timed, given_n_inp(self.dls), evaluation)
+    return view_of(
+        dl, truncation, self.n_skip, self.timed, given_n_inp(self.dls), evaluation,
+        resolve_time_dim(self.time_dim, self.dls.train), self._target_counts(dl, evaluation), self.continuing)
+
+@patch
+def _target_counts(self:TbpttResetCB, dl, evaluation):
+    "Which targets count, if the learner or its loss says so; a loss that ignores some by itself is given all where it can"
+    if self.counts is not None: return TargetCounts(self.counts)
+    ignored = ignore_index_of(self.loss_func)
+    if ignored is None or is_text(inner_loader(dl)): return None # no token is ignored
+    takes_steps = getattr(self.loss_func, 'axis', -1) in (-1,1)
+    return NotIgnored(ignored, always=takes_steps and (evaluation or bool(self.learn._grab_cbs(GradientAccumulation))))
 
 # %% ../../nbs/training/04_callback.ipynb #d1b99335
 @patch
@@ -230,10 +270,16 @@ def before_train(self:TbpttResetCB):
     if view.truncation is not None: view.truncation.before_epoch(self.learn)
     self.learn.dl = view
     self._n_windows = self.dl.n_windows
-    if self._n_windows==0:
-        dl = self.dl
-        n,bs,drop_last = getattr(dl, 'n', 0),getattr(dl, 'bs', None),getattr(dl, 'drop_last', None)
-        raise ValueError(f"The training loader has no batches: {n} windows, bs={bs}, drop_last={drop_last}.")
+    if self._n_windows==0: self._refuse_empty()
+
+@patch
+def _refuse_empty(self:TbpttResetCB):
+    dl = self.dl
+    n,bs,drop_last = getattr(dl, 'n', 0),getattr(dl, 'bs', None),getattr(dl, 'drop_last', None)
+    if dl.flat and n: raise ValueError(
+        f"No target of the {n} sequences counts, so nothing can be learned. "
+        "See what the loss ignores (ignore_index), or what counts= says.")
+    raise ValueError(f"The training loader has no batches: {n} windows, bs={bs}, drop_last={drop_last}.")
 
 # %% ../../nbs/training/04_callback.ipynb #05f47b45
 @patch
@@ -253,6 +299,8 @@ def before_validate(self:TbpttResetCB):
     self._tried = False
     self._check_channels(self.dl)
     self.learn.dl = self.evaluation_view(self.dl)
+    self.view.check_continuing()
+    self.is_interrupted = True
     if self.view.flat and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
         raise ValueError(
             "Inputs cannot be put in the order of the predictions of a StreamDL: "
@@ -263,62 +311,105 @@ def before_validate(self:TbpttResetCB):
             "largest for Interpretation. Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], "
             "losses.nan_to_num(-float('inf')).topk(k).")
 
+
 # %% ../../nbs/training/04_callback.ipynb #58e82730
 @patch
 def after_pred(self:TbpttResetCB):
     learn,segment = self.learn,self.segment
+    self._rows = self._rows_of_batch()
+    self._counting = segment.in_rows() if self._wants_rows else segment
+    if learn.training: self.keep_states()
     if not self._tried: self._try_loss()
     if learn.training and self.carrying and not self.checked and segment.moves_on: self._check_states()
     if self._searching: self._compare_untrained()
-    pred,yb = segment.real(learn.pred, learn.yb)
-    learn.pred,learn.yb = segment.counted(pred, yb)
+    pred,yb = self._real(learn.pred, learn.yb)
+    learn.pred,learn.yb = self._count(self._counting, pred, yb)
     is_cut = learn.pred is not pred or learn.yb is not yb
     if is_cut and not learn.training: self._is_cut,self._whole = True,(pred, yb)
 
-# %% ../../nbs/training/04_callback.ipynb #36cbb448
-@patch
-def _try_loss(self:TbpttResetCB):
-    "A loss that cannot take predictions and targets says so before it is asked for a gradient"
-    learn,segment = self.learn,self.segment
-    is_tuple = isinstance(learn.pred, tuple)
-    self._tried = not (is_tuple or self.check)
-    if self._tried: return
-    explained = is_tuple and partial(output_explained, get_model(learn.model), learn.pred, learn.xb)
-    with explained() if explained else nullcontext(): pred,yb = segment.counted(*segment.real(learn.pred, learn.yb))
-    self._tried = len(yb)>0 or not len(learn.yb) # else nothing of this batch counts
-    self._check_rate(pred, yb)
-    names = getattr(getattr(inner_loader(self.dl), 'dataset', None), 'y_names', None)
-    if len(yb): check_shapes(learn.loss_func, pred, yb, explained() if explained else None, self.check, names)
+# %% ../../nbs/training/04_callback.ipynb #61ddef28
+@patch(as_prop=True)
+def _wants_rows(self:TbpttResetCB):
+    "Is it a batch (batch, channels, time) of windows, for a loss of a stream, which has channels last?"
+    trained_on = inner_loader(self.dls.train)
+    return self.view.time_dim==-1 and not self.view.flat and getattr(type(trained_on), 'view', SubWindows).flat
 
 @patch
-def _check_rate(self:TbpttResetCB, pred, yb):
-    "A `ValueError` if targets of a window are taken for those of the steps of its last sub-window"
-    window = self.segment.window
-    if not self.check or window is None or any(window.targets_timed) or len(yb)!=1: return
-    steps,shape = self.sub_window.steps,tuple(getattr(pred, 'shape', ()))
-    if shape!=tuple(getattr(yb[0], 'shape', ())) or shape[1:2]!=(steps,) or steps in (1, window.steps): return
-    model = get_model(self.learn.model)
-    with on_trial(model), torch.no_grad(): half = run_in_parts(model, self.view.inputs(self.xb), -(-steps//2))[0]
-    if half.shape[1:2]==shape[1:2]: return # as many for any steps
-    raise ValueError(
-        f"Predictions for the {steps} steps of the last sub-window have the shape of the targets, {shape}, of a window of {window.steps} "
-        "steps: they are not for the same steps. Targets of another number of steps cannot be cut along with predictions: "
-        "bring both to one rate, or train whole windows (sub_seq_len=None).")
+def _real(self:TbpttResetCB, pred, yb):
+    "Predictions and targets without padding, laid out as the loss has them in training"
+    learn,view = self.learn,self.view
+    if not self._wants_rows: return self.segment.real(pred, yb)
+    window = view.inputs(learn.xb)
+    return preds_to_rows((pred, yb), window.steps, window.bs, -1)
+
+# %% ../../nbs/training/04_callback.ipynb #36cbb448
+@patch
+def _count(self:TbpttResetCB, segment, pred, yb):
+    "What counts in the loss. A loss of fastai that has its classes in axis 1 wants that axis in targets too"
+    pred,yb = segment.counted(pred, yb)
+    if segment.mask is None or getattr(self.loss_func, 'axis', None)!=1: return pred,yb
+    return pred,tuple(o[:,None] if isinstance(o, Tensor) and o.ndim==1 else o for o in yb)
 
 @patch
 def _check_states(self:TbpttResetCB):
     self.checked = True
-    if self.check or self.carry.modules: check_states(self.carry, find_bs(self.xb), self.sub_window.steps)
+    if not self.check and not self.carry.modules: return
+    dim = self.view.time_dim
+    bs = find_bs(self.xb) if dim!=0 else self.view.inputs(self.xb).bs
+    check_states(self.carry, bs, self.sub_window.steps, dim)
+
+# %% ../../nbs/training/04_callback.ipynb #f870436c
+@patch
+def _try_loss(self:TbpttResetCB):
+    "A loss that cannot take predictions and targets says so before it is asked for a gradient"
+    learn,time_dim = self.learn,self.view.time_dim
+    is_tuple = isinstance(learn.pred, tuple)
+    self._tried = not (is_tuple or self.check)
+    if self._tried: return
+    explained = is_tuple and partial(output_explained, get_model(learn.model), learn.pred, learn.xb, time_dim)
+    with explained() if explained else nullcontext(): pred,yb = self._count(self._counting, *self._real(learn.pred, learn.yb))
+    self._tried = len(yb)>0 or not len(learn.yb) # else nothing of this batch counts
+    self._check_rate(pred, yb)
+    names = getattr(getattr(inner_loader(self.dl), 'dataset', None), 'y_names', None)
+    if self.segment.flat or self._wants_rows: time_dim = 1
+    if len(yb): check_shapes(learn.loss_func, pred, yb, explained() if explained else None, self.check, names, time_dim)
+
+@patch
+def _check_rate(self:TbpttResetCB, pred, yb):
+    "A `ValueError` if targets of a window are taken for those of the steps of its last sub-window"
+    window,steps,dim = self.segment.window,self.sub_window.steps,self.view.time_dim
+    if not self.check or window is None or any(window.targets_timed) or len(yb)!=1: return
+    shape = tuple(getattr(pred, 'shape', ()))
+    if shape!=tuple(getattr(yb[0], 'shape', ())) or len(shape)<2: return
+    if shape[dim]!=steps or steps in (1, window.steps): return
+    model = get_model(self.learn.model)
+    with on_trial(model), torch.no_grad(): half = run_in_parts(model, self.view.inputs(self.xb), -(-steps//2))[0]
+    if half.shape[dim]==steps: return # as many for any steps
+    raise ValueError(
+        f"Predictions for the {steps} steps of the last sub-window have the shape of the targets, {shape}, of a window of "
+        f"{window.steps} steps: they are not for the same steps. Targets of another number of steps cannot be cut along with "
+        "predictions: bring both to one rate, or train whole windows (sub_seq_len=None).")
 
 # %% ../../nbs/training/04_callback.ipynb #175f3bc5
 @patch
 def _restore_whole(self:TbpttResetCB):
-    learn = self.learn
+    learn,each = self.learn,getattr(self.loss_func, 'reduction', None)=='none'
+    if self._rows is not None and each and len(learn.yb) and not self.segment.flat: learn.loss = self._rows.losses(learn.loss, learn.yb)
+    if each and len(learn.yb): learn.loss = learn.loss.contiguous() # fastai views it as rows
     if self._whole is not None:
         learn.pred,learn.yb = self._whole
         self._whole = None
-    if len(learn.yb) and getattr(self.loss_func, 'reduction', None)=='none':
+    if len(learn.yb) and each:
         learn.loss = self.segment.step_losses(learn.loss, learn.pred, learn.yb)
+        if self._ranks_losses: self._refuse_unlabelled()
+
+@patch
+def _refuse_unlabelled(self:TbpttResetCB):
+    mask = self.segment.mask
+    if mask is None or mask.reshape(len(mask), -1).any(1).all(): return
+    raise ValueError(
+        "Some windows have no target that counts, and so no loss, but NaN, which would be the largest for Interpretation. "
+        "Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], losses.nan_to_num(-float('inf')).topk(k).")
 
 # %% ../../nbs/training/04_callback.ipynb #8e77bbbb
 @patch(as_prop=True)
@@ -330,6 +421,12 @@ def _loss_takes_weights(self:TbpttResetCB):
 
 @patch
 def after_loss(self:TbpttResetCB):
+    self._weigh_loss()
+    is_flat = self.learn.training and self.segment.flat # one target after the other, for the rest of the step
+    if self._rows is not None and not is_flat: self._bring_rows_first()
+
+@patch
+def _weigh_loss(self:TbpttResetCB):
     learn = self.learn
     if not learn.training: return self._restore_whole()
     if not len(learn.yb): return # no targets, no loss
@@ -341,13 +438,57 @@ def after_loss(self:TbpttResetCB):
 def after_batch(self:TbpttResetCB):
     learn = self.learn
     if not learn.training:
-        if self._is_cut and self._whole is None: learn.pred,learn.yb = self.segment.counted(learn.pred, learn.yb)
+        if self._is_cut and self._whole is None: self._count_again()
         return
-    n = self.segment.n_sub
+    n,n_before = self.segment.n_sub,self.segment.n_before
     if n is None: return
     n_first = learn.n_iter//self._n_windows
-    if n==n_first: return
-    learn.pct_train += (n_first/n-1)/(learn.n_iter*learn.n_epoch) # fastai counts on windows as long as the first
+    if n==n_first and not n_before: return
+    # fastai counts on windows that have as many steps of training as the first
+    learn.pct_train += (n_first/n-1+n_first*n_before)/(learn.n_iter*learn.n_epoch)
+
+# %% ../../nbs/training/04_callback.ipynb #7624eb06
+@patch
+def _count_again(self:TbpttResetCB):
+    "Metrics are of what counts too"
+    learn,segment = self.learn,self._counting
+    if self._rows is not None: segment = segment.in_rows()
+    learn.pred,learn.yb = self._count(segment, learn.pred, learn.yb)
+
+@patch
+def _rows_of_batch(self:TbpttResetCB):
+    "What brings the rows of a batch to the front; `None` if they are there, or if its steps will be one after the other"
+    learn,view,segment = self.learn,self.view,self.segment
+    if view.time_dim!=0 or view.flat: return None
+    timed = getattr(segment.window, 'timed', view.timed)
+    return RowsFirst(Window((*learn.xb,*learn.yb), len(learn.xb), timed, 0))
+
+@patch
+def _bring_rows_first(self:TbpttResetCB):
+    learn = self.learn
+    before = find_bs(learn.yb) if len(learn.yb) else None
+    learn.pred,learn.yb = self._rows(learn.pred, learn.yb)
+    accumulates = learn.training and any(isinstance(cb, GradientAccumulation) for cb in learn.cbs)
+    # it has taken the steps for the batch size
+    if accumulates and before: learn.loss_grad = learn.loss_grad*(find_bs(learn.yb)/before)
+
+# %% ../../nbs/training/04_callback.ipynb #fa803c75
+@patch
+def _gather_inputs_by_rows(self:TbpttResetCB):
+    "Inputs that are asked for with predictions are kept with their rows first"
+    for cb in self.learn.cbs:
+        if not getattr(cb, 'with_input', False): continue
+        xb,timed = tuple(cb.inputs[-1]),self.view.timed
+        rows = RowsFirst(Window(xb, len(xb), timed and timed[:len(tree_leaves(xb))], 0))
+        cb.inputs[-1] = rows.inputs(xb)
+
+@patch
+def _check_mixing(self:TbpttResetCB):
+    "A `ValueError` if another callback would mix steps for rows"
+    mixes = first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler))
+    if mixes is not None and resolve_time_dim(self.time_dim, self.dls.train)==0: raise ValueError(
+        f"{type(mixes).__name__} mixes along the first axis of a batch, which is time with time_dim=0. "
+        "Leave it out, or use batches (batch, time, ...).")
 
 # %% ../../nbs/training/04_callback.ipynb #8e508e4a
 @patch

@@ -10,10 +10,13 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import Tensor
+from .checks import check_goes_on
 from ..state.carry import Carry
-from ..loaders.views import SubWindows, view_of
+from ..loaders.continuing import continues
+from ..loaders.views import SubWindows, inner_loader, view_of
 from ..loaders.segment import Window
 from ..truncation.plan import Fixed, check_steps
+from ..sequences.axis import has_steps
 
 # %% ../../nbs/training/05_evaluation.ipynb #218f8285
 class SubWindowEvalCB(Callback):
@@ -26,13 +29,15 @@ class SubWindowEvalCB(Callback):
     ): self.sub_seq_len = check_steps('sub_seq_len', sub_seq_len)
 
     def before_validate(self):
+        check_goes_on(self.model)
+        self._states = None # at the end of the last batch, if batches continue each other
         if view_of(self.dl).flat:
             raise ValueError("A StreamDL is evaluated in sub-windows by itself: remove SubWindowEvalCB.")
 
     def before_batch(self):
         "What fastai itself predicts, for the first sub-window, is dropped; so nothing has to be undone if the model fails"
-        timed = self.dl.timed if isinstance(self.dl, SubWindows) else None
-        self._window = Window((*self.xb,*self.yb), len(self.xb), timed)
+        timed,time_dim = (self.dl.timed,self.dl.time_dim) if isinstance(self.dl, SubWindows) else (None,1)
+        self._window = Window((*self.xb,*self.yb), len(self.xb), timed, time_dim)
         self.learn.xb = self._inputs(0, min(self.sub_seq_len, self._window.steps))
 
     def _inputs(self, start, stop): return self._window.cut(start, stop)[:len(self.xb)]
@@ -41,18 +46,37 @@ class SubWindowEvalCB(Callback):
 @patch
 def _joined(self:SubWindowEvalCB, preds, plan):
     "Predictions of sub-windows as those of the window"
-    per_step = all(p.ndim>1 and p.shape[1]==o.steps for p,o in zip(preds, plan))
+    bs,dim = self._window.bs,self._window.time_dim
+    per_step = all(has_steps(p, o.steps, bs, dim) for p,o in zip(preds, plan))
     targets_timed = self._window.targets_timed
     for_whole = targets_timed and not any(targets_timed)
-    return torch.cat(preds, dim=1) if per_step and not for_whole else preds[-1]
+    return torch.cat(preds, dim) if per_step and not for_whole else preds[-1]
+
+@patch
+def _goes_on(self:SubWindowEvalCB, carry):
+    "Does the batch continue the last? By itself only a model that carries a state of its own knows"
+    if isinstance(self.dl, SubWindows): return self.dl.continuing
+    return carry.is_own and continues(inner_loader(self.dl))
+
+@patch
+def _run(self:SubWindowEvalCB, model, plan):
+    "Predictions of all sub-windows"
+    carry = Carry(model, evaluation=True)
+    goes_on = self._goes_on(carry)
+    # a state that is out of sight is where the first sub-window has left it
+    first = [self.pred] if goes_on and carry.is_own else []
+    if not first: carry.reset_own()
+    with carry:
+        if goes_on and self._states is not None: carry.restore(self._states)
+        preds = first+[model(*self._inputs(o.start, o.stop)) for o in plan[len(first):]]
+        self._states = carry.snapshot()
+    return preds
 
 @patch
 def after_pred(self:SubWindowEvalCB):
     "Predictions of the whole window in the place of those of its first sub-window"
     model,plan = self.model,Fixed(self.sub_seq_len).sub_windows(self._window.steps)
-    carry = Carry(model, evaluation=True)
-    carry.reset_own()
-    with carry: preds = [model(*self._inputs(o.start, o.stop)) for o in plan]
+    preds = self._run(model, plan)
     if not all(isinstance(o, Tensor) for o in (self.pred, *preds)):
         raise TypeError(
             f"{type(model).__name__} gives a {type(preds[0]).__name__}; only one tensor of predictions can be joined.")

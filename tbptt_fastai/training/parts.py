@@ -15,7 +15,7 @@ from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..state.carry import Carry, out_of_reach
 from ..state.unroll import unroll_hint
-from .checks import ChannelsError, channels_explained, check_states
+from .checks import batch_first_remedy, channels_explained, check_states
 from ..loaders.segment import Window
 
 # %% ../../nbs/training/02_parts.ipynb #15da2350
@@ -53,7 +53,7 @@ def _run(model, window, sub_seq_len, groups, checked):
     with Carry(model, evaluation=True) as carry:
         carry.reset(groups=groups)
         outs = [model(*window.cut(a, min(a+sub_seq_len, window.steps))) for a in starts]
-        if checked: check_states(carry, len(tree_leaves(window.batch)[0]), window.steps)
+        if checked: check_states(carry, window.bs, window.steps, window.time_dim)
     return outs
 
 def run_in_parts(
@@ -75,11 +75,12 @@ def difference(
     parts:list, # Outputs of the parts of a window
     whole, # Output of the window in one piece
     steps:int, # Steps of the window
+    time_dim:int=1, # Where the time axis of its batch is; an axis in front is looked at only with 0
 )->float|None: # Relative to the largest value; `None` if nothing can be compared
     "How far the outputs of parts, joined along the axis that has the steps, are from those of the whole"
     if not isinstance(whole, Tensor): return None
     if not all(isinstance(o, Tensor) and o.ndim==whole.ndim for o in parts): return None
-    for dim in range(1, whole.ndim):
+    for dim in range(min(abs(time_dim), 1), whole.ndim):
         if whole.shape[dim]==steps==sum(o.shape[dim] for o in parts) and _same_but(dim, [*parts, whole]):
             error = (torch.cat(parts, dim)-whole).abs().max()
             return (error/whole.abs().max().clamp(min=1e-30)).item()
@@ -97,19 +98,19 @@ def _default_tol(whole):
     return max(1e-4, 16*torch.finfo(whole.dtype).eps) if whole.is_floating_point() else 1e-4
 
 # %% ../../nbs/training/02_parts.ipynb #3d689160
-def _of_whole(parts, whole, steps):
+def _of_whole(parts, whole, window):
     "As `difference`; predictions without a time axis are those of the last part"
-    error = difference(parts, whole, steps)
+    error = difference(parts, whole, window.steps, window.time_dim)
     if error is not None or not isinstance(whole, Tensor) or whole.ndim==0: return error
     last = parts[-1]
     if not isinstance(last, Tensor) or last.shape!=whole.shape: return None
     return ((last-whole).abs().max()/whole.abs().max().clamp(min=1e-30)).item()
 
-def _worst(parts, whole, steps, tol=None):
+def _worst(parts, whole, window, tol=None):
     "The largest difference of all that a model returns, by the tolerance for its type, and that tolerance"
     whole,*parts = (list(_tensors(o)) for o in (whole, *parts))
     if len({len(o) for o in (whole, *parts)})>1: return None,tol
-    found = [(_of_whole(outs, o, steps), _default_tol(o) if tol is None else tol) for o,*outs in zip(whole, *parts)]
+    found = [(_of_whole(outs, o, window), _default_tol(o) if tol is None else tol) for o,*outs in zip(whole, *parts)]
     return max((o for o in found if o[0] is not None), key=lambda o: o[0]/o[1], default=(None, tol))
 
 # %% ../../nbs/training/02_parts.ipynb #270517b3
@@ -131,34 +132,53 @@ def _watched(model, *args):
         for h in hooks: h.remove()
     return outs,within[-1] if within else None
 
+def _stacked(outs):
+    "What a layer gives in many calls, as in one; `None` if these are of different kinds"
+    same = all(isinstance(o, Tensor) and o.ndim and o.shape==outs[0].shape for o in outs)
+    return torch.stack(outs, 1) if same else None
+
+def _error_of(outs, parts, window):
+    "Of a layer that runs once on a window, or as many times on each step; `None` for others"
+    if len(outs)==1: return _of_whole(parts, outs[0], window)
+    if len(outs)%window.steps or len(parts)!=len(outs): return None
+    return difference([_stacked(parts)], _stacked(outs), len(outs))
+
 def _first_different(model, window, sub_seq_len, groups, tol):
-    "The first layer that runs once on a window, and gives something else in its parts"
+    "The first layer that gives something else in the parts of a window than in the whole"
     whole,_ = _watched(model, window, window.steps, groups)
     parts,_ = _watched(model, window, sub_seq_len, groups)
     for name,outs in whole.items():
-        if len(outs)!=1: continue
-        error = _of_whole(parts[name], outs[0], window.steps) if name in parts else None
+        error = _error_of(outs, parts[name], window) if name in parts else None
         if error is not None and error>tol: return name
     return type(model).__name__
 
 # %% ../../nbs/training/02_parts.ipynb #81368f0d
+def _indexed(model, steps, e):
+    return ValueError(
+        f"{type(model).__name__} cannot be run on a sub-window of {steps} steps: {e}\n"
+        "Does it look for a step of the whole window there, by the length of each row, or need a real step in each? "
+        "Train whole windows (sub_seq_len=None), or use a StreamDL, "
+        "where sequences of any length need neither padding nor lengths.")
+
 def _run_whole(model, window, groups):
     n = window.steps
     try:
         with channels_explained(model): return _run(model, window, n, groups, checked=True)[0]
-    except (torch.OutOfMemoryError, ChannelsError): raise
-    except RuntimeError as e:
+    except (torch.OutOfMemoryError, ValueError, TypeError): raise
+    except IndexError as e: raise _indexed(model, n, e) from e
+    except Exception as e:
         layer = _watched(model, window, n, groups)[1] or type(model).__name__
         raise ValueError(
             f"{layer} cannot be run on {n} steps: {e}\nA layer that is made for another number of steps, "
             "such as a normalization over time, has no place in sub-windows.") from e
 
 # %% ../../nbs/training/02_parts.ipynb #6f2f4390
-def _time_first(model):
+def _time_first(model, time_dim):
     "The remedy for a layer that takes steps for the batch"
-    taken = [name for name,m in model.named_modules() if isinstance(m, nn.RNNBase) and not m.batch_first]
-    if not taken: return ''
-    return f" {', '.join(taken) or 'It'} has batch_first=False, and the data is (batch, time, ...): use batch_first=True."
+    wrong = time_dim==0
+    taken = [name for name,m in model.named_modules() if isinstance(m, nn.RNNBase) and m.batch_first==wrong]
+    if not taken or time_dim==-1: return ''
+    return f" {', '.join(taken) or 'It'} has {batch_first_remedy(wrong, time_dim)}"
 
 @torch.no_grad()
 def compare_parts(
@@ -167,6 +187,7 @@ def compare_parts(
     sub_seq_len:int, # Steps of a part
     groups:list=None, # The group of each row
     tol:float=None, # Largest relative difference; default: 1e-4, and 16 roundings in half precision
+    must_run:bool=True, # Refuse a model that cannot be run on the window?
 )->float|None: # The difference; `None` if nothing can be compared
     """Raise a `ValueError` that names the layer, if parts of a window give other predictions than the whole
 
@@ -174,36 +195,41 @@ def compare_parts(
     Random predictions, and those of a model for one number of steps, cannot be compared."""
     n = window.steps
     with on_trial(model):
-        whole = _run_whole(model, window, groups)
+        try: whole = _run_whole(model, window, groups)
+        except ValueError:
+            if must_run: raise
+            return None
         try: parts = _run(model, window, sub_seq_len, groups, False)
         except torch.OutOfMemoryError: raise
         except Exception: return None
-        error,tol = _worst(parts, whole, n, tol)
+        error,tol = _worst(parts, whole, window, tol)
         if error is None or not error>tol: return error
         again = _run(model, window, n, groups, True)
-        random,_ = _worst(again, whole, n, tol)
+        random,_ = _worst(again, whole, window, tol)
         if random is not None and random>tol: return None
         layer = _first_different(model, window, sub_seq_len, groups, tol)
     raise ValueError(
         f"A window of {n} steps in sub-windows of {sub_seq_len} gives other predictions "
         f"than in one piece, by {error:.2g} of the largest value; the first layer that differs is {layer}. "
         "It looks ahead, or along time without carrying what it has seen: give it a state by StatefulRNN, "
-        f"or train whole windows (sub_seq_len=None).{_time_first(model)} "
+        f"or train whole windows (sub_seq_len=None).{_time_first(model, window.time_dim)} "
         "If it is meant to see each sub-window by itself: check=False."
         f"{unroll_hint(model)}")
 
 # %% ../../nbs/training/02_parts.ipynb #790b47c8
-def _another(o, which=0):
+def _another(o, time_dim, which=0):
     "Other values for the steps of a tensor, of the same kind; the same if there are none"
-    others = (.7*o+.1, -5*o-1, o+1) if o.is_floating_point() or o.is_complex() else (o.roll(1, 0), o.flip(1))
+    if o.is_floating_point() or o.is_complex(): others = .7*o+.1,-5*o-1,o+1
+    else: others = o.roll(1, int(time_dim==0)),o.flip(time_dim)
     others = [other for other in others if not torch.equal(other, o)]
     return others[which%len(others)] if others else o
 
 def _changed(window, which=0):
     "The inputs with other values in their steps; what has no time axis stays"
     elements,form = tree_flatten(window.batch)
-    changed = [_another(o, which) if timed and isinstance(o, Tensor) else o for o,timed in zip(elements, window.timed)]
-    return Window(tree_unflatten(changed, form), len(window.batch), window.timed)
+    def change(o, timed): return _another(o, window.time_dim, which) if timed and isinstance(o, Tensor) else o
+    changed = map(change, elements, window.timed)
+    return Window(tree_unflatten(changed, form), len(window.batch), window.timed, window.time_dim)
 
 # %% ../../nbs/training/02_parts.ipynb #161dcab3
 def _same_bits(a, b):
@@ -242,7 +268,7 @@ def _reads(model, second, groups):
 
 def _halves(window, steps):
     "Of the first steps of a window; of a single step, the same twice"
-    def part(*bounds): return Window(window.cut(*bounds), len(window.batch), window.timed)
+    def part(*bounds): return Window(window.cut(*bounds), len(window.batch), window.timed, window.time_dim)
     return (part(0, -(-steps//2)), part(-(-steps//2), steps)) if steps>1 else (part(0, 1), part(0, 1))
 
 # %% ../../nbs/training/02_parts.ipynb #0be4d042

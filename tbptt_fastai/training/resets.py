@@ -16,6 +16,7 @@ from ..loaders.views import SubWindows, plain_batch
 from ..loaders.segment import Segment
 from ..state.carry import out_of_reach
 from .checks import channels_explained
+from ..state.own import own_attributes, put_back
 from ..state.pieces import PieceCarry
 
 # %% ../../nbs/training/02_resets.ipynb #7f7ed874
@@ -40,7 +41,9 @@ class CarryingRun:
             back_to_method(learn, 'all_batches')
             cb.broken_off(e)
             raise
-        finally: cb.carry = outer
+        finally:
+            cb.carry = outer
+            if outer is None: cb._states = None
 
 def back_to_method(
     o, # An object that was given a function in the place of a method of its class
@@ -55,6 +58,8 @@ class StateResets(Callback):
 
     The part of [`TbpttResetCB`](04_callback.ipynb) that looks after it."""
     carry = None # owner of the states in a run over the batches
+    _states = None # at the end of the last training step, of a model that other callbacks may reset
+    is_interrupted = False # was there an evaluation since then?
 
     @property
     def view(self):
@@ -82,6 +87,7 @@ class StateResets(Callback):
         groups:list=None, # The group of each row
     ):
         "Forget every carried state, of all rows or of some"
+        self._states = None
         self.owner.reset(rows, groups)
 
     def within(self):
@@ -121,8 +127,29 @@ def before_batch(self:StateResets):
     view = self.view
     if view.carries and not self.carrying: raise RuntimeError(
         "No state would be carried: another callback evaluated in `before_epoch`, after this one, "
-        "or asked for `inner` predictions of a StreamDL. Give it an order below 12, or let it evaluate in another event.")
+        "or asked for `inner` predictions of a StreamDL, or of batches that continue each other. "
+        "Give it an order below 12, or let it evaluate in another event.")
+    if self.learn.training: self._go_on()
     self.begin_batch(view, self.owner)
+
+# %% ../../nbs/training/02_resets.ipynb #4969898b
+@patch
+def keep_states(self:StateResets):
+    "A training step has run"
+    carry = self.carry
+    if not self.carrying or not carry.resets_itself: return
+    self._states = carry,carry.snapshot(),own_attributes(carry.inner) if carry.is_own else []
+    self.is_interrupted = False
+
+@patch
+def _go_on(self:StateResets):
+    "If there was an evaluation after the last training step of this run, the model carries what it carried before"
+    if not self.is_interrupted or self._states is None: return
+    self.is_interrupted,(carry,states,attributes) = False,self._states
+    if carry is not self.carry: return
+    carry.restore(states)
+    put_back(attributes)
+
 
 # %% ../../nbs/training/02_resets.ipynb #184be1eb
 @patch
@@ -134,4 +161,5 @@ def _in_pieces(self:StateResets, view, owner, pieces, after):
         f"nor with its graph, as {scheme} asks for. "
         "Carry it in a StatefulRNN, or use sub-windows of one length.")
     def cut(start, stop, xb): return inputs(xb).cut(start, stop)
-    owner.in_pieces(pieces, cut, segment.ends_at_last, scheme.recompute, segment.joins, after)
+    axes = dict(bs=inputs(self.learn.xb).bs, time_dim=view.time_dim)
+    owner.in_pieces(pieces, cut, segment.ends_at_last, scheme.recompute, segment.joins, after, **axes)
