@@ -55,6 +55,30 @@ def test_classes_at_another_rate_have_the_remedy_of_rates(sub, name):
     refused(made(name, arrays(60, 2, True), Strided(n_out=2), sub, CrossEntropyLossFlat()))
 
 @loaders
+def test_classes_at_another_rate_of_which_some_are_ignored_are_refused_in_sub_windows(name):
+    x,y = arrays(60, 2, True)
+    y[:,3] = -100
+    with pytest.raises(ValueError, match='some count and some do not.*60 steps.*another number of steps'):
+        fit(made(name, (x, y), Strided(n_out=2), 20, CrossEntropyLossFlat()))
+    learn = fit(made(name, (x, y), Strided(n_out=2), None, CrossEntropyLossFlat()), 1, 0.)
+    assert learn.recorder.values[-1][1]==pytest.approx(CrossEntropyLossFlat()(Strided(n_out=2)(x), y).item(), rel=1e-5)
+
+@loaders
+@pytest.mark.parametrize('sub', [20, None])
+def test_a_washout_of_classes_at_another_rate_is_refused(sub, name):
+    learn = made(name, arrays(60, 2, True), Strided(n_out=2), sub, CrossEntropyLossFlat())
+    learn.tbptt_reset_cb.n_skip = 10
+    refused(learn, 'n_skip is 10 steps of a window of 60.*shape .[48], 30.')
+
+@loaders
+def test_classes_of_a_window_that_are_as_many_as_a_sub_window_has_steps_are_right(name):
+    class Ahead(Strided):
+        def forward(self, x): return super().forward(x)[:,-1:].expand(-1, 20, -1)
+    learn = fit(made(name, arrays(60, 3, True), Ahead(1, 2), 20, CrossEntropyLossFlat()), 1, 0.)
+    x,y = arrays(60, 3, True)
+    assert learn.recorder.values[-1][1]==pytest.approx(CrossEntropyLossFlat()(Ahead(1, 2)(x), y).item(), rel=1e-5)
+
+@loaders
 @pytest.mark.parametrize('loss', LOSSES, ids=range(len(LOSSES)))
 def test_as_many_targets_as_a_sub_window_has_steps_are_not_those_of_its_steps(loss, name):
     "Every third of 60 steps: as many as a sub-window of 20, or the last of 40"

@@ -160,12 +160,19 @@ def _count(self:Window, counts, n_inp):
     targets = self.batch[n_inp:] if isinstance(self.batch, (tuple,list)) else ()
     mask = None if counts is None else counts.mask(targets)
     if mask is None: return None,None
-    if mask.ndim>1 and mask.shape[self.time_dim]!=self.steps: raise ValueError(
-        f"counts gave shape {tuple(mask.shape)}, but a window has {self.steps} steps; "
-        "expected an answer for each step (batch, time), or for each window (batch,).")
+    if mask.ndim>1 and mask.shape[self.time_dim]!=self.steps: return self._all_count(mask)
     labels = mask.sum(int(self.time_dim==0)).tolist() if mask.ndim>1 else [int(mask.sum())]*self.steps
     is_full = labels==[self.bs]*self.steps
     return (None,None) if is_full and not counts.always else (mask,labels)
+
+# %% ../../nbs/loaders/00_segment.ipynb #5bd1fbf1
+@patch
+def _all_count(self:Window, mask):
+    "`None` for both, if targets have another number of steps; a `ValueError` if some of them do not count"
+    if mask.all(): return None,None
+    raise ValueError(
+        f"Of targets {tuple(mask.shape)} some count and some do not, but a window has {self.steps} steps: targets of another "
+        "number of steps cannot be cut along with them. Bring both to one rate, or train whole windows (sub_seq_len=None).")
 
 @patch
 def mask_of(self:Window,
@@ -212,15 +219,20 @@ def plan(self:Window,
 
 # %% ../../nbs/loaders/00_segment.ipynb #2d7275ea
 @patch
+def _has_other_steps(self:Window, o):
+    "Has an element rows, and steps of its own? Two axes are taken for these if they hold classes"
+    if not is_array(o) or o.ndim<2: return False
+    steps,bs = _sizes(o, self.time_dim)
+    is_real = o.is_floating_point() if isinstance(o, Tensor) else o.dtype.kind=='f'
+    return steps>1 and bs==self.bs and (o.ndim>2 or not is_real)
+
+@patch
 def check_washout(self:Window,
     n_skip:int, # Washout
 ):
     "A `ValueError` if it cannot be left out, as targets have a time axis of another number of steps"
     if not (n_skip and self.is_guessed) or any(self.targets_timed): return
-    def has_other_steps(o):
-        steps,bs = _sizes(o, self.time_dim)
-        return steps>1 and bs==self.bs
-    other = next((tuple(o.shape) for o in self.targets if is_array(o) and o.ndim>2 and has_other_steps(o)), None)
+    other = next((tuple(o.shape) for o in self.targets if self._has_other_steps(o)), None)
     if other is None: return
     raise ValueError(
         f"n_skip is {n_skip} steps of a window of {self.steps}, but its targets have shape {other}: a washout cannot be left "

@@ -371,15 +371,16 @@ def _try_loss(self:TbpttResetCB):
     self._tried = len(yb)>0 or not len(learn.yb) # else nothing of this batch counts
     self._check_rate(pred, yb)
     names = getattr(getattr(inner_loader(self.dl), 'dataset', None), 'y_names', None)
-    if self.segment.flat or self._wants_rows: time_dim = 1
+    if self.segment.flat: time_dim = None # one step after the other
+    elif self._wants_rows: time_dim = 1
     if len(yb): check_shapes(learn.loss_func, pred, yb, explained() if explained else None, self.check, names, time_dim)
 
 @patch
 def _check_rate(self:TbpttResetCB, pred, yb):
     "A `ValueError` if targets of a window are taken for those of the steps of its last sub-window"
-    window,steps,dim = self.segment.window,self.sub_window.steps,self.view.time_dim
+    window,dim = self.segment.window,self.view.time_dim
     if not self.check or window is None or any(window.targets_timed) or len(yb)!=1: return
-    shape = tuple(getattr(pred, 'shape', ()))
+    steps,shape = self.sub_window.steps,tuple(getattr(pred, 'shape', ()))
     if shape!=tuple(getattr(yb[0], 'shape', ())) or len(shape)<2: return
     if shape[dim]!=steps or steps in (1, window.steps): return
     model = get_model(self.learn.model)

@@ -149,7 +149,7 @@ def channels_explained(
         said = ' or '.join(f'{type(m).__name__} ({name})' if name else type(m).__name__ for name,m in layers.items())
         raise ChannelsError(
             f"{said} is made for {expected} channels, and was given {found}: expected inputs with as many channels as in training, "
-            "(batch, time, channels).") from e
+            "in the last axis of what it is given.") from e
 
 # %% ../../nbs/training/01_checks.ipynb #ddd0f2c3
 def _takes_state(model, n_inp):
@@ -268,7 +268,7 @@ def _name(loss_func):
 # %% ../../nbs/training/01_checks.ipynb #3293f529
 def _has_other_steps(pred, y, time_dim):
     "Have shapes the same rows, but another number of steps?"
-    if min(len(pred), len(y))<2: return False
+    if time_dim is None or min(len(pred), len(y))<2: return False
     rows = int(time_dim==0)
     return y[rows]==pred[rows] and y[time_dim]!=pred[time_dim]
 
@@ -300,7 +300,7 @@ def check_shapes(
     explained=None, # Context for the run of the loss; default: it says the shapes if the loss fails
     strict:bool=True, # Refuse what only broadcasting makes fit, or only what fails?
     names=None, # Of the target's channels, if they are known
-    time_dim:int=1, # Where the time axis of both is
+    time_dim:int=1, # Where the time axis of both is; `None`: they have none
 ):
     "A `ValueError` if predictions and targets fit each other by broadcasting alone, or not at all"
     preds,targets,dists = _of_kind(Tensor, pred),_of_kind(Tensor, yb),_of_kind(Distribution, pred)
