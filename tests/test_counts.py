@@ -430,3 +430,30 @@ def test_classes_and_steps_that_cannot_be_told_apart_are_refused():
     fit(learner(loaders(x, y), Net(), loss_func))
     with pytest.raises(ValueError, match='as many classes as steps'):
         fit(learner(loaders(x, y), Net(), loss_func, sub=CLASSES))
+
+# targets that count are one after the other, and are held against their predictions as all others
+
+@pytest.mark.parametrize('stream', [False, True])
+@pytest.mark.parametrize('loss', [nn.MSELoss(), lambda o, y: (o-y).abs().mean(), nn.HuberLoss()])
+def test_what_only_broadcasting_makes_fit_is_refused_of_those_that_count(loss, stream):
+    x,y = sparse_numbers()
+    def made(y):
+        if not stream: return loaders(x, y)
+        dl = StreamDL(Sequences(list(x.numpy()), list(y.numpy())), bs=BS, sub_seq_len=SUB, num_workers=0)
+        return DataLoaders(dl, dl)
+    def counts(y): return ~y.isnan() if y.ndim<3 else finite(y)
+    for targets,n_out in ((y if stream else y[...,0], 2 if stream else 1), (y.expand(-1, -1, 2), 1)):
+        model = Net(n_out)
+        before = [p.clone() for p in model.parameters()]
+        with pytest.raises(ValueError, match='would compare each with every other') as error:
+            fit(learner(made(targets), model, loss, 'dls' if stream else SUB, opt=sgd, counts=counts))
+        assert 'number of steps' not in str(error.value)
+        assert all(torch.equal(p, o) and p.grad is None for p,o in zip(model.parameters(), before))
+    fit(learner(made(y), Net(1), loss, 'dls' if stream else SUB, opt=sgd, counts=counts))
+
+def test_the_loss_is_tried_on_the_first_targets_that_count():
+    "In the first sub-windows none does"
+    x,y = sparse_numbers()
+    y[:4] = nan
+    with pytest.raises(ValueError, match='would compare each with every other'):
+        fit(learner(loaders(x, y[...,0]), Net(1), nn.MSELoss(), opt=sgd, counts=lambda y: ~y.isnan()))

@@ -6,7 +6,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
-from helpers import adam, fit
+from helpers import adam, fit, sgd
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.sequences.windows import SequenceWindows, Sequences
@@ -125,7 +125,7 @@ def run(task, way):
     def largest(pred, *yb): return (pred-yb[0]).abs().double().sum(-1).mean()
     steps = Steps()
     cb = TbpttResetCB(min(task.sub, task.steps), n_skip=min(task.n_skip, task.steps-1), time_dim=way.time_dim, counts=counts, check=way.check)
-    learn = fit(Learner(dls, Net(task, way), loss_func=loss_func, opt_func=adam, cbs=[cb, steps]), 2)
+    learn = fit(Learner(dls, Net(task, way), loss_func=loss_func, opt_func=adam if task.dtype==torch.float64 else sgd, cbs=[cb, steps]), 2)
     losses = torch.tensor(steps.losses)
     with learn.no_bar(): preds = learn.get_preds(dl=dls.valid)[0]
     if way.loader!='stream':

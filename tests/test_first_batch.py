@@ -10,6 +10,7 @@ from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.sequences.windows import Sequences
 from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.training.checks import check_carries
 
 def windows(n=8, steps=60, channels=1, batches=4):
     g = torch.Generator().manual_seed(0)
@@ -205,3 +206,16 @@ def test_a_model_without_memory_is_trained_by_sub_windows_if_that_is_meant():
     fit(Learner(dls, nn.Linear(1, 1), MSELossFlat(), cbs=TbpttResetCB(20, check=False)))
     both = nn.Sequential(StatefulRNN(nn.LSTM(1, 4, batch_first=True)), nn.GRU(4, 1, bidirectional=True))
     with pytest.raises(ValueError, match='bidirectional'): Learner(dls, both, MSELossFlat(), cbs=TbpttResetCB(20, check=False))
+
+def test_a_layer_that_took_steps_for_rows_is_refused_also_without_the_other_checks():
+    class TimeFirst(nn.Module):
+        def __init__(self): super().__init__(); self.rnn,self.out = nn.GRU(1, 4),nn.Linear(4, 1)
+        def forward(self, x): return self.out(self.rnn(x)[0])
+    dls = DataLoaders(windows(), windows())
+    for check in (True, False):
+        with pytest.raises(ValueError, match='batch_first=True'): fit(Learner(dls, TimeFirst(), nn.MSELoss(), cbs=TbpttResetCB(20, check=check)))
+    with pytest.raises(ValueError, match='took the 20 steps for a batch, and the 8 windows for steps'):
+        fit(Learner(dls, TimeFirst(), nn.MSELoss(), cbs=TbpttResetCB(20, check=False)))
+
+def test_a_bidirectional_layer_carries_nothing_by_itself():
+    with pytest.raises(ValueError, match='bidirectional'): check_carries(nn.GRU(1, 4, bidirectional=True))

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, load_learner
 from torch import nn
 from helpers import adam, fit
@@ -247,3 +247,91 @@ def test_a_chunk_that_is_a_frame_has_the_columns_of_the_training_in_their_order(
             with pytest.raises(ValueError, match=rf"The chunk has the channels \['{wrong[0]}'.* trained with \['a', 'b', 'c'\]"): predictor(frame(wrong)[50:])
         unnamed = StreamPredictor(RNNLearner(loaders(frame().to_numpy()), hidden_size=4))
         assert unnamed(frame('bac')[:50]).shape==(50,1)
+
+
+# channels, of any loader and any layer
+
+def batches_of(n, k=2): return [(of(n, 4, 20), torch.zeros(4, 20, 1)) for _ in range(k)]
+KINDS = dict(list=batches_of, torch=lambda n: torch.utils.data.DataLoader([(x[i], y[i]) for x,y in batches_of(n) for i in range(4)], 4),
+             fastai=lambda n: TfmdDL([(x[i], y[i]) for x,y in batches_of(n) for i in range(4)], bs=4, num_workers=0))
+
+class Bare(nn.Module):
+    "A recurrent layer, plain or in a StatefulRNN, that is given the data as it is"
+    def __init__(self, cls, stateful):
+        super().__init__()
+        rnn = cls(3, 4, batch_first=True)
+        self.rnn,self.head = StatefulRNN(rnn) if stateful else rnn,nn.Linear(4, 1)
+    def forward(self, x):
+        o = self.rnn(x)
+        return self.head(o[0] if isinstance(o, tuple) else o)
+
+@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('sub', [10, None])
+@pytest.mark.parametrize('n', OTHER)
+@pytest.mark.parametrize('make', [Broadcasts, lambda: Bare(nn.GRU, False), lambda: Bare(nn.LSTM, True)], ids=['broadcasts','plain','stateful'])
+def test_batches_of_other_channels_than_in_training_are_refused(make, n, sub, name):
+    "... whose loader is not ours, after a training, and by a learner that was exported"
+    loader = KINDS[name]
+    learn = fit(Learner(DataLoaders(loader(3), loader(3)), make(), nn.L1Loss(), cbs=TbpttResetCB(sub)))
+    torch.save(learn, 'l.pkl')
+    for given in (learn, torch.load('l.pkl', weights_only=False)):
+        with given.no_bar(), given.no_logging():
+            given.validate(dl=loader(3))
+            for f in (given.validate, given.get_preds):
+                with pytest.raises(ValueError, match=rf'channels \[\({n},\)\], in training they had channels \[\(3,\)\]'): f(dl=loader(n))
+            given.dls = DataLoaders(loader(3), loader(n))
+            with pytest.raises(ValueError, match='in training they had'): fit(given)
+
+@pytest.mark.parametrize('sub', [10, None])
+@pytest.mark.parametrize('n', OTHER)
+@pytest.mark.parametrize('cls', [nn.RNN, nn.GRU, nn.LSTM])
+@pytest.mark.parametrize('stateful', [False, True])
+def test_a_layer_that_is_given_other_channels_is_named(stateful, cls, n, sub):
+    match = rf'{cls.__name__} \(rnn(.rnn)?\) is made for 3 channels, and was given {n}'
+    learn = Learner(DataLoaders(batches_of(n), batches_of(n)), Bare(cls, stateful), nn.L1Loss(), cbs=TbpttResetCB(sub))
+    with pytest.raises(ValueError, match=match): fit(learn)
+    with learn.no_bar():
+        for f in (learn.validate, learn.get_preds):
+            with pytest.raises(ValueError, match=match): f(dl=batches_of(n))
+    with pytest.raises(ValueError, match=match): StreamPredictor(learn.model)(of(n, 2, 5))
+    predictor = StreamPredictor(learn.model)
+    expected = predictor(of(3, 2, 5))
+    with pytest.raises(ValueError, match=match): predictor(of(n, 2, 5)) # and the stream goes on from where it was
+    other = StreamPredictor(learn.model)
+    assert torch.equal(other(of(3, 2, 5)), expected) and torch.equal(other(of(3, 2, 5)), predictor(of(3, 2, 5)))
+
+def test_another_error_of_a_model_is_its_own():
+    class Fails(Bare):
+        def forward(self, x): raise RuntimeError('mine')
+    learn = Learner(DataLoaders(batches_of(3), batches_of(3)), Fails(nn.GRU, False), nn.L1Loss(), cbs=TbpttResetCB(None))
+    with learn.no_bar(), pytest.raises(RuntimeError, match='mine'): learn.validate()
+
+def test_constants_of_another_size_are_refused():
+    class Adds(Bare):
+        def forward(self, x, s): return super().forward(x)+s.mean(-1)[:,None,None]
+    def loader(n): return [(x, torch.ones(4, n), y) for x,y in batches_of(3)]
+    dls = DataLoaders(loader(2), loader(2))
+    dls.n_inp = 2
+    learn = fit(Learner(dls, Adds(nn.GRU, True), nn.L1Loss(), cbs=TbpttResetCB(10, timed=(True,False,True))))
+    with learn.no_bar(), pytest.raises(ValueError, match=r'channels \[\(3,\), \(1,\)\], in training'): learn.validate(dl=loader(1))
+
+def test_a_training_goes_by_its_own_data():
+    class Any(nn.Module):
+        def __init__(self): super().__init__(); self.rnn,self.head = nn.GRU(1, 4, batch_first=True),nn.Linear(4, 1)
+        def forward(self, x): return self.head(self.rnn(x.mean(-1, keepdim=True))[0])
+    learn = fit(Learner(DataLoaders(batches_of(3), batches_of(3)), Any(), nn.L1Loss(), cbs=TbpttResetCB(10)))
+    learn.dls = DataLoaders(batches_of(2), batches_of(2))
+    fit(learn)
+    learn.tbptt_reset_cb.check = False
+    with learn.no_bar(): learn.validate(dl=batches_of(4))
+
+def test_pictures_may_have_another_size_in_an_evaluation_but_no_other_channels():
+    class Video(nn.Module):
+        def __init__(self): super().__init__(); self.rnn,self.head = nn.GRU(1, 4, batch_first=True),nn.Linear(4, 1)
+        def forward(self, x): return self.head(self.rnn(x.flatten(2).mean(-1, keepdim=True))[0])
+    for channels,other in (((), None), ((3,), (1,))):
+        def loader(size, channels=channels): return [(torch.randn(4, 20, *channels, size, size), torch.zeros(4, 20, 1)) for _ in range(2)]
+        learn = fit(Learner(DataLoaders(loader(6), loader(8)), Video(), nn.L1Loss(), cbs=TbpttResetCB(10)))
+        with learn.no_bar(): learn.validate(dl=loader(5))
+        if other is None: continue
+        with learn.no_bar(), pytest.raises(ValueError, match='in training they had'): learn.validate(dl=loader(6, other))

@@ -12,6 +12,7 @@ from fastai.torch_core import set_seed
 from torch import nn
 from torch.nn import functional as F
 from helpers import fit, fit_own_lr, item_loaders, sgd
+from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.learner import RNNLearner, ScaledL1Loss, TbpttLearner, default_loss, scaling_from_data
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders, split_by_time
 from tbptt_fastai.sequences.arrays import blocks, channel_stats
@@ -292,3 +293,10 @@ def test_a_dataset_that_cannot_be_indexed_needs_a_loss():
     with pytest.raises(ValueError, match='No default loss'): TbpttLearner(dls, net())
     with pytest.raises(ValueError, match='needs items'): RNNLearner(dls)
     assert isinstance(TbpttLearner(dls, net(), loss_func=nn.L1Loss(), sub_seq_len=None), Learner)
+
+@pytest.mark.parametrize('loss', [lambda o, y: (o-y).abs().mean(), lambda o, y: torch.dist(o, y), nn.BCEWithLogitsLoss()])
+@pytest.mark.parametrize('name', LOADERS)
+def test_any_loss_in_a_plain_learner_names_the_column_of_integers(name, loss):
+    dls = LOADERS[name]('int64')
+    learn = Learner(dls, net(), loss, cbs=TbpttResetCB())
+    with pytest.raises(ValueError, match=r"give column 'visits' by .astype\(float\)"): fit(learn)

@@ -29,6 +29,7 @@ from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
 from tbptt_fastai.training.metrics import fun_rmse
+from tbptt_fastai.training.parts import check_remembers
 from tbptt_fastai.truncation.schemes import Overlap
 
 WIN,SUB,BS = 30,12,4 # sub-windows of 12, 12 and 6 steps; batches of 4, 4 and 2 windows
@@ -492,10 +493,10 @@ def test_a_model_of_another_layout_is_not_written_to_onnx(dim):
 
 # ---- what is refused
 
-def refused(match, dls, model, cb=None, error=ValueError, cbs=(), **kwargs):
+def refused(match, dls, model, cb=None, error=ValueError, cbs=(), loss_func=None, **kwargs):
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(error, match=match):
-        fit(Learner(dls, model, nn.MSELoss(), opt_func=sgd, cbs=[cb or TbpttResetCB(SUB, **kwargs), *cbs]))
+        fit(Learner(dls, model, loss_func or nn.MSELoss(), opt_func=sgd, cbs=[cb or TbpttResetCB(SUB, **kwargs), *cbs]))
     assert all(torch.equal(p, o) for p,o in zip(model.parameters(), before))
 
 @pytest.mark.parametrize('value', [2, '0', 1.5, True])
@@ -611,3 +612,150 @@ def test_a_washout_of_windows_for_a_model_of_a_stream(dim):
         with learn.no_bar(), learn.no_logging(): return torch.tensor(list(learn.validate(dl=windows))),learn.get_preds(dl=windows)[0]
     (a,p),(b,q) = run(1),run(dim)
     assert p.shape==q.shape==(10, WIN, 2) and torch.allclose(p, q, rtol=0, atol=1e-12) and torch.allclose(a, b, atol=1e-6)
+
+# what is checked of predictions, targets and channels, along the other axes
+
+lists = pytest.mark.parametrize('source', ['list', 'pytorch', 'fastai'])
+LOSSES = [nn.MSELoss(), MSELossFlat(), nn.HuberLoss(), lambda o, y: (o-y).abs().mean()]
+
+class Strided(Net):
+    "One prediction for so many steps"
+    def __init__(self, dim, stride=2, **kwargs):
+        super().__init__(dim, **kwargs)
+        self.mix = nn.Conv1d(2, 3, stride, stride=stride)
+
+def strided(dim, *args, **kwargs):
+    torch.manual_seed(0)
+    return Strided(dim, *args, **kwargs).double()
+
+def rated(source, dim, rate, steps=WIN):
+    x,y = (torch.cat([o, o], 1)[:,:steps] for o in signals())
+    return source_loaders(source, dim, (x, y[:,::rate][:,:steps//rate].contiguous()))
+
+@lists
+@dims
+@pytest.mark.parametrize('steps,sub', [(30, 12), (30, 10), (31, 10), (32, 8), (40, 20)])
+def test_targets_of_a_layer_with_a_stride_are_for_whole_windows(steps, sub, dim, source):
+    for loss in LOSSES: refused('another number of steps', rated(source, dim, 2, steps), strided(dim), TbpttResetCB(sub, time_dim=dim), loss_func=loss)
+    def whole(d): return trained(None, d, strided, 1, lambda d: TbpttResetCB(None, time_dim=d), loaders=lambda d: rated(source, d, 2, steps))
+    assert torch.allclose(torch.tensor(whole(dim).steps), torch.tensor(whole(1).steps), rtol=0, atol=1e-12)
+
+@lists
+@dims
+def test_as_many_targets_as_a_sub_window_has_steps_are_not_those_of_its_steps(dim, source):
+    "Every third of 30 steps: as many as a sub-window of 10, or the last of 20"
+    for sub in (10, 20):
+        for loss in LOSSES:
+            refused('10 steps of the last sub-window.*not for the same steps', rated(source, dim, 3), net(dim), TbpttResetCB(sub, time_dim=dim), loss_func=loss)
+
+@lists
+@dims
+def test_a_washout_of_targets_at_another_rate_is_refused(dim, source):
+    for sub in (SUB, None):
+        cb = TbpttResetCB(sub, n_skip=5, time_dim=dim)
+        refused('n_skip is 5 steps of a window of 30', rated(source, dim, 2), strided(dim), cb)
+
+@lists
+@dims
+def test_classes_at_another_rate(dim, source):
+    def loaders(d, ignored=False):
+        x,y = signals()
+        y = (y[:,::2]>0).long().sum(2)
+        if ignored: y[:,3] = -100
+        return source_loaders(source, d, (x, y)) if d!=0 else DataLoaders(*[[(from_rows(x, 0), y.T)]]*2)
+    axis = 1 if dim==-1 else -1
+    for match,ignored in (('another number of steps', False), ('some count and some do not.*another number of steps', True)):
+        refused(match, loaders(dim, ignored), strided(dim, n_out=3), TbpttResetCB(SUB, time_dim=dim), loss_func=CrossEntropyLossFlat(axis=axis))
+    cb = TbpttResetCB(None, n_skip=5, time_dim=dim)
+    refused('n_skip is 5 steps', loaders(dim), strided(dim, n_out=3), cb, loss_func=CrossEntropyLossFlat(axis=axis))
+
+@dims
+def test_what_is_said_to_have_a_time_axis_has_its_steps(dim):
+    cb = TbpttResetCB(SUB, timed=(True,True), time_dim=dim)
+    expected = {0: r'\(30, batch, ...\)', -1: r'\(batch, ..., 30\)'}[dim]
+    refused(f'timed is .True, True., but an element has shape .*: expected {expected}', rated('list', dim, 2), strided(dim), cb)
+
+@lists
+@dims
+def test_what_only_broadcasting_makes_fit_is_refused(dim, source):
+    for n_out,columns in ((1, 2), (2, 1)):
+        x,y = signals()
+        dls = source_loaders(source, dim, (x, y[...,:columns]))
+        for loss in (nn.MSELoss(), lambda o, y: (o-y).abs().mean()):
+            refused('would compare each with every other', dls, net(dim, n_out=n_out), time_dim=dim, loss_func=loss)
+
+class Pooled(Net):
+    "What a head makes of all steps of a sub-window"
+    def __init__(self, dim, pool, forgets=False, **kwargs):
+        super().__init__(dim, stateful=True, **kwargs)
+        self.pool,self.forgets = pool,forgets
+    def forward(self, x):
+        if self.forgets: self.rnn.reset()
+        return self.pool(to_rows(super().forward(x), self.dim))
+
+def pooled(*args, **kwargs):
+    torch.manual_seed(0)
+    return Pooled(*args, **kwargs).double()
+
+def labelled(dim, bs=BS): return source_loaders('list', dim, (signals()[0], torch.arange(10)%2), bs)
+LAST = lambda o: o[:,-1]
+
+@dims
+@pytest.mark.parametrize('pool', [lambda o: o.mean(1), lambda o: o.amax(1), lambda o: (o.softmax(1)*o).sum(1), lambda o: o[:,0]],
+                         ids=['mean', 'maximum', 'attention', 'first'])
+def test_a_head_along_time_is_refused(pool, dim):
+    how = dict(time_dim=dim, loss_func=CrossEntropyLossFlat())
+    refused('gives other predictions than in one piece', labelled(dim), pooled(dim, pool), **how)
+    assert trained(None, dim, partial(pooled, pool=LAST), loaders=labelled, loss_func=CrossEntropyLossFlat(), metrics=False).steps
+
+@dims
+@pytest.mark.parametrize('n', [4, 12, 30])
+def test_a_model_of_tokens_that_forgets_is_refused(n, dim):
+    class Tokens(nn.Module):
+        def __init__(self, forgets):
+            super().__init__()
+            self.embed,self.rnn = nn.Embedding(9, 2),Pooled(dim, LAST, forgets)
+        def forward(self, x): return self.rnn(self.embed(x) if dim==0 else self.embed(x).transpose(1, 2))
+    x = torch.randint(9, (n, WIN), generator=torch.Generator().manual_seed(0))
+    x,y = (x.T if dim==0 else x),torch.arange(n)%2
+    batches,timed = [(x, y)],(True,False)
+    how = dict(loss_func=CrossEntropyLossFlat())
+    refused('gives other predictions', DataLoaders(batches, batches), Tokens(True), TbpttResetCB(SUB, timed=timed, time_dim=dim), **how)
+    for steps in (2, 12, WIN):
+        window = Window(Window((x, y), 1, timed, dim).cut(0, steps)[:1], 1, None, dim)
+        check_remembers(Tokens(False), window)
+        with pytest.raises(ValueError, match='remembers nothing'): check_remembers(Tokens(True), window)
+    set_seed(0)
+    fit(Learner(DataLoaders(batches, batches), Tokens(False), opt_func=sgd, cbs=TbpttResetCB(SUB, timed=timed, time_dim=dim), **how), 1)
+
+@dims
+def test_other_outputs_beside_the_predictions_are_held_to_account(dim):
+    class Two(Net):
+        def forward(self, x): return (o:=super().forward(x)),o.mean(0 if dim==0 else -1)
+    def loss(o, y): return nn.functional.mse_loss(o[0], y)
+    refused('gives other predictions than in one piece', source_loaders('list', dim), Two(dim).double(), time_dim=dim, loss_func=loss)
+
+@lists
+@dims
+def test_other_channels_are_refused_by_name(dim, source):
+    "One is repeated by a model that scales by hand; more are an error of its layer"
+    class Scales(Net):
+        def forward(self, x): return super().forward(x*(torch.ones(2, 1) if dim==-1 else torch.ones(2)))
+    learn = trained(source, dim, lambda d: Scales(d).double(), 1)
+    def other(n): return source_loaders(source, dim, (signals()[0][...,:1].expand(-1, -1, n), signals()[1])).valid
+    with learn.no_bar():
+        for n in (1, 3):
+            for f in (learn.validate, learn.get_preds):
+                with pytest.raises(ValueError, match=rf'channels \[\({n},\)\], in training they had channels \[\(2,\)\]'): f(dl=other(n))
+        learn.validate(dl=learn.dls.valid)
+
+@dims
+def test_a_recurrent_layer_that_is_given_other_channels_is_named(dim):
+    class Bare(Net):
+        def forward(self, x):
+            o = self.out(self.rnn(x if dim==0 else x.transpose(1, 2))[0])
+            return o if dim==0 else o.transpose(1, 2)
+    with pytest.raises(ValueError, match=r'LSTM \(rnn\) is made for 3 channels, and was given 2'):
+        trained('list', dim, lambda d: Bare(d).double())
+    predictor = StreamPredictor(Bare(dim).double(), time_dim=dim)
+    with pytest.raises(ValueError, match=r'LSTM \(rnn\) is made for 3 channels, and was given 2'): predictor(signals()[0])

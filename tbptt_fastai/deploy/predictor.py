@@ -18,7 +18,7 @@ from ..loaders.views import inner_loader, resolve_time_dim
 from ..sequences.windows import Sequences, channel_names
 from ..state.carry import Carry, layer_of, out_of_reach
 from ..training.callback import TbpttResetCB
-from ..training.checks import check_states
+from ..training.checks import channels_explained, check_states
 from ..state.own import resets_state
 from ..state.stateful import StatefulRNN, learned_state
 from ..state.tree import batch_dims, state_batch_size, state_leaves, where_state
@@ -223,8 +223,9 @@ def _step(self:StreamPredictor, xs, timed):
         carry.restore({name:(o, None, self._groups) for name,o in states.items()})
         if self._begins is not None: carry.reset(self._begins, self._groups)
         dim,steps = self.time_dim,like.shape[1]
-        if dim==1: y = self.model(*xs)
-        else: y = preds_to_rows(self.model(*(from_rows(x, dim) if t else x for x,t in zip(xs, timed))), steps, n, dim)
+        def moved(x, is_timed): return from_rows(x, dim) if is_timed else x
+        with channels_explained(self.model): y = self.model(*map(moved, xs, timed))
+        y = preds_to_rows(y, steps, n, dim)
         check_states(carry, n, steps, dim)
         states = carry.states
     self._states = tree_map_only(Tensor, Tensor.clone, states) # it may be a view of a chunk

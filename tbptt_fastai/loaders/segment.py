@@ -110,6 +110,18 @@ def _as_long_as(first_array, elements, n_inputs, time_dim):
             f"{tuple(unsure[0])}. Say so by timed=, a bool for each of the {len(elements)} elements of a batch.")
     return timed
 
+def _as_said(first_array, elements, timed, time_dim):
+    "Which elements are said to have as many steps as the first; a `ValueError` if one of them has not"
+    steps,bs = _sizes(first_array, time_dim)
+    def has_as_many(o): return is_array(o) and has_steps(o, steps, bs, time_dim)
+    wrong = [o for o,t in zip(elements, timed) if t and not has_as_many(o)]
+    if not wrong: return list(timed)[:len(elements)]
+    found = f'has shape {tuple(wrong[0].shape)}' if is_array(wrong[0]) else f'is a {type(wrong[0]).__name__}'
+    expected = layouts[time_dim].replace('time', str(steps))
+    raise ValueError(
+        f"timed is {tuple(timed)}, but an element {found}: expected {expected}, as many steps as the first element "
+        "with a time axis. Bring all of them to one rate, or say False for it.")
+
 # %% ../../nbs/loaders/00_segment.ipynb #35399eec
 class Window:
     "A batch of windows `(*inputs, *targets)` that knows which of its elements have a time axis, and can be cut there"
@@ -130,8 +142,10 @@ class Window:
         first_array = _first_timed(self._elements, timed, time_dim)
         self.steps,self.bs = _sizes(first_array, time_dim)
         n_inputs = len(tree_leaves(batch[:n_inp] if isinstance(batch, (tuple,list)) else batch))
-        self.timed = list(timed or _as_long_as(first_array, self._elements, n_inputs, time_dim))[:n]
-        self.targets_timed = self.timed[n_inputs:]
+        self.is_guessed = timed is None
+        if self.is_guessed: self.timed = _as_long_as(first_array, self._elements, n_inputs, time_dim)
+        else: self.timed = _as_said(first_array, self._elements, timed, time_dim)
+        self.targets,self.targets_timed = self._elements[n_inputs:],self.timed[n_inputs:]
         self._flat = type(batch) is tuple and len(batch)==n and all(map(is_, batch, self._elements))
         self.mask,self.labels = self._count(counts, n_inp)
         self.classes_second = counts and counts.classes_second
@@ -149,12 +163,19 @@ def _count(self:Window, counts, n_inp):
     mask = None if counts is None else counts.mask(targets)
     if mask is None: return None,None
     if not self.has_timed_targets and mask.shape[1:]==(1,): mask = mask[:,0]
-    if mask.ndim>1 and mask.shape[self.time_dim]!=self.steps: raise ValueError(
-        f"counts gave shape {tuple(mask.shape)}, but a window has {self.steps} steps; "
-        "expected an answer for each step (batch, time), or for each window (batch,).")
+    if mask.ndim>1 and mask.shape[self.time_dim]!=self.steps: return self._all_count(mask)
     labels = mask.sum(int(self.time_dim==0)).tolist() if mask.ndim>1 else [int(mask.sum())]*self.steps
     is_full = labels==[self.bs]*self.steps
     return (None,None) if is_full and not counts.always else (mask,labels)
+
+# %% ../../nbs/loaders/00_segment.ipynb #5bd1fbf1
+@patch
+def _all_count(self:Window, mask):
+    "`None` for both, if targets have another number of steps; a `ValueError` if some of them do not count"
+    if mask.all(): return None,None
+    raise ValueError(
+        f"Of targets {tuple(mask.shape)} some count and some do not, but a window has {self.steps} steps: targets of another "
+        "number of steps cannot be cut along with them. Bring both to one rate, or train whole windows (sub_seq_len=None).")
 
 @patch
 def mask_of(self:Window,
@@ -198,6 +219,27 @@ def plan(self:Window,
     if self.has_timed_targets: return self.weighed(truncation.sub_windows(self.steps, n_skip, rng), truncation.weight)
     *carry,last = truncation.sub_windows(self.steps, rng=rng)
     return self.weighed([o._replace(loss_start=o.stop, weight=0.) for o in carry]+[last._replace(weight=1.)])
+
+# %% ../../nbs/loaders/00_segment.ipynb #2d7275ea
+@patch
+def _has_other_steps(self:Window, o):
+    "Has an element rows, and steps of its own? Two axes are taken for these if they hold classes"
+    if not is_array(o) or o.ndim<2: return False
+    steps,bs = _sizes(o, self.time_dim)
+    is_real = o.is_floating_point() if isinstance(o, Tensor) else o.dtype.kind=='f'
+    return steps>1 and bs==self.bs and (o.ndim>2 or not is_real)
+
+@patch
+def check_washout(self:Window,
+    n_skip:int, # Washout
+):
+    "A `ValueError` if it cannot be left out, as targets have a time axis of another number of steps"
+    if not (n_skip and self.is_guessed) or any(self.targets_timed): return
+    other = next((tuple(o.shape) for o in self.targets if self._has_other_steps(o)), None)
+    if other is None: return
+    raise ValueError(
+        f"n_skip is {n_skip} steps of a window of {self.steps}, but its targets have shape {other}: a washout cannot be left "
+        "out of another number of steps. Bring both to one rate; if the targets have no time axis, say so by timed=.")
 
 # %% ../../nbs/loaders/00_segment.ipynb #0e3052a5
 def planned_pieces(
@@ -335,8 +377,14 @@ def _washed(self:WindowPart, pred, yb):
     bs,dim = self.window.bs,self.time_dim
     def without(o, axes=None): return cut_steps(o, n_skip, None, dim, axes) if has_steps(o, steps, bs, dim, axes) else o
     targets,form = tree_flatten(yb)
+    whole = [not timed and o.shape for o,timed in zip(targets, self.window.targets_timed)]
+    preds,pred_form = tree_flatten(pred)
+    if len(preds)!=len(targets): whole = [False]*len(preds)
+    def of_pair(o, shape):
+        return o if shape and getattr(o, 'shape', None)==shape else map_predictions(without, o, with_axes=True)
+    preds = [of_pair(*o) for o in zip(preds, whole)]
     targets = [cut_steps(o, n_skip, None, dim) if timed else o for o,timed in zip(targets, self.window.targets_timed)]
-    return map_predictions(without, pred, with_axes=True),tree_unflatten(targets, form)
+    return tree_unflatten(preds, pred_form),tree_unflatten(targets, form)
 
 # %% ../../nbs/loaders/00_segment.ipynb #ea06ee72
 class CountedBatch(Segment):

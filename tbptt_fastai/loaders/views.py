@@ -7,6 +7,7 @@ __all__ = ['inner_loader', 'first_item', 'time_dim_of', 'resolve_time_dim', 'Sub
 
 # %% ../../nbs/loaders/01_views.ipynb #3f9fa67c
 import random
+from functools import partial
 from itertools import chain
 from random import Random
 from statistics import mean
@@ -78,7 +79,7 @@ class SubWindows(GetAttr):
         truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
         n_skip:int=0, # Washout: first steps of each window whose loss does not count
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
-        n_inp:int=None, # How many elements of a batch are inputs; default: as the loader says, or all but the last
+        n_inp=None, # How many elements of a batch are inputs, or a function of it; default: as the loader says, or all but the last
         evaluation:bool=False, # Is it for an evaluation, which is of whole windows, whatever the scheme?
         time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the loader says, or 1
         counts:TargetCounts=None, # Which targets count; default: all
@@ -143,6 +144,7 @@ def n_inputs(self:SubWindows,
     batch, # Whatever the loader gives
 )->int:
     "How many of its elements are inputs"
+    if callable(self._given_n_inp): return self._given_n_inp(batch)
     if self._given_n_inp is not None: return self._given_n_inp
     return getattr(inner_loader(self.dl), 'n_inp', max(len(batch)-1, 1))
 
@@ -180,6 +182,7 @@ def _segments(self:SubWindows, batch):
     if not self._cuts: return self._whole_batch(batch)
     n_inp = self.n_inputs(batch)
     window = Window(batch, n_inp, self.timed, self.time_dim, self.counts)
+    window.check_washout(self.n_skip)
     steps,plan,goes_on = window.steps,[],self._goes_on(window)
     if self.truncation is None: plan = self._washed(window)
     elif steps>self.n_skip or self.world_size==1: plan = window.plan(self.truncation, self.n_skip, self.rng)
@@ -419,7 +422,7 @@ def view_of(
     truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
     n_skip:int=0, # Washout: first steps of each window whose loss does not count
     timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
-    n_inp:int=None, # How many elements of a batch are inputs; default: as the loader says, or all but the last
+    n_inp=None, # How many elements of a batch are inputs, or a function of it; default: as the loader says, or all but the last
     evaluation:bool=False, # Is it for an evaluation, which is of whole windows, whatever the scheme?
     time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the loader says, or 1
     counts:TargetCounts=None, # Which targets count; default: all
@@ -429,11 +432,15 @@ def view_of(
     view = getattr(type(inner_loader(dl)), 'view', SubWindows)
     return view(dl, truncation, n_skip, timed, n_inp, evaluation, time_dim, counts, continuing)
 
+def _split_at(dls, batch): return getattr(dls, 'n_inp', max(len(batch)-1, 1))
+
 def given_n_inp(
     dls, # `DataLoaders`
-)->int|None:
-    "How many elements of a batch are inputs, as they were told; not as they say if asked, which may take an item"
-    return getattr(dls, '__dict__', {}).get('n_inp')
+): # Function of a batch
+    """How many elements of a batch are inputs, for a learner of those loaders: as it splits the batches of any loader
+
+    They say so themselves, or their training loader does. It is asked as late as a learner asks, as that may take an item."""
+    return partial(_split_at, dls)
 
 # %% ../../nbs/loaders/01_views.ipynb #c89f0812
 def plain_batch(

@@ -6,14 +6,15 @@
 __all__ = ['TbpttResetCB']
 
 # %% ../../nbs/training/04_callback.ipynb #2aa02dba
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 import torch
 from fastai.callback.core import GatherPredsCallback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
-from fastai.torch_core import find_bs, find_device, get_model, no_random
+from fastai.torch_core import find_bs, find_device, get_model
 from fastcore.basics import first, patch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -25,7 +26,7 @@ from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, p
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
 from ..state.own import check_reset
-from .parts import check_remembers, compare_parts, first_output
+from .parts import check_remembers, compare_parts, first_output, on_trial, run_in_parts
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss
 from ..sequences.axis import check_time_dim
@@ -38,7 +39,8 @@ class TbpttResetCB(StateResets):
     """Train on the sub-windows of each window in turn, and reset the state where a window or sequence starts
 
     Evaluation runs whole windows; sequences of a `StreamDL` in sub-windows too."""
-    _is_new,_is_held = False,True # is the first batch of a fit still to be looked at, are predictions held against targets?
+    _is_new,_tried = False,False # is the first batch of a fit still to be looked at, was the loss tried in this run over batches?
+    _trained = None # channels of the inputs in the last training
     _search = None # of a learning rate, for the time of its fit
     _whole = None # predictions and targets of a batch in evaluation, while the washout is left out of them
     _is_cut = False # was it left out of this batch?
@@ -122,7 +124,7 @@ def broken_off(self:TbpttResetCB, error):
 @patch
 def before_fit(self:TbpttResetCB):
     self.check_settings()
-    if self.carry is None: self._is_new,self._is_held = True,False # else the training goes on after it
+    if self.carry is None: self._is_new = True # else the training goes on after it
     self._search = None
     self._set_smooth_loss(self._smooth_loss)
 
@@ -188,6 +190,7 @@ def end_search(self:TbpttResetCB):
 @patch
 def before_batch(self:TbpttResetCB):
     if self._is_cut: self._is_cut,self._whole = False,None # of a batch that was cancelled
+    if not self._tried and self.check: self._check_inputs()
     if self._is_new and self.learn.training and self.check: self._check_model()
     StateResets.before_batch(self)
     if not self.learn.training and self.view.time_dim==0: self._gather_inputs_by_rows()
@@ -202,6 +205,7 @@ def _check_model(self:TbpttResetCB):
     error = compare_parts(model, window, -(-window.steps//2), groups)
     if error is None: self._compare_two(model, window.steps)
     check_remembers(model, window, groups)
+
 @patch
 def _compare_two(self:TbpttResetCB, model, steps):
     "Where a sub-window has no halves to be compared with: the first two, in one piece and in two"
@@ -210,6 +214,22 @@ def _compare_two(self:TbpttResetCB, model, steps):
     xb = plain_batch(segment.window.cut(0, 2*steps)[:len(self.xb)], find_device(self.xb))
     compare_parts(model, self.view.inputs(xb), steps, segment.groups, must_run=False)
 
+# %% ../../nbs/training/04_callback.ipynb #6b653f9a
+def _channels(o, timed, time_dim):
+    "Of an input; of one of four dimensions they are not known, it may have heights and widths that differ"
+    axis = 1 if time_dim==-1 or not timed else 2
+    return () if timed and o.ndim not in (3, 5) else tuple(o.shape[axis:axis+1])
+
+@patch
+def _check_inputs(self:TbpttResetCB):
+    "A `ValueError` if inputs have other channels than those of the last training, from whatever loader they come"
+    inputs = [o for o in tree_leaves(self.xb) if isinstance(o, Tensor)]
+    channels = [_channels(*o, self.view.time_dim) for o in zip(inputs, self.timed or [True]*len(inputs))]
+    if self.learn.training: self._trained = channels
+    if self._trained in (None, channels): return
+    raise ValueError(
+        f"Inputs have shapes {[tuple(o.shape) for o in inputs]} and channels {channels}, in training they had channels "
+        f"{self._trained}: expected the same, in the same order. If the model takes any: check=False.")
 
 # %% ../../nbs/training/04_callback.ipynb #50f22b39
 @patch
@@ -247,7 +267,7 @@ def _target_counts(self:TbpttResetCB, dl, evaluation):
 @patch
 def before_train(self:TbpttResetCB):
     self.checked = False # has the model been seen to carry a state?
-    self._tried = False # has the loss been seen to take a tuple, if that is the model's output?
+    self._tried = False
     view = self.training_view(self.dl)
     if view.truncation is not None: view.truncation.before_epoch(self.learn)
     self.learn.dl = view
@@ -301,12 +321,11 @@ def after_pred(self:TbpttResetCB):
     self._rows = self._rows_of_batch()
     self._counting = segment.in_rows() if self._wants_rows else segment
     if learn.training: self.keep_states()
-    if isinstance(learn.pred, tuple) and not self._tried: self._try_output()
+    if not self._tried: self._try_loss()
     if learn.training and self.carrying and not self.checked and segment.moves_on: self._check_states()
     if self._searching: self._compare_untrained()
     pred,yb = self._real(learn.pred, learn.yb)
     learn.pred,learn.yb = self._count(self._counting, pred, yb)
-    if self.check and not self._is_held: self._hold_against_targets()
     is_cut = learn.pred is not pred or learn.yb is not yb
     if is_cut and not learn.training: self._is_cut,self._whole = True,(pred, yb)
 
@@ -334,27 +353,45 @@ def _count(self:TbpttResetCB, segment, pred, yb):
     return pred,tuple(o[:,None] if isinstance(o, Tensor) and o.ndim==1 else o for o in yb)
 
 @patch
-def _hold_against_targets(self:TbpttResetCB):
-    self._is_held = True
-    time_dim = 1 if self.segment.flat or self._wants_rows else self.view.time_dim
-    check_shapes(self.learn.loss_func, self.learn.pred, self.learn.yb, time_dim)
-
-@patch
-def _try_output(self:TbpttResetCB):
-    "A loss that takes no tuple says so before it is asked for a gradient"
-    learn = self.learn
-    self._tried = True
-    with output_explained(get_model(learn.model), learn.pred, learn.xb, self.view.time_dim), torch.no_grad(), no_random():
-        pred,yb = self._count(self._counting, *self._real(learn.pred, learn.yb))
-        if len(yb): learn.loss_func(pred, *yb)
-
-@patch
 def _check_states(self:TbpttResetCB):
     self.checked = True
     if not self.check and not self.carry.modules: return
     dim = self.view.time_dim
     bs = find_bs(self.xb) if dim!=0 else self.view.inputs(self.xb).bs
     check_states(self.carry, bs, self.sub_window.steps, dim)
+
+# %% ../../nbs/training/04_callback.ipynb #f870436c
+@patch
+def _try_loss(self:TbpttResetCB):
+    "A loss that cannot take predictions and targets says so before it is asked for a gradient"
+    learn,time_dim = self.learn,self.view.time_dim
+    is_tuple = isinstance(learn.pred, tuple)
+    self._tried = not (is_tuple or self.check)
+    if self._tried: return
+    explained = is_tuple and partial(output_explained, get_model(learn.model), learn.pred, learn.xb, time_dim)
+    with explained() if explained else nullcontext(): pred,yb = self._count(self._counting, *self._real(learn.pred, learn.yb))
+    self._tried = len(yb)>0 or not len(learn.yb) # else nothing of this batch counts
+    self._check_rate(pred, yb)
+    names = getattr(getattr(inner_loader(self.dl), 'dataset', None), 'y_names', None)
+    if self.segment.flat: time_dim = None # one step after the other
+    elif self._wants_rows: time_dim = 1
+    if len(yb): check_shapes(learn.loss_func, pred, yb, explained() if explained else None, self.check, names, time_dim)
+
+@patch
+def _check_rate(self:TbpttResetCB, pred, yb):
+    "A `ValueError` if targets of a window are taken for those of the steps of its last sub-window"
+    window,dim = self.segment.window,self.view.time_dim
+    if not self.check or window is None or any(window.targets_timed) or len(yb)!=1: return
+    steps,shape = self.sub_window.steps,tuple(getattr(pred, 'shape', ()))
+    if shape!=tuple(getattr(yb[0], 'shape', ())) or len(shape)<2: return
+    if shape[dim]!=steps or steps in (1, window.steps): return
+    model = get_model(self.learn.model)
+    with on_trial(model), torch.no_grad(): half = run_in_parts(model, self.view.inputs(self.xb), -(-steps//2))[0]
+    if half.shape[dim]==steps: return # as many for any steps
+    raise ValueError(
+        f"Predictions for the {steps} steps of the last sub-window have the shape of the targets, {shape}, of a window of "
+        f"{window.steps} steps: they are not for the same steps. Targets of another number of steps cannot be cut along with "
+        "predictions: bring both to one rate, or train whole windows (sub_seq_len=None).")
 
 # %% ../../nbs/training/04_callback.ipynb #175f3bc5
 @patch
@@ -398,7 +435,7 @@ def _weigh_loss(self:TbpttResetCB):
     if not len(learn.yb): return # no targets, no loss
     weight = self.segment.weight
     if weight!=1 and self._loss_takes_weights: learn.loss_grad = learn.loss_grad*weight
-    if learn.loss.dtype==torch.float64: learn.loss = learn.loss.float() # what Recorder smooths has to be float32
+    if learn.loss.dtype!=torch.float32: learn.loss = learn.loss.float() # what Recorder smooths has to be float32
 
 @patch
 def after_batch(self:TbpttResetCB):

@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['resolve_truncation', 'check_goes_on', 'check_carries', 'check_statistics', 'batch_first_remedy', 'check_states',
-           'output_explained', 'check_shapes']
+           'ChannelsError', 'channels_explained', 'output_explained', 'check_shapes']
 
 # %% ../../nbs/training/01_checks.ipynb #b3c69fbe
-import inspect, sys, warnings
+import inspect, re, sys, warnings
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 import torch
 from fastai.torch_core import no_random
+from fastcore.basics import first
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from ..state.carry import Carry, layer_of
 from ..loaders.views import inner_loader
 from ..loaders.windows import TbpttDL
@@ -127,6 +131,26 @@ def check_states(
         layer = layer_of(carry.modules[name])
         if isinstance(layer, nn.RNNBase): _check_layer(layer, state_batch_size(state, 1), bs, steps, time_dim)
 
+# %% ../../nbs/training/01_checks.ipynb #b5681278
+class ChannelsError(ValueError, RuntimeError):
+    "A layer was given other channels than it is made for; a `RuntimeError` as well, as PyTorch's own is"
+
+@contextmanager
+def channels_explained(
+    model:nn.Module, # Any model, which is run in it
+):
+    "In it, an error of a recurrent layer about its channels is a `ChannelsError` that names the layer"
+    try: yield
+    except RuntimeError as e:
+        sizes = re.search(r'equal to input_size. Expected (\d+), got (\d+)', str(e))
+        if sizes is None: raise
+        expected,found = map(int, sizes.groups())
+        layers = {name:m for name,m in model.named_modules() if isinstance(m, nn.RNNBase) and m.input_size==expected}
+        said = ' or '.join(f'{type(m).__name__} ({name})' if name else type(m).__name__ for name,m in layers.items())
+        raise ChannelsError(
+            f"{said} is made for {expected} channels, and was given {found}: expected inputs with as many channels as in training, "
+            "in the last axis of what it is given.") from e
+
 # %% ../../nbs/training/01_checks.ipynb #ddd0f2c3
 def _takes_state(model, n_inp):
     "Can a model be called with a state after its inputs?"
@@ -157,6 +181,7 @@ def output_explained(
 ):
     "In it, an error about an output that is a tuple is a `TypeError` that says what to do"
     try: yield
+    except torch.OutOfMemoryError: raise
     except Exception as e:
         remedy = "Return predictions alone, or give a loss that takes the tuple."
         x = state_leaves(xb)[0]
@@ -168,54 +193,126 @@ def output_explained(
             f"{type(model).__name__} returned a tuple {_shapes(pred)}, which the loss cannot take ({e}). {remedy}") from e
 
 # %% ../../nbs/training/01_checks.ipynb #0e8c0286
-_differences = {'sub', '__sub__', '__rsub__', 'rsub', 'subtract', 'broadcast_tensors', 'l1_loss', 'mse_loss', 'smooth_l1_loss',
-                'huber_loss', 'binary_cross_entropy', 'binary_cross_entropy_with_logits'}
+# of two tensors, each with its like; names without underscores
+_differences = {'sub', 'rsub', 'isub', 'subtract', 'div', 'truediv', 'rtruediv', 'itruediv', 'divide', 'true_divide', 'where', 'dist',
+                'broadcast_tensors', 'pairwise_distance', 'cosine_similarity', 'l1_loss', 'mse_loss', 'smooth_l1_loss', 'huber_loss',
+                'binary_cross_entropy', 'binary_cross_entropy_with_logits', 'gaussian_nll_loss', 'poisson_nll_loss', 'kl_div',
+                'soft_margin_loss', 'hinge_embedding_loss'}
 
+def _joint(a, b):
+    "The shape that two are repeated to, if they fit"
+    try: return torch.broadcast_shapes(a, b)
+    except RuntimeError: return None
+
+def _grows(a, b):
+    "Would one of two shapes be repeated to fit the other?"
+    joint = _joint(a, b)
+    return joint is not None and not prod(joint)==prod(a)==prod(b)
+
+def _both_grow(a, b):
+    "Would both?"
+    joint = _joint(a, b)
+    return joint is not None and prod(joint)>max(prod(a), prod(b))
+
+# %% ../../nbs/training/01_checks.ipynb #e372df49
 class _Watch(TorchFunctionMode):
-    "Do tensors of these two shapes meet in a difference?"
-    def __init__(self, *shapes):
+    "Do predictions and targets, or some of them, meet in an operation that only broadcasting makes possible?"
+    def __init__(self, preds, targets):
         super().__init__()
-        self.shapes,self.met = shapes,False
+        def is_pair(i, j): return i==j and (len(preds) in (1, len(targets)))
+        shapes = [(i, j, tuple(p.shape), tuple(y.shape)) for i,p in enumerate(preds) for j,y in enumerate(targets)]
+        self.pairs = {(a, b) for i,j,a,b in shapes if is_pair(i, j) and _grows(a, b)}
+        self.others = {(a, b) for _,_,a,b in shapes if _both_grow(a, b)}
+        self.met = None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        shapes = [tuple(o.shape) for o in (*args, *kwargs.values()) if isinstance(o, Tensor)]
-        if getattr(func, '__name__', '') in _differences: self.met |= all(o in shapes for o in self.shapes)
-        return func(*args, **kwargs)
+        found = {tuple(o.shape) for o in tree_leaves((args, kwargs)) if isinstance(o, Tensor)}
+        out = func(*args, **kwargs)
+        if getattr(func, '__name__', '').strip('_') in _differences: self._meet(self.pairs, found)
+        if isinstance(out, Tensor): self._meet({o for o in self.others if _joint(*o)==out.shape}, found)
+        return out
+
+    def _meet(self, pairs, found):
+        if self.met is None: self.met = next((o for o in pairs if found.issuperset(o)), None)
+
+# %% ../../nbs/training/01_checks.ipynb #fe5cdfb2
+@contextmanager
+def _heard(dists, watch):
+    "In it, distributions tell of targets that they would be repeated for"
+    def listen(dist):
+        def log_prob(y):
+            shapes = _shape(dist),tuple(getattr(y, 'shape', ()))
+            joint = _joint(*shapes)
+            if watch.met is None and joint is not None and prod(joint)>prod(shapes[0]): watch.met = shapes
+            return type(dist).log_prob(dist, y)
+        dist.log_prob = log_prob
+    for o in dists: listen(o)
+    try: yield
+    finally:
+        for o in dists: vars(o).pop('log_prob', None)
+
+# %% ../../nbs/training/01_checks.ipynb #ff4a56fb
+def _shape(o): return tuple(o.batch_shape+o.event_shape) if isinstance(o, Distribution) else tuple(o.shape)
+
+def _said(preds, targets):
+    def of(os): return f"shape{'s' if len(os)>1 else ''} {', '.join(str(_shape(o)) for o in os)}"
+    return f"Predictions have {of(preds)}, targets {of(targets).removeprefix('shape ')}"
+
+def _of_kind(kind, o): return [o for o in tree_leaves(o) if isinstance(o, kind)]
+def _name(loss_func):
+    "Of fastai's losses that flatten, the name of the one inside"
+    if type(loss_func).__name__=='BaseLoss': loss_func = loss_func.func
+    return getattr(loss_func, '__name__', type(loss_func).__name__)
 
 # %% ../../nbs/training/01_checks.ipynb #3293f529
-def _grows(a, b):
-    "Would one of two shapes be repeated to fit the other?"
-    try: joint = torch.broadcast_shapes(a, b)
-    except RuntimeError: return False
-    return not prod(joint)==prod(a)==prod(b)
+def _has_other_steps(pred, y, time_dim):
+    "Have shapes the same rows, but another number of steps?"
+    if time_dim is None or min(len(pred), len(y))<2: return False
+    rows = int(time_dim==0)
+    return y[rows]==pred[rows] and y[time_dim]!=pred[time_dim]
 
-def _targets_hint(pred, y, time_dim=1):
-    "What to do about it"
-    if y.ndim==pred.ndim and y.ndim>1 and y.shape[time_dim]!=pred.shape[time_dim]:
-        return (f"Targets of another number of steps ({y.shape[time_dim]}) than predictions ({pred.shape[time_dim]}) cannot be "
-                "cut along with them: bring both to one rate, or train whole windows (sub_seq_len=None).")
-    if not y.is_floating_point(): return "Whole numbers are taken for classes: for a regression, give the target by .astype(float)."
+def _targets_hint(pred, y, is_real, names, time_dim):
+    "What to do about two shapes"
+    are_classes = len(y)==len(pred)-1 and not is_real
+    if (are_classes or len(y)==len(pred)) and _has_other_steps(pred, y, time_dim):
+        return (f"Targets of another number of steps ({y[time_dim]}) than predictions ({pred[time_dim]}) cannot be cut along "
+                "with them: bring both to one rate, or train whole windows (sub_seq_len=None).")
+    column = f'column {names[0]!r}' if names else 'the target'
+    if not is_real: return f"Whole numbers are taken for classes: for a regression, give {column} by .astype(float)."
     return "Give the model as many outputs as there are targets, or the targets the shape of the predictions."
 
+@contextmanager
+def _loss_explained(name, preds, targets, hint):
+    "In it, an error of the loss is a `ValueError` with the shapes"
+    try: yield
+    except torch.OutOfMemoryError: raise
+    except Exception as e:
+        pairs = [(p, y) for p,y in zip(preds, targets) if p.shape!=y.shape]
+        hints = [hint(tuple(p.shape), tuple(y.shape), y.is_floating_point()) for p,y in pairs]
+        raise ValueError(f"{_said(preds, targets)}, which {name} cannot take: {str(e).rstrip('.')}. {first(hints) or ''}") from e
+
+# %% ../../nbs/training/01_checks.ipynb #3fd7ee22
 def check_shapes(
     loss_func, # Function of predictions and targets
     pred, # Predictions of a batch
     yb:tuple, # Its targets
-    time_dim:int=1, # Where their time axis is
+    explained=None, # Context for the run of the loss; default: it says the shapes if the loss fails
+    strict:bool=True, # Refuse what only broadcasting makes fit, or only what fails?
+    names=None, # Of the target's channels, if they are known
+    time_dim:int=1, # Where the time axis of both is; `None`: they have none
 ):
     "A `ValueError` if predictions and targets fit each other by broadcasting alone, or not at all"
-    if len(yb)!=1 or not (isinstance(pred, Tensor) and isinstance(yb[0], Tensor)): return
-    y, = yb
-    shapes = tuple(pred.shape),tuple(y.shape)
-    if shapes[0]==shapes[1]: return
-    name = getattr(loss_func, '__name__', type(loss_func).__name__)
-    said = f"Predictions have shape {shapes[0]}, targets {shapes[1]}"
-    try:
-        with warnings.catch_warnings(), torch.no_grad(), no_random(), _Watch(*shapes) as watch:
-            warnings.simplefilter('ignore') # some losses warn of it
-            loss_func(pred, y)
-    except torch.OutOfMemoryError: raise
-    except Exception as e: raise ValueError(f"{said}, which {name} cannot take: {e}. {_targets_hint(pred, y, time_dim)}") from e
-    if watch.met and _grows(*shapes): raise ValueError(
-        f"{said}: {name} would compare each with every other {tuple(torch.broadcast_shapes(*shapes))}. {_targets_hint(pred, y, time_dim)}")
+    preds,targets,dists = _of_kind(Tensor, pred),_of_kind(Tensor, yb),_of_kind(Distribution, pred)
+    alike = not (preds and targets) or [p.shape for p in preds]==[y.shape for y in targets]
+    if explained is None and alike and not dists: return
+    name,watch = _name(loss_func),_Watch(preds, targets)
+    hint = partial(_targets_hint, names=names, time_dim=time_dim)
+    with warnings.catch_warnings(), torch.no_grad(), no_random(), explained or _loss_explained(name, preds, targets, hint):
+        warnings.simplefilter('ignore') # some losses warn of it
+        with watch, _heard(dists, watch): loss_func(pred, *yb)
+    if watch.met is None or not strict: return
+    is_real = all(y.is_floating_point() for y in targets if tuple(y.shape) in watch.met)
+    raise ValueError(
+        f"{_said(preds or dists, targets)}: {name} would compare each with every other {tuple(_joint(*watch.met))}. "
+        f"{hint(*watch.met, is_real)} If the loss means it: targets.expand_as(predictions).")

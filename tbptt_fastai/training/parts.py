@@ -11,12 +11,12 @@ from contextlib import contextmanager, nullcontext
 import torch
 from fastai.torch_core import no_random
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..state.carry import Carry, out_of_reach
 from ..state.unroll import unroll_hint
-from .checks import batch_first_remedy, check_states
+from .checks import batch_first_remedy, channels_explained, check_states
 from ..loaders.segment import Window
-from ..sequences.axis import cut_steps
 
 # %% ../../nbs/training/02_parts.ipynb #15da2350
 def _without_compiling():
@@ -47,6 +47,15 @@ def first_output(o): # of a model or a layer
     "Predictions alone: the models of fastai.text return more, and recurrent layers their state"
     return o[0] if isinstance(o, tuple) else o
 
+def _run(model, window, sub_seq_len, groups, checked):
+    "Whatever the model returns for each part"
+    starts = range(0, window.steps, sub_seq_len)
+    with Carry(model, evaluation=True) as carry:
+        carry.reset(groups=groups)
+        outs = [model(*window.cut(a, min(a+sub_seq_len, window.steps))) for a in starts]
+        if checked: check_states(carry, window.bs, window.steps, window.time_dim)
+    return outs
+
 def run_in_parts(
     model:nn.Module, # Any model
     window:Window, # Its inputs
@@ -55,22 +64,9 @@ def run_in_parts(
     checked:bool=False, # Refuse a model in which no state was carried?
 )->list: # Predictions for each part; if the model returns a tuple, the first element
     "Predictions with the state carried from part to part, detached"
-    starts = range(0, window.steps, sub_seq_len)
-    with Carry(model, evaluation=True) as carry:
-        carry.reset(groups=groups)
-        preds = [model(*window.cut(a, min(a+sub_seq_len, window.steps))) for a in starts]
-        if checked: check_states(carry, window.bs, window.steps, window.time_dim)
-    return [first_output(o) for o in preds]
+    return [first_output(o) for o in _run(model, window, sub_seq_len, groups, checked)]
 
 # %% ../../nbs/training/02_parts.ipynb #12e76347
-def _of_whole(parts, whole, window):
-    "As `difference`; predictions without a time axis are those of the last part"
-    error = difference(parts, whole, window.steps, window.time_dim)
-    if error is not None or not isinstance(whole, Tensor): return error
-    last = parts[-1]
-    if not isinstance(last, Tensor) or last.shape!=whole.shape: return None
-    return ((last-whole).abs().max()/whole.abs().max().clamp(min=1e-30)).item()
-
 def _same_but(dim, outs):
     "Have tensors the same shape, but for one axis?"
     return len({(*o.shape[:dim],*o.shape[dim+1:]) for o in outs})==1
@@ -85,10 +81,37 @@ def difference(
     if not isinstance(whole, Tensor): return None
     if not all(isinstance(o, Tensor) and o.ndim==whole.ndim for o in parts): return None
     for dim in range(min(abs(time_dim), 1), whole.ndim):
-        if whole.shape[dim]==steps==sum(o.shape[dim] for o in parts) and _same_but(dim, parts):
+        if whole.shape[dim]==steps==sum(o.shape[dim] for o in parts) and _same_but(dim, [*parts, whole]):
             error = (torch.cat(parts, dim)-whole).abs().max()
             return (error/whole.abs().max().clamp(min=1e-30)).item()
     return None
+
+# %% ../../nbs/training/02_parts.ipynb #6c6ba532
+def _tensors(out):
+    "The tensors in whatever a model returns"
+    for o in tree_leaves(out):
+        if isinstance(o, Tensor): yield o
+        elif isinstance(o, Distribution): yield from _tensors([v for v in vars(o).values() if isinstance(v, (Tensor,Distribution))])
+
+def _default_tol(whole):
+    "16 roundings of a precision that is worse than 1e-4"
+    return max(1e-4, 16*torch.finfo(whole.dtype).eps) if whole.is_floating_point() else 1e-4
+
+# %% ../../nbs/training/02_parts.ipynb #3d689160
+def _of_whole(parts, whole, window):
+    "As `difference`; predictions without a time axis are those of the last part"
+    error = difference(parts, whole, window.steps, window.time_dim)
+    if error is not None or not isinstance(whole, Tensor) or whole.ndim==0: return error
+    last = parts[-1]
+    if not isinstance(last, Tensor) or last.shape!=whole.shape: return None
+    return ((last-whole).abs().max()/whole.abs().max().clamp(min=1e-30)).item()
+
+def _worst(parts, whole, window, tol=None):
+    "The largest difference of all that a model returns, by the tolerance for its type, and that tolerance"
+    whole,*parts = (list(_tensors(o)) for o in (whole, *parts))
+    if len({len(o) for o in (whole, *parts)})>1: return None,tol
+    found = [(_of_whole(outs, o, window), _default_tol(o) if tol is None else tol) for o,*outs in zip(whole, *parts)]
+    return max((o for o in found if o[0] is not None), key=lambda o: o[0]/o[1], default=(None, tol))
 
 # %% ../../nbs/training/02_parts.ipynb #270517b3
 def _watched(model, *args):
@@ -139,7 +162,8 @@ def _indexed(model, steps, e):
 
 def _run_whole(model, window, groups):
     n = window.steps
-    try: return run_in_parts(model, window, n, groups, checked=True)[0]
+    try:
+        with channels_explained(model): return _run(model, window, n, groups, checked=True)[0]
     except (torch.OutOfMemoryError, ValueError, TypeError): raise
     except IndexError as e: raise _indexed(model, n, e) from e
     except Exception as e:
@@ -147,10 +171,6 @@ def _run_whole(model, window, groups):
         raise ValueError(
             f"{layer} cannot be run on {n} steps: {e}\nA layer that is made for another number of steps, "
             "such as a normalization over time, has no place in sub-windows.") from e
-
-def _default_tol(whole):
-    "16 roundings of a precision that is worse than 1e-4"
-    return max(1e-4, 16*torch.finfo(whole.dtype).eps) if whole.is_floating_point() else 1e-4
 
 # %% ../../nbs/training/02_parts.ipynb #6f2f4390
 def _time_first(model, time_dim):
@@ -171,56 +191,100 @@ def compare_parts(
 )->float|None: # The difference; `None` if nothing can be compared
     """Raise a `ValueError` that names the layer, if parts of a window give other predictions than the whole
 
-    Of predictions without a time axis, those of the last part are compared. Or if the whole cannot be run. Random predictions,
-    and those of a model for one number of steps, cannot be compared."""
+    All that the model returns is compared; what has no time axis, with that of the last part. Or if the whole cannot be run.
+    Random predictions, and those of a model for one number of steps, cannot be compared."""
     n = window.steps
     with on_trial(model):
         try: whole = _run_whole(model, window, groups)
         except ValueError:
             if must_run: raise
             return None
-        try: parts = run_in_parts(model, window, sub_seq_len, groups)
+        try: parts = _run(model, window, sub_seq_len, groups, False)
         except torch.OutOfMemoryError: raise
         except Exception: return None
-        error = _of_whole(parts, whole, window)
-        if error is None: return None
-        if tol is None: tol = _default_tol(whole)
-        if not error>tol: return error
-        again = run_in_parts(model, window, n, groups, checked=True)
-        if _of_whole(again, whole, window)>tol: return None
+        error,tol = _worst(parts, whole, window, tol)
+        if error is None or not error>tol: return error
+        again = _run(model, window, n, groups, True)
+        random,_ = _worst(again, whole, window, tol)
+        if random is not None and random>tol: return None
         layer = _first_different(model, window, sub_seq_len, groups, tol)
     raise ValueError(
         f"A window of {n} steps in sub-windows of {sub_seq_len} gives other predictions "
-        f"than in one piece, by {error:.0%}; the first layer that differs is {layer}. "
+        f"than in one piece, by {error:.2g} of the largest value; the first layer that differs is {layer}. "
         "It looks ahead, or along time without carrying what it has seen: give it a state by StatefulRNN, "
         f"or train whole windows (sub_seq_len=None).{_time_first(model, window.time_dim)} "
         "If it is meant to see each sub-window by itself: check=False."
         f"{unroll_hint(model)}")
 
 # %% ../../nbs/training/02_parts.ipynb #790b47c8
-def _another(o, time_dim):
+def _another(o, time_dim, which=0):
     "Other values for the steps of a tensor, of the same kind; the same if there are none"
-    others = (.7*o+.1, o+1) if o.is_floating_point() else (o.roll(1, 1 if time_dim==0 else 0), o.flip(time_dim))
-    return next((other for other in others if not torch.equal(other, o)), o)
+    if o.is_floating_point() or o.is_complex(): others = .7*o+.1,-5*o-1,o+1
+    else: others = o.roll(1, int(time_dim==0)),o.flip(time_dim)
+    others = [other for other in others if not torch.equal(other, o)]
+    return others[which%len(others)] if others else o
 
-def _changed(window, start, stop):
-    "The inputs with other values in some steps; what has no time axis stays"
-    dim = window.time_dim
-    def change(o):
-        before,within,after = (cut_steps(o, *span, dim) for span in ((0, start), (start, stop), (stop, window.steps)))
-        return torch.cat([before, _another(within, dim), after], dim)
+def _changed(window, which=0):
+    "The inputs with other values in their steps; what has no time axis stays"
     elements,form = tree_flatten(window.batch)
-    changed = [change(o) if timed and isinstance(o, Tensor) else o for o,timed in zip(elements, window.timed)]
-    return Window(tree_unflatten(changed, form), len(window.batch), window.timed, dim)
+    def change(o, timed): return _another(o, window.time_dim, which) if timed and isinstance(o, Tensor) else o
+    changed = map(change, elements, window.timed)
+    return Window(tree_unflatten(changed, form), len(window.batch), window.timed, window.time_dim)
 
 # %% ../../nbs/training/02_parts.ipynb #161dcab3
 def _same_bits(a, b):
-    a,b = ([o for o in tree_leaves(outs) if isinstance(o, Tensor)] for outs in (a, b))
+    a,b = list(_tensors(a)),list(_tensors(b))
     return len(a)==len(b)>0 and all(map(torch.equal, a, b))
 
-def _has_closed_gate(model): return any((p==0).all() for p in model.parameters() if p.ndim!=1 or p.numel()==1)
+@contextmanager
+def _open_gates(model):
+    "In it, parameters that are zero throughout have other values, so that nothing is shut off which training will open"
+    zeros = [p for p in model.parameters() if p.is_floating_point() and p.numel() and not p.any()]
+    kept = [p.detach().clone() for p in zeros]
+    try:
+        for p in zeros: p.data.copy_(torch.linspace(.1, .5, p.numel()).view(p.shape))
+        yield
+    finally:
+        for p,o in zip(zeros, kept): p.data.copy_(o)
 
 # %% ../../nbs/training/02_parts.ipynb #616f430a
+def _remembers(model, first, second, groups, times=1):
+    "Does a model predict something else for the second half, run so many times, after other first halves?"
+    def after(first):
+        torch.manual_seed(0) # noise is none of what it remembers
+        with Carry(model, evaluation=True) as carry:
+            carry.reset(groups=groups)
+            model(*first.batch)
+            return [model(*second.batch) for _ in range(times)]
+    one,*others = [after(o) for o in (first, _changed(first), _changed(first, 1))]
+    return not all(_same_bits(one, o) for o in others)
+
+def _reads(model, second, groups):
+    "Does a model predict something else for another second half?"
+    def out(window):
+        torch.manual_seed(0)
+        return _run(model, window, window.steps, groups, False)
+    return not _same_bits(out(second), out(_changed(second)))
+
+def _halves(window, steps):
+    "Of the first steps of a window; of a single step, the same twice"
+    def part(*bounds): return Window(window.cut(*bounds), len(window.batch), window.timed, window.time_dim)
+    return (part(0, -(-steps//2)), part(-(-steps//2), steps)) if steps>1 else (part(0, 1), part(0, 1))
+
+# %% ../../nbs/training/02_parts.ipynb #0be4d042
+def _may_remember(model, window, groups):
+    "Does it, in any of some trials, or predict the same whatever it is given?"
+    n = window.steps
+    trials = [(steps, 1) for steps in (n, 16, 4, 2) if steps<=n]+[(n, max(1, 2048//n))]
+    with _open_gates(model):
+        for steps,times in trials:
+            try:
+                if _remembers(model, *_halves(window, steps), groups, times): return True
+            except torch.OutOfMemoryError: raise
+            except Exception: continue # it is not made for so few steps
+        return not _reads(model, _halves(window, n)[1], groups)
+
+# %% ../../nbs/training/02_parts.ipynb #f01cf783
 @torch.no_grad()
 def check_remembers(
     model:nn.Module, # Any model
@@ -228,16 +292,11 @@ def check_remembers(
     groups:list=None, # The group of each row
 ):
     "A `ValueError` if what a model predicts for the second half of a window does not depend on the first half"
-    half = window.steps//2
-    if half==0: return
-    def second(window): return run_in_parts(model, window, -(-window.steps//2), groups)[-1]
-    after,before = (half+window.steps%2, window.steps),(0, half+window.steps%2)
     with on_trial(model):
-        try: pred,*others = (second(o) for o in (window, _changed(window, *before), _changed(window, *after)))
+        try: remembers = _remembers(model, *_halves(window, window.steps), groups)
         except torch.OutOfMemoryError: raise
         except Exception: return # the training will say so
-        forgets,reads = _same_bits(pred, others[0]),not _same_bits(pred, others[1])
-        if not forgets or not reads or _has_closed_gate(model): return
+        if remembers or _may_remember(model, window, groups): return
     raise ValueError(
         f"{type(model).__name__} remembers nothing: the second half of a sub-window has the same predictions after two "
         "different first halves, so nothing is carried from one sub-window to the next. "

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from ..loaders.views import SubWindows, plain_batch
 from ..loaders.segment import Segment
 from ..state.carry import out_of_reach
+from .checks import channels_explained
 from ..state.own import own_attributes, put_back
 from ..state.pieces import PieceCarry
 
@@ -35,7 +36,7 @@ class CarryingRun:
         outer = cb.carry
         try:
             cb.carry = PieceCarry(learn.model, evaluation=not learn.training)
-            with cb.within(): type(learn).all_batches(learn)
+            with cb.within(), channels_explained(learn.model): type(learn).all_batches(learn)
         except BaseException as e:
             back_to_method(learn, 'all_batches')
             cb.broken_off(e)
