@@ -60,7 +60,7 @@ def test_labels_are_numbers_of_a_vocabulary_and_inputs_are_scaled(kind):
     learn = RNNLearner(dls, hidden_size=8, metrics=accuracy)
     assert learn.model.head.out_features==3 and learn.model.scale_y is None and not learn.model.last
     assert isinstance(learn.loss_func, CrossEntropyLossFlat)
-    trained = torch.cat(dls.train_ds.arrays[0])
+    trained = torch.cat([*dls.train_ds.arrays[0]])
     torch.testing.assert_close(learn.model.scale_x.std.double(), trained.std(0, correction=0), rtol=1e-5, atol=0)
     assert scaling_from_data(dls)[1] is None
 

@@ -11,12 +11,12 @@ from functools import partial
 from glob import glob
 from inspect import signature
 from pathlib import Path
-import torch, warnings
+import numpy as np, torch, warnings
 from fastcore.basics import patch
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from fastcore.meta import delegates
-from ..sequences.arrays import HDF5Array, named, one_or_many
+from ..sequences.arrays import FlatArrays, HDF5Array, named, one_or_many
 from ..sequences.frames import check_one_label, encode_column, group_sequences, split_groups
 from ..sequences.labels import are_labels, by_sequence, check_vocab, encode_sequences, find_vocab
 from .windows import TbpttDL
@@ -26,6 +26,12 @@ from ..truncation.plan import check_steps
 from ..sequences.windows import SequenceParts, SequenceWindows, Sequences, check_same_channels
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #2769f7c7
+def _split_flat(seqs, valid_pct):
+    n = (seqs.lengths*valid_pct).astype(int)
+    for i in np.flatnonzero(n==0): raise ValueError(
+        f"valid_pct is {valid_pct}: of the {seqs.lengths[i]} steps of sequence {i} none would be left for validation.")
+    return seqs.cut(seqs.lengths-n)
+
 def split_by_time(
     seqs, # One array `(time, ...)` or a list of such
     valid_pct:float=.2, # Share of each sequence, at its end, that is held back
@@ -33,6 +39,7 @@ def split_by_time(
     "Hold back the last part of every sequence for validation"
     if not 0<valid_pct<1: raise ValueError(
         f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
+    if isinstance(seqs, FlatArrays): return _split_flat(seqs, valid_pct)
     seqs = one_or_many('seqs', seqs)
     cuts = [(s, len(s)-int(len(s)*valid_pct)) for s in seqs]
     for i,(s,n) in enumerate(cuts):

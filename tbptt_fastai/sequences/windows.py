@@ -13,22 +13,25 @@ from fastai.data.transforms import CategoryMap
 from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
 from torch import Tensor
-from .arrays import FileArray, as_sequences, check_finite, named, one_or_many
+from .arrays import FileArray, FlatArrays, check_finite, join_arrays, named, one_or_many, read_steps
 from .plot import plot_windows
 from ..truncation.plan import check_steps
 
 # %% ../../nbs/sequences/01_windows.ipynb #51aa8fe5
 def _check_alike(name, seqs):
+    if isinstance(seqs, FlatArrays): return
     kinds = {(s.shape[1:],s.dtype) for s in seqs}
     if len(kinds)<2: return
     shown = sorted({f'{tuple(shape)} {dtype}' for shape,dtype in kinds})
     raise ValueError(f"The sequences of {name} differ in channels or type: {shown}.")
 
+def _steps_of(seqs): return seqs.lengths if isinstance(seqs, FlatArrays) else np.array([len(s) for s in seqs])
+
 def _check_pairs(xs, ys):
     if len(xs)!=len(ys): raise ValueError(f"x has {len(xs)} sequences, y has {len(ys)}: expected a y for every x.")
-    for i,(x,y) in enumerate(zip(xs, ys)):
-        if len(x)!=len(y): raise ValueError(
-            f"Sequence {i} has {len(x)} steps of x and {len(y)} of y: expected the same number.")
+    n_x,n_y = map(_steps_of, (xs, ys))
+    for i in np.flatnonzero(n_x!=n_y): raise ValueError(
+        f"Sequence {i} has {n_x[i]} steps of x and {n_y[i]} of y: expected the same number.")
 
 # %% ../../nbs/sequences/01_windows.ipynb #4989f191
 def _columns(o):
@@ -88,7 +91,7 @@ class Sequences:
         self.arrays = [self._sequences(*o) for o in given if o[1] is not None or o[0]=='x']
         for name,seqs in zip('xy', self.arrays): _check_alike(name, seqs)
         if y is not None: _check_pairs(*self.arrays)
-        self.steps = np.array([len(s) for s in self.arrays[0]]) # of each sequence
+        self.steps = _steps_of(self.arrays[0]) # of each sequence
         n = len(self.steps)
         self.groups = list(range(n)) if groups is None else list(groups)
         if len(self.groups)!=n: raise ValueError(
@@ -97,7 +100,8 @@ class Sequences:
         for name,seqs in zip('xy', self.arrays): check_finite(name, seqs, dtype, self.groups)
 
     def _sequences(self, name, seqs, names):
-        return as_sequences(name, one_or_many(name, seqs, named(names), self.win_sz))
+        if isinstance(seqs, FlatArrays): return seqs
+        return join_arrays(name, one_or_many(name, seqs, named(names), self.win_sz))
 
     def __len__(self): return len(self.steps)
 
@@ -158,7 +162,7 @@ def groups_of(self:Sequences,
 @patch(as_prop=True)
 def in_files(self:Sequences):
     "Is any of the sequences read from a file?"
-    return any(isinstance(s, FileArray) for seqs in self.arrays for s in seqs)
+    return any(isinstance(s, FileArray) for seqs in self.arrays if isinstance(seqs, list) for s in seqs)
 
 # %% ../../nbs/sequences/01_windows.ipynb #2fc5ce20
 @patch
@@ -178,15 +182,26 @@ def _given(self:Sequences, batch):
 
 # %% ../../nbs/sequences/01_windows.ipynb #332bfa7c
 @patch
+def _read_flat(self:Sequences, idxs, start, n):
+    if (n==0).any(): idxs = np.where(n==0, 0, idxs)
+    seq,first = self.locate(idxs)
+    first,steps = first+np.where(n==0, 0, start),int(n.max(initial=0))
+    for seqs in self.arrays:
+        out = read_steps(seqs.flat, seqs.starts[seq]+first, n, steps)
+        yield out.to(self.dtype) if out.is_floating_point() else out
+
+@patch
 def read(self:Sequences,
     idxs, # Numbers of items, one for each row
     start, # First step to read of each, counted from the start of the item
     n, # Steps to read of each; 0 leaves the row empty
 )->tuple[Tensor,...]: # x and y `(len(idxs), max(n), ...)`
     "Some steps of some items; rows with fewer of them are padded with zeros"
-    n,rows = np.asarray(n),np.flatnonzero(n)
-    seq,first = self.locate(np.asarray(idxs)[rows])
-    begin = first+np.asarray(start)[rows]
+    n,start,idxs = map(np.asarray, (n, start, idxs))
+    if all(isinstance(seqs, FlatArrays) for seqs in self.arrays): return self._given(self._read_flat(idxs, start, n))
+    rows = np.flatnonzero(n)
+    seq,first = self.locate(idxs[rows])
+    begin = first+start[rows]
     spans = list(zip(rows.tolist(), seq.tolist(), begin.tolist(), n[rows].tolist()))
     batch = []
     for seqs in self.arrays:
@@ -255,14 +270,12 @@ class SequenceWindows(_Pieces):
 
 # %% ../../nbs/sequences/01_windows.ipynb #ce479618
 def _cut_windows(
-    seqs, # Tensors `(time, ...)`
+    seqs:FlatArrays, # Sequences `(time, ...)`
     seq, # Number of the sequence of each window
     start, # First step of each window
     win_sz, # Steps of a window
 ):
-    if len(seqs)==1: return seqs[0].unfold(0, win_sz, 1).movedim(-1, 1)[torch.from_numpy(start)].contiguous()
-    if len(seq)==0: return seqs[0].new_empty((0, win_sz, *seqs[0].shape[1:]))
-    return torch.stack([seqs[i][a:a+win_sz] for i,a in zip(seq.tolist(), start.tolist())])
+    return read_steps(seqs.flat, seqs.starts[seq]+start, np.full(len(seq), win_sz), win_sz)
 
 @patch
 def gather(self:SequenceWindows,

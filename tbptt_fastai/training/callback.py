@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .checks import check_carries, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
 from ..loaders.continuing import is_text
 from ..loaders.counts import NotIgnored, TargetCounts, has_classes_second, ignore_index_of
-from ..loaders.segment import Window, preds_to_rows
+from ..loaders.segment import Window, map_predictions, preds_to_rows
 from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, plain_batch, resolve_time_dim, view_of
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
@@ -361,6 +361,8 @@ def _check_states(self:TbpttResetCB):
     check_states(self.carry, bs, self.sub_window.steps, dim)
 
 # %% ../../nbs/training/04_callback.ipynb #f870436c
+def _twice(o): return torch.cat([o, o]) if o.ndim and len(o)==1 else o
+
 @patch
 def _try_loss(self:TbpttResetCB):
     "A loss that cannot take predictions and targets says so before it is asked for a gradient"
@@ -372,6 +374,8 @@ def _try_loss(self:TbpttResetCB):
     with explained() if explained else nullcontext(): pred,yb = self._count(self._counting, *self._real(learn.pred, learn.yb))
     self._tried = len(yb)>0 or not len(learn.yb) # else nothing of this batch counts
     self._check_rate(pred, yb)
+    counts_in_part = self.segment.flat or self.segment.mask is not None
+    if counts_in_part and len(yb) and find_bs(yb)==1: pred,yb = map_predictions(_twice, (pred, yb)) # one fits any shape
     names = getattr(getattr(inner_loader(self.dl), 'dataset', None), 'y_names', None)
     if self.segment.flat: time_dim = None # one step after the other
     elif self._wants_rows: time_dim = 1
