@@ -34,18 +34,36 @@ class Block(Segment):
         counted=None, # Which targets count, as `SequenceCounts` says; default: all
     ):
         self.seq,self.start,self.n,self.steps = seq,start,n,int(n.max())
-        self.groups_of = groups_of
-        step = np.arange(self.steps)
-        filled = step<n[:,None]
-        said = True if counted is None else counted(seq, start, n)
-        self._count(filled, filled&(start[:,None]+step>=n_skip)&said)
+        self.groups_of,self._n_skip,self._said = groups_of,n_skip,counted
         self.weight = self.n_counted/(most or int(n.sum())) # as that of a `SubWindow`
 
-    def _count(self, filled, counts):
-        self._filled,self._counts,self.n_counted = filled,counts,int(counts.sum())
-        # where the real steps are among all, and those with a loss among the real ones; `None`: everywhere
-        self.real_at = None if filled.all() else np.flatnonzero(filled)
-        self.counted_at = None if (counts==filled).all() else np.flatnonzero(counts[filled])
+    @cached_property
+    def filled(self):
+        "bool `(rows, steps)`: which are real"
+        return np.arange(self.steps)<self.n[:,None]
+    @cached_property
+    def counts(self):
+        "bool `(rows, steps)`: which have a loss"
+        said = True if self._said is None else self._said(self.seq, self.start, self.n)
+        return self.filled&(np.arange(self.steps)>=self._washout[:,None])&said
+    @property
+    def _washout(self):
+        "Of each row, the steps of this block that have no loss"
+        return (self._n_skip-self.start).clip(0, self.n)
+    @cached_property
+    def n_counted(self):
+        "Steps that have a loss"
+        if self._said is not None: return int(self.counts.sum())
+        return int(self.n.sum()-(self._washout.sum() if self._n_skip else 0))
+
+    @cached_property
+    def real_at(self):
+        "Where the real steps are among all; `None`: everywhere"
+        return None if (self.n==self.steps).all() else np.flatnonzero(self.filled)
+    @cached_property
+    def counted_at(self):
+        "Where those with a loss are among the real ones; `None`: everywhere"
+        return None if self.n_counted==self.n.sum() else np.flatnonzero(self.counts[self.filled])
 
     @property
     def sub_window(self): return self
@@ -150,8 +168,9 @@ class BlockRun(Block):
         self.groups_of = blocks[0].groups_of
         self.seq,self.start = blocks[0].seq,blocks[0].start
         self.n,self.steps = sum(o.n for o in blocks),sum(o.steps for o in blocks)
-        counts = [o._counts&(i>=plan.loss_start) for i,o in enumerate(blocks)]
-        self._count(np.concatenate([o._filled for o in blocks], 1), np.concatenate(counts, 1))
+        self.filled = np.concatenate([o.filled for o in blocks], 1)
+        self.counts = np.concatenate([o.counts&(i>=plan.loss_start) for i,o in enumerate(blocks)], 1)
+        self.n_counted = int(self.counts.sum())
         full = (plan.stop-plan.loss_start)*size*len(self.seq)
         self.weight = plan.weight*self.n_counted/full/most
 
@@ -243,18 +262,22 @@ class Layout:
     def __iter__(self): return self._blocks(self.most)
 
     def _blocks(self, most):
-        lengths,rows = self.lengths,self.rows
-        seq = np.array([row[0] if len(row) else -1 for row in rows], dtype=int)
-        place,start = np.zeros(len(rows), int),np.zeros(len(rows), int)
+        if not self.rows: return
+        queue = np.concatenate([*self.rows, [-1]]) # the sequences of all rows, one after the other; at the end, none
+        lengths = np.append(self.lengths, 0)[queue]
+        ends = np.cumsum([len(row) for row in self.rows])
+        at = ends-[len(row) for row in self.rows] # where each row is in the queue
+        at[at==ends] = -1
+        start = np.zeros(len(at), int)
         for size in self.sizes():
-            if (seq<0).all(): return
-            n = np.where(seq<0, 0, np.minimum(lengths[seq]-start, size))
-            yield Block(seq.copy(), start.copy(), n, self.n_skip, most, self.groups_of, self.counted)
+            n = np.minimum(lengths[at]-start, size)
+            if not n.any(): return
+            yield Block(queue[at], start.copy(), n, self.n_skip, most, self.groups_of, self.counted)
             start += n
-            for row in np.flatnonzero((seq>=0)&(start==lengths[seq])):
-                place[row] += 1
-                left = rows[row][place[row]:]
-                seq[row],start[row] = left[0] if len(left) else -1,0
+            over = np.flatnonzero((start==lengths[at])&(at>=0))
+            if not len(over): continue
+            at[over] = np.where(at[over]+1<ends[over], at[over]+1, -1)
+            start[over] = 0
 
     def n_counted(self):
         "Blocks that have a step whose loss counts"

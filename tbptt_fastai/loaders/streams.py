@@ -255,11 +255,11 @@ def get_idxs(self:StreamDL):
 
     `Learner.get_preds` puts them back."""
     first_step = self.dataset.lengths.cumsum()-self.dataset.lengths
-    spans = []
+    spans = [np.zeros(0, int)]
     for block in Layout(self.dataset.lengths, self.bs, self.sub_seq_len):
-        starts = first_step[block.seq]+block.start
-        spans += [np.arange(start, start+n) for start,n in zip(starts, block.n)]
-    return np.concatenate(spans) if spans else np.zeros(0, int)
+        steps = (first_step[block.seq]+block.start)[:,None]+np.arange(block.steps)
+        spans.append(steps[block.filled])
+    return np.concatenate(spans)
 
 @patch
 def by_sequence(self:StreamDL,
