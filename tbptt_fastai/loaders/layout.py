@@ -192,6 +192,40 @@ def pieces(self:BlockRun, seen):
 def after(self:BlockRun, seen): return self.blocks[self.plan.carry-1] if self.plan.carry else seen
 
 # %% ../../nbs/loaders/03_layout.ipynb #9b11d475
+def _fill(loads, m, size):
+    "The rows that take `m` sequences of one size in turn, each the row with the least work; `loads` is changed"
+    bs = len(loads)
+    most = -(-m//bs)+(int(loads.max()-loads.min())//size)+1 # of one row
+    order = np.argsort((loads[:,None]+size*np.arange(most)).ravel(), kind='stable')[:m] # of equal work, the first row
+    rows = order//most
+    loads += size*np.bincount(rows, minlength=bs)
+    return rows
+
+def _fill_one_by_one(loads, m, size):
+    "The same, for few sequences of very unequal work"
+    work = [(int(load), row) for row,load in enumerate(loads)]
+    heapify(work)
+    rows = np.empty(m, int)
+    for i in range(m):
+        load,rows[i] = work[0]
+        heapreplace(work, (load+size, rows[i]))
+    loads += size*np.bincount(rows, minlength=len(loads))
+    return rows
+
+def _assign(n_blocks, bs, order):
+    "All sequences in an order in which each row has every so many of them; its first, its number of them, and every how many"
+    n,rows = len(order),np.arange(bs)
+    if n_blocks.min()==n_blocks.max(): return order,rows,(n-rows+bs-1)//bs,bs
+    longest_first = order[np.argsort(-n_blocks[order], kind='stable')]
+    sizes,firsts = np.unique(-n_blocks[longest_first], return_index=True)
+    loads,row_of = np.zeros(bs, np.int64),np.empty(len(order), int)
+    for size,first,stop in zip(-sizes, firsts, [*firsts[1:], len(order)]):
+        spread,m = (loads.max()-loads.min())//size,stop-first
+        fill = _fill if bs*(spread+1)<=10*m+10*bs else _fill_one_by_one
+        row_of[longest_first[first:stop]] = fill(loads, int(m), int(size))
+    counts = np.bincount(row_of, minlength=bs)
+    return order[np.argsort(row_of[order], kind='stable')],counts.cumsum()-counts,counts,1
+
 def assign_rows(
     n_blocks:np.ndarray, # Sub-windows of each sequence
     bs:int, # Rows
@@ -200,17 +234,8 @@ def assign_rows(
     """Share sequences among rows so that all rows end at about the same time.
 
     The longest comes first, each to the row with the least work"""
-    if n_blocks.min()==n_blocks.max(): return [order[row::bs] for row in range(bs)]
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    rows = [[] for _ in range(bs)]
-    work = [(0, row) for row in range(bs)]
-    heapify(work)
-    for seq in order[np.argsort(-n_blocks[order], kind='stable')]:
-        load,row = work[0]
-        rows[row].append(seq)
-        heapreplace(work, (load+n_blocks[seq], row))
-    return [np.array(sorted(row, key=rank.__getitem__), dtype=int) for row in rows]
+    queue,first,counts,every = _assign(n_blocks, bs, order)
+    return [queue[a::every][:n] for a,n in zip(first, counts)]
 
 # %% ../../nbs/loaders/03_layout.ipynb #d2d4d286
 class Layout:
@@ -231,10 +256,18 @@ class Layout:
         different = lengths[:1] if longest==shortest else lengths # no array for windows, all of one length
         self.n_blocks = np.broadcast_to(-(-different//size), n)
         if order is None: order = np.arange(n)
-        self.rows = assign_rows(self.n_blocks, min(bs, n), order) if n else []
+        self._queue = _assign(self.n_blocks, min(bs, n), order) if n else (order,[],[],1)
         # Of the longest sequence, the block with the end of the washout begins at `washed`
         washed = n_skip//size*size
-        self._full = len(self.rows)*max(min(washed+size, longest)-n_skip, min(size, longest-washed-size))
+        self._full = self.n_rows*max(min(washed+size, longest)-n_skip, min(size, longest-washed-size))
+
+    @property
+    def n_rows(self): return len(self._queue[1])
+    @property
+    def rows(self):
+        "The sequences of each row, in their order"
+        queue,first,counts,every = self._queue
+        return [queue[a::every][:n] for a,n in zip(first, counts)]
 
     @cached_property
     def _len(self): return max((int(self.n_blocks[row].sum()) for row in self.rows), default=0)
@@ -247,7 +280,7 @@ class Layout:
     @property
     def aligned(self):
         "Do all rows begin their sequences in the same steps?"
-        return len(self.lengths)<=len(self.rows) or self.n_blocks.min()==self.n_blocks.max()
+        return len(self.lengths)<=self.n_rows or self.n_blocks.min()==self.n_blocks.max()
 
     @cached_property
     def labels(self):
@@ -262,22 +295,21 @@ class Layout:
     def __iter__(self): return self._blocks(self.most)
 
     def _blocks(self, most):
-        if not self.rows: return
-        queue = np.concatenate([*self.rows, [-1]]) # the sequences of all rows, one after the other; at the end, none
-        lengths = np.append(self.lengths, 0)[queue]
-        ends = np.cumsum([len(row) for row in self.rows])
-        at = ends-[len(row) for row in self.rows] # where each row is in the queue
-        at[at==ends] = -1
-        start = np.zeros(len(at), int)
+        queue,first,counts,every = self._queue
+        if not len(first): return
+        place,start = np.zeros(len(first), int),np.zeros(len(first), int) # of each row, among its sequences and in one of them
+        def current(): return np.where(place<counts, queue[np.where(place<counts, first+every*place, 0)], -1)
+        seq = current()
         for size in self.sizes():
-            n = np.minimum(lengths[at]-start, size)
+            lengths = np.where(seq<0, 0, self.lengths[seq])
+            n = np.minimum(lengths-start, size)
             if not n.any(): return
-            yield Block(queue[at], start.copy(), n, self.n_skip, most, self.groups_of, self.counted)
-            start += n
-            over = np.flatnonzero((start==lengths[at])&(at>=0))
-            if not len(over): continue
-            at[over] = np.where(at[over]+1<ends[over], at[over]+1, -1)
-            start[over] = 0
+            yield Block(seq, start, n, self.n_skip, most, self.groups_of, self.counted)
+            start = start+n
+            over = (start==lengths)&(seq>=0)
+            if not over.any(): continue
+            place += over
+            seq,start = current(),np.where(over, 0, start)
 
     def n_counted(self):
         "Blocks that have a step whose loss counts"
@@ -303,8 +335,8 @@ def _heard(self:Layout, row):
 @patch(as_prop=True)
 def uneven(self:Layout):
     "May rows have padding, or begin their sequences in different steps?"
-    if not self.rows: return False
-    return self.lengths.min()!=self.lengths.max() or len(self.lengths)%len(self.rows)!=0
+    if not self.n_rows: return False
+    return self.lengths.min()!=self.lengths.max() or len(self.lengths)%self.n_rows!=0
 
 @patch(as_prop=True)
 def waste(self:Layout):
@@ -316,7 +348,7 @@ def waste(self:Layout):
         steps = np.full(int(n.sum()), self.sub_seq_len)
         steps[n.cumsum()-1] -= n*self.sub_seq_len-self.lengths[row]
         width[:len(steps)] = np.maximum(width[:len(steps)], steps)
-    return float(1-self.lengths.sum()/(width.sum()*len(self.rows)))
+    return float(1-self.lengths.sum()/(width.sum()*self.n_rows))
 
 # %% ../../nbs/loaders/03_layout.ipynb #a94d600f
 class VaryingLayout(Layout):
@@ -328,12 +360,12 @@ class VaryingLayout(Layout):
         **kwargs
     ):
         super().__init__(lengths, **kwargs)
-        self.sizes,self._full = sizes,len(self.rows)*self.sub_seq_len
+        self.sizes,self._full = sizes,self.n_rows*self.sub_seq_len
 
     @cached_property
     def _len(self): return sum(1 for _ in self._blocks(None))
 
     @property
-    def aligned(self): return len(self.lengths)<=len(self.rows) or self.lengths.min()==self.lengths.max()
+    def aligned(self): return len(self.lengths)<=self.n_rows or self.lengths.min()==self.lengths.max()
 
     def n_counted(self): return sum(block.n_counted>0 for block in self._blocks(None))

@@ -153,7 +153,7 @@ def _carried_on(self:StreamView, block, batch):
 @patch
 def _run_weights(self:StreamView):
     "Of each run, before the most of them is known"
-    labels,rows = self.layout.labels,len(self.layout.rows)
+    labels,rows = self.layout.labels,self.layout.n_rows
     def weight(o): return o.weight*sum(labels[o.loss_start:o.stop])/((o.stop-o.loss_start)*self.block*rows)
     return [weight(o) for o in self.runs]
 

@@ -93,17 +93,22 @@ class Sequences:
         if y is not None: _check_pairs(*self.arrays)
         self.steps = _steps_of(self.arrays[0]) # of each sequence
         n = len(self.steps)
-        self.groups = list(range(n)) if groups is None else list(groups)
-        if len(self.groups)!=n: raise ValueError(
-            f"There are {n} sequences and {len(self.groups)} groups: expected a name for each.")
+        self._names = range(n) if groups is None else list(groups)
+        if len(self._names)!=n: raise ValueError(
+            f"There are {n} sequences and {len(self._names)} groups: expected a name for each.")
         if not check: return
-        for name,seqs in zip('xy', self.arrays): check_finite(name, seqs, dtype, self.groups)
+        for name,seqs in zip('xy', self.arrays): check_finite(name, seqs, dtype, self._names)
 
     def _sequences(self, name, seqs, names):
         if isinstance(seqs, FlatArrays): return seqs
         return join_arrays(name, one_or_many(name, seqs, named(names), self.win_sz))
 
     def __len__(self): return len(self.steps)
+
+    @property
+    def groups(self):
+        "The name of each sequence"
+        return list(self._names)
 
     @property
     def lengths(self):
@@ -127,7 +132,7 @@ class Sequences:
         "The same settings without the data, as `Learner.export` needs it"
         empty = object.__new__(type(self))
         arrays = [[seqs[0][:0].clone()] for seqs in self.arrays]
-        empty.__dict__ = {**self.__dict__, 'index': None, 'arrays': arrays, 'steps': np.zeros(0, int), 'groups': []}
+        empty.__dict__ = {**self.__dict__, 'index': None, 'arrays': arrays, 'steps': np.zeros(0, int), '_names': []}
         return empty
 
     @property
@@ -157,7 +162,7 @@ def groups_of(self:Sequences,
     idxs, # Numbers of items
 )->list:
     "The names of the sequences that items are in"
-    return [self.groups[i] for i in self.locate(idxs)[0]]
+    return [self._names[i] for i in self.locate(idxs)[0]]
 
 @patch(as_prop=True)
 def in_files(self:Sequences):
@@ -249,7 +254,7 @@ class SequenceWindows(_Pieces):
         self.stp_sz = min(check_steps('stp_sz', self.win_sz if stp_sz is None else stp_sz), int(longest))
         if self.win_sz>longest: raise ValueError(
             f"win_sz is {self.win_sz}, but the longest sequence has {longest} steps. Use a shorter window.")
-        short = [self.groups[i] for i in np.flatnonzero(lengths<self.win_sz)]
+        short = [self._names[i] for i in np.flatnonzero(lengths<self.win_sz)]
         if short:
             more = '…' if len(short)>10 else ''
             warnings.warn(
