@@ -636,8 +636,10 @@ def rated(source, dim, rate, steps=WIN):
 @dims
 @pytest.mark.parametrize('steps,sub', [(30, 12), (30, 10), (31, 10), (32, 8), (40, 20)])
 def test_targets_of_a_layer_with_a_stride_are_for_whole_windows(steps, sub, dim, source):
-    for loss in LOSSES: refused('another number of steps', rated(source, dim, 2, steps), strided(dim), TbpttResetCB(sub, time_dim=dim), loss_func=loss)
-    def whole(d): return trained(None, d, strided, 1, lambda d: TbpttResetCB(None, time_dim=d), loaders=lambda d: rated(source, d, 2, steps))
+    def data(d): return rated(source, d, 2, steps)
+    for loss in LOSSES:
+        refused('another number of steps', data(dim), strided(dim), TbpttResetCB(sub, time_dim=dim), loss_func=loss)
+    def whole(d): return trained(None, d, strided, 1, lambda d: TbpttResetCB(None, time_dim=d), loaders=data)
     assert torch.allclose(torch.tensor(whole(dim).steps), torch.tensor(whole(1).steps), rtol=0, atol=1e-12)
 
 @lists
@@ -646,7 +648,8 @@ def test_as_many_targets_as_a_sub_window_has_steps_are_not_those_of_its_steps(di
     "Every third of 30 steps: as many as a sub-window of 10, or the last of 20"
     for sub in (10, 20):
         for loss in LOSSES:
-            refused('10 steps of the last sub-window.*not for the same steps', rated(source, dim, 3), net(dim), TbpttResetCB(sub, time_dim=dim), loss_func=loss)
+            cb = TbpttResetCB(sub, time_dim=dim)
+            refused('10 steps of the last sub-window.*not for the same steps', rated(source, dim, 3), net(dim), cb, loss_func=loss)
 
 @lists
 @dims
@@ -654,6 +657,15 @@ def test_a_washout_of_targets_at_another_rate_is_refused(dim, source):
     for sub in (SUB, None):
         cb = TbpttResetCB(sub, n_skip=5, time_dim=dim)
         refused('n_skip is 5 steps of a window of 30', rated(source, dim, 2), strided(dim), cb)
+
+@pytest.mark.parametrize('dim,right,wrong', [(0, [(1, 4, 2), (4, 5, 2), (5, 4)], [(15, 4, 1), (2, 4, 1)]),
+                                             (-1, [(4, 2, 1), (4, 5)], [(4, 1, 15), (4, 2, 2)])])
+def test_a_washout_leaves_targets_of_a_window_alone(dim, right, wrong):
+    x = from_rows(torch.zeros(4, WIN, 2), dim)
+    for shape in right: Window((x, torch.zeros(shape)), 1, None, dim).check_washout(5)
+    for shape in wrong:
+        with pytest.raises(ValueError, match='n_skip is 5'): Window((x, torch.zeros(shape)), 1, None, dim).check_washout(5)
+        Window((x, torch.zeros(shape)), 1, (True,False), dim).check_washout(5)
 
 @lists
 @dims
@@ -665,7 +677,8 @@ def test_classes_at_another_rate(dim, source):
         return source_loaders(source, d, (x, y)) if d!=0 else DataLoaders(*[[(from_rows(x, 0), y.T)]]*2)
     axis = 1 if dim==-1 else -1
     for match,ignored in (('another number of steps', False), ('some count and some do not.*another number of steps', True)):
-        refused(match, loaders(dim, ignored), strided(dim, n_out=3), TbpttResetCB(SUB, time_dim=dim), loss_func=CrossEntropyLossFlat(axis=axis))
+        cb = TbpttResetCB(SUB, time_dim=dim)
+        refused(match, loaders(dim, ignored), strided(dim, n_out=3), cb, loss_func=CrossEntropyLossFlat(axis=axis))
     cb = TbpttResetCB(None, n_skip=5, time_dim=dim)
     refused('n_skip is 5 steps', loaders(dim), strided(dim, n_out=3), cb, loss_func=CrossEntropyLossFlat(axis=axis))
 
