@@ -1,0 +1,115 @@
+"""What does it cost to read many sequences of unequal length, sub-window by sub-window, with every step once?
+
+An epoch of a `StreamDL` without a model, beside a gather of the very same blocks from one flat array, which is the least that any loader has to do, and
+beside what one would write with PyTorch: a `DataLoader` that pads batches of whole sequences (`pad_sequence`) or packs them (`pack_sequence`), cut in
+sub-windows; a packed batch has to be cut before it is packed. Then how long loaders of up to a million sequences take to make, and their memory.
+"""
+from time import perf_counter
+import numpy as np, torch
+from harness import arguments, column, headline, in_process, ratios, save, spread, status, table, turns
+from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
+
+SUB = 32
+SETTINGS = {'10,000 of 50–500 steps, 64 rows': (10_000, 50, 500, 64), '10,000 of 50–500 steps, 512 rows': (10_000, 50, 500, 512),
+            '100,000 of 10–100 steps, 512 rows': (100_000, 10, 100, 512)}
+SIZES = {'100,000': 100_000, '1,000,000': 1_000_000}
+
+
+def sequences(n, least, most):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(least, most+1, n)
+    ends = lengths.cumsum()[:-1]
+    return [np.split(rng.standard_normal((lengths.sum(), 1)).astype(np.float32), ends) for _ in 'xy']
+
+def stream(xs, ys, bs):
+    from tbptt_fastai.loaders.streams import StreamDL
+    from tbptt_fastai.sequences.windows import Sequences
+    return StreamDL(Sequences(xs, ys), bs=bs, sub_seq_len=SUB)
+
+def read_stream(dl):
+    def epoch(): return sum(x.shape[0]*x.shape[1] for x,_ in dl.sub_windows())
+    return epoch
+
+def read_flat(dl, xs, ys):
+    "The same blocks, whose places are known beforehand"
+    begins = np.cumsum([len(o) for o in xs])-[len(o) for o in xs]
+    flat = [torch.from_numpy(np.concatenate(o)) for o in (xs, ys)]
+    places = [(np.where(b.n>0, begins[b.seq]+b.start, 0), b.n, b.steps) for b in dl.layout(SUB)]
+    def gather(begin, n, steps):
+        step = np.arange(steps)
+        at = torch.from_numpy(np.minimum(begin[:,None]+step, len(flat[0])-1))
+        batch = [o[at] for o in flat]
+        if n.min()<steps:
+            padding = torch.from_numpy(step>=n[:,None])[...,None]
+            for o in batch: o.masked_fill_(padding, 0)
+        return batch
+    def epoch(): return sum(gather(*o)[0].shape[:2].numel() for o in places)
+    return epoch
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, xs, ys): self.xs,self.ys = xs,ys
+    def __len__(self): return len(self.xs)
+    def __getitem__(self, i): return torch.from_numpy(self.xs[i]),torch.from_numpy(self.ys[i])
+
+def read_padded(xs, ys, bs, pack=False):
+    def collate(items): return [pad_sequence(o, batch_first=True) for o in zip(*items)],torch.tensor([len(x) for x,_ in items])
+    dl = torch.utils.data.DataLoader(Items(xs, ys), bs, collate_fn=collate)
+    def parts(batch, lengths):
+        for a in range(0, batch[0].shape[1], SUB):
+            left = (lengths-a).clamp(0, SUB)
+            cut = [o[:,a:a+SUB] for o in batch]
+            if pack: cut = [pack_padded_sequence(o[left>0], left[left>0], batch_first=True, enforce_sorted=False).data for o in cut]
+            yield cut[0].shape[:2].numel() if not pack else len(cut[0])
+    def epoch(): return sum(n for batch,lengths in dl for n in parts(batch, lengths))
+    return epoch
+
+def contenders(setting):
+    n,least,most,bs = SETTINGS[setting]
+    xs,ys = sequences(n, least, most)
+    dl = stream(xs, ys, bs)
+    return sum(map(len, xs)),{'StreamDL': read_stream(dl), 'flat gather of the same blocks': read_flat(dl, xs, ys),
+                              'DataLoader, pad_sequence': read_padded(xs, ys, bs), 'DataLoader, packed': read_padded(xs, ys, bs, True)}
+
+def timed(epoch):
+    start = perf_counter()
+    run = epoch()
+    return dict(t=perf_counter()-start, run=run)
+
+def made(n):
+    "Seconds and MiB of the loaders of so many sequences, beside the data"
+    from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+    xs,ys = sequences(n, 10, 100)
+    before,start = status('VmRSS'),perf_counter()
+    dls = SequenceDataLoaders.from_arrays(xs, ys, sub_seq_len=SUB, bs=512, device='cpu')
+    t,rise = perf_counter()-start,status('VmRSS')-before
+    peak = status('VmHWM')-before
+    t_epoch = timed(read_stream(dls.train))['t']
+    data = sum(o.nbytes for o in xs)*2/2**20
+    return dict(t=t, rise=rise, peak=peak, data=data, bytes_each=(rise-data)*2**20/n, epoch=t_epoch)
+
+
+if __name__=='__main__':
+    args = arguments(__doc__, repeats=5, one=dict(help='(one measurement)')).parse_args()
+    torch.set_num_threads(1)
+    if args.one:
+        import json
+        print(json.dumps(made(int(args.one))))
+        raise SystemExit
+    results = {}
+    headline('one thread', f'sub-windows of {SUB} steps', f'median (range) of {args.repeats}')
+    rows = []
+    for setting in SETTINGS:
+        steps,each = contenders(setting)
+        runs = turns(each, args.repeats, lambda name,_: timed(each[name]), warm_up=1)
+        base = runs['flat gather of the same blocks']
+        for name,o in runs.items():
+            share = steps/o[0]['run']
+            rows.append((setting, name, spread(column(o, 't'), '.2f'), spread(ratios(o, base, 't')), f'{share:.2f}'))
+        results[setting] = runs
+    table(['sequences', 'read by', 's an epoch', 'ratio to the gather', 'share of real steps'], rows, text=(0, 1))
+    print()
+    sizes = turns(SIZES, min(args.repeats, 3), lambda name,_: in_process(__file__, SIZES[name]))
+    table(['sequences of 10–100 steps', 's to make the loaders', 's an epoch', 'data [MiB]', 'rise of resident memory [MiB]', 'beside one copy of the data, bytes a sequence'],
+          [(name, spread(column(o, 't')), spread(column(o, 'epoch')), f"{o[0]['data']:.0f}", spread(column(o, 'rise'), '.0f'), spread(column(o, 'bytes_each'), '.0f'))
+           for name,o in sizes.items()])
+    save(args, {**results, 'sizes': sizes})
