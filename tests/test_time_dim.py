@@ -772,3 +772,15 @@ def test_a_recurrent_layer_that_is_given_other_channels_is_named(dim):
         trained('list', dim, lambda d: Bare(d).double())
     predictor = StreamPredictor(Bare(dim).double(), time_dim=dim)
     with pytest.raises(ValueError, match=r'LSTM \(rnn\) is made for 3 channels, and was given 2'): predictor(signals()[0])
+
+@pytest.mark.parametrize('dim', [0, 1, -1])
+def test_a_model_of_several_inputs_that_forgets_is_refused(dim):
+    class Both(nn.Module):
+        def __init__(self, forgets):
+            super().__init__()
+            self.net = pooled(dim, LAST, forgets)
+        def forward(self, a, b): return self.net(a+b.sum(1 if dim==-1 else 2, keepdim=True))
+    x = signals()[0]
+    window = Window((from_rows(x, dim), from_rows(torch.cat([x, x[...,:1]], -1), dim)), 2, None, dim)
+    check_remembers(Both(False), window)
+    with pytest.raises(ValueError, match='remembers nothing'): check_remembers(Both(True), window)
