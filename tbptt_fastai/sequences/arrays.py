@@ -215,20 +215,25 @@ class FlatArrays:
     def __repr__(self): return f'{type(self).__name__}: {len(self)} of {tuple(self.flat.shape)} {self.flat.dtype}'
 
 # %% ../../nbs/sequences/00_arrays.ipynb #d6055164
+def _cut_out(flat, begin, steps):
+    "`(rows, steps, ...)` from there, in memory of its own; past the end of all, the last step"
+    if int(begin.max())+steps<=len(flat): return flat.unfold(0, steps, 1)[torch.from_numpy(begin)].movedim(-1, 1).contiguous()
+    return flat[torch.from_numpy(np.minimum(begin[:,None]+np.arange(steps), len(flat)-1))]
+
 def read_steps(
-    flat:Tensor, # All steps `(total, ...)`
-    begin:np.ndarray, # First step of each row
+    arrays:list[FlatArrays], # Of the same lengths
+    seq:np.ndarray, # Number of the sequence of each row
+    start:np.ndarray, # First step of each row, counted from the start of its sequence
     n:np.ndarray, # Steps of each row
-    steps:int, # Most of them
-)->Tensor: # `(rows, steps, ...)`, in memory of its own
-    "Consecutive steps of a tensor, padded with zeros, by one gather"
-    if steps==0 or len(n)==0: return flat.new_zeros((len(n), steps, *flat.shape[1:]))
-    is_full = (n==steps).all()
-    if (begin+steps<=len(flat)).all(): out = flat.unfold(0, steps, 1)[torch.from_numpy(begin)].movedim(-1, 1).contiguous()
-    else: out = flat[torch.from_numpy(np.minimum(begin[:,None]+np.arange(steps), len(flat)-1))]
-    if is_full: return out
+    steps:int=None, # Of the result; default: the most of any row
+)->list[Tensor]: # `(rows, steps, ...)` for each array, in memory of its own
+    "Consecutive steps of some sequences, padded with zeros, by one gather each"
+    if steps is None: steps = int(n.max(initial=0))
+    if steps==0 or len(n)==0: return [o.flat.new_zeros((len(n), steps, *o.flat.shape[1:])) for o in arrays]
+    res = [_cut_out(o.flat, o.starts[seq]+start, steps) for o in arrays]
+    if int(n.min())==steps: return res
     padding = torch.from_numpy(np.arange(steps)>=n[:,None])
-    return out.masked_fill_(padding.view(*padding.shape, *[1]*(flat.ndim-1)), 0)
+    return [o.masked_fill_(padding.view(*padding.shape, *[1]*(o.ndim-2)), 0) for o in res]
 
 # %% ../../nbs/sequences/00_arrays.ipynb #010cec12
 def _at_once(seqs):

@@ -187,13 +187,10 @@ def _given(self:Sequences, batch):
 
 # %% ../../nbs/sequences/01_windows.ipynb #332bfa7c
 @patch
-def _read_flat(self:Sequences, idxs, start, n):
-    if (n==0).any(): idxs = np.where(n==0, 0, idxs)
+def _read_flat(self:Sequences, idxs, start, n, steps=None):
+    if not n.all(): idxs,start = np.where(n==0, 0, idxs),np.where(n==0, 0, start)
     seq,first = self.locate(idxs)
-    first,steps = first+np.where(n==0, 0, start),int(n.max(initial=0))
-    for seqs in self.arrays:
-        out = read_steps(seqs.flat, seqs.starts[seq]+first, n, steps)
-        yield out.to(self.dtype) if out.is_floating_point() else out
+    return [o.to(self.dtype) if o.is_floating_point() else o for o in read_steps(self.arrays, seq, first+start, n, steps)]
 
 @patch
 def read(self:Sequences,
@@ -274,23 +271,13 @@ class SequenceWindows(_Pieces):
             f'over {len(self.steps)} sequences')
 
 # %% ../../nbs/sequences/01_windows.ipynb #ce479618
-def _cut_windows(
-    seqs:FlatArrays, # Sequences `(time, ...)`
-    seq, # Number of the sequence of each window
-    start, # First step of each window
-    win_sz, # Steps of a window
-):
-    return read_steps(seqs.flat, seqs.starts[seq]+start, np.full(len(seq), win_sz), win_sz)
-
 @patch
 def gather(self:SequenceWindows,
     idxs, # Numbers of windows
 )->tuple[Tensor,...]: # x and y `(len(idxs), win_sz, ...)`
     "A batch of windows, by one indexing operation, or one copy of slices if there are several sequences"
     if self.in_files: return self.read(idxs, np.zeros_like(idxs), np.full(len(idxs), self.win_sz))
-    seq,start = self.locate(idxs)
-    batch = (_cut_windows(seqs, seq, start, self.win_sz) for seqs in self.arrays)
-    return self._given(o.to(self.dtype) if o.is_floating_point() else o for o in batch)
+    return self._given(self._read_flat(np.asarray(idxs), np.zeros(len(idxs), int), np.full(len(idxs), self.win_sz), self.win_sz))
 
 # %% ../../nbs/sequences/01_windows.ipynb #556a40e1
 class SequenceParts(_Pieces):
