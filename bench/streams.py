@@ -2,7 +2,8 @@
 
 An epoch of a `StreamDL` without a model, beside a gather of the very same blocks from one flat array, which is the least that any loader has to do, and
 beside what one would write with PyTorch: a `DataLoader` that pads batches of whole sequences (`pad_sequence`) or packs them (`pack_sequence`), cut in
-sub-windows; a packed batch has to be cut before it is packed. Then how long loaders of up to a million sequences take to make, and their memory.
+sub-windows; a packed batch has to be cut before it is packed. Then how long loaders of up to a million sequences take to make, and their memory; and what is
+gained by blocks of a few steps, between which sequences may begin inside a sub-window (`Fixed(64, block=16)`): fewer steps of padding, but shorter calls of the layer.
 """
 from time import perf_counter
 import numpy as np, torch
@@ -88,6 +89,33 @@ def made(n):
     return dict(t=t, rise=rise, peak=peak, data=data, bytes_each=(rise-data)*2**20/n, epoch=t_epoch)
 
 
+BLOCKS = (64, 32, 16, 8)
+MODELS = {"LSTM-40, 64 rows": (40, 64), "LSTM-128, 64 rows": (128, 64), "LSTM-128, 8 rows": (128, 8)}
+
+def trained(model, block):
+    "Seconds of an epoch of training in sub-windows of 64 steps, in which sequences begin every `block` steps"
+    from fastai.callback.core import Callback
+    from fastai.data.core import DataLoaders
+    from tbptt_fastai.loaders.layout import Layout
+    from tbptt_fastai.all import Fixed, StatefulRNN, TbpttLearner
+    hidden,bs = MODELS[model]
+    xs,ys = sequences(30*bs, 20, 199)
+    dl = stream(xs, ys, bs)
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn,self.lin = StatefulRNN(torch.nn.LSTM(1, hidden, batch_first=True)),torch.nn.Linear(hidden, 1)
+        def forward(self, x): return self.lin(self.rnn(x))
+    class Clock(Callback):
+        def before_train(self): self.start = perf_counter()
+        def after_train(self): self.t = perf_counter()-self.start
+    torch.manual_seed(0)
+    clock = Clock()
+    learn = TbpttLearner(DataLoaders(dl, stream(xs[:1], ys[:1], 1)), Net(), truncation=Fixed(64, block=block), loss_func=torch.nn.L1Loss(), num_threads=1, cbs=clock)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    return dict(t=clock.t, share=1-Layout(dl.dataset.lengths, bs, block).waste)
+
+
 if __name__=='__main__':
     args = arguments(__doc__, repeats=5, one=dict(help='(one measurement)')).parse_args()
     torch.set_num_threads(1)
@@ -112,4 +140,12 @@ if __name__=='__main__':
     table(['sequences of 10–100 steps', 's to make the loaders', 's an epoch', 'data [MiB]', 'rise of resident memory [MiB]', 'beside one copy of the data, bytes a sequence'],
           [(name, spread(column(o, 't')), spread(column(o, 'epoch')), f"{o[0]['data']:.0f}", spread(column(o, 'rise'), '.0f'), spread(column(o, 'bytes_each'), '.0f'))
            for name,o in sizes.items()])
+    print()
+    rows = []
+    for model in MODELS:
+        runs = turns(BLOCKS, args.repeats, lambda block,_: trained(model, block), warm_up=1)
+        results[model] = {str(k): o for k,o in runs.items()}
+        for block,o in runs.items():
+            rows.append((model, block, f"{o[0]['share']:.2f}", spread(column(o, 't')), spread(ratios(o, runs[BLOCKS[0]], 't'))))
+    table(['model', 'a sequence may begin every … steps', 'share of real steps', 's an epoch of training', 'ratio'], rows)
     save(args, {**results, 'sizes': sizes})

@@ -26,6 +26,7 @@ from tbptt_fastai.state.stateful import InitialState, StatefulRNN, learned_state
 from tbptt_fastai.loaders.layout import Layout, assign_rows
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.sequences.windows import Sequences, SequenceWindows
+from tbptt_fastai.truncation.plan import Fixed
 
 SEED,N_EPOCH,LR = 3,2,1e-2
 LENGTHS = [17,20,46,30,12,5,33]
@@ -635,3 +636,40 @@ def test_what_a_stream_cannot_do_is_refused_in_use():
     error = r'predictions and targets for every step, \(3, 7, ...\), not of shape \(3, 1\)'
     with pytest.raises(TypeError, match=error):
         fit(stream_learner(stream_loaders(xs, ys), LastOnly()), N_EPOCH)
+
+
+def test_a_sequence_may_begin_inside_a_sub_window():
+    "A row: 35 steps of a, 90 of b; sub-windows of 60 in blocks of 20, so that b begins in the middle of the first, after a padding of 5"
+    rng = np.random.default_rng(0)
+    a,b = (rng.normal(size=(n, 2)).astype(np.float32) for n in (35, 90))
+    data = Sequences([a, b], [o[:,:1]**2 for o in (a, b)])
+    def net():
+        torch.manual_seed(0)
+        return nn.ModuleDict(dict(rnn=StatefulRNN(nn.GRU(2, 4, batch_first=True)), lin=nn.Linear(4, 1)))
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = net()
+        def forward(self, x): return self.parts.lin(self.parts.rnn(x))
+    dl = StreamDL(data, bs=1, sub_seq_len=60)
+    learn = Learner(DataLoaders(dl, dl), Net(), nn.L1Loss(), opt_func=sgd, cbs=TbpttResetCB('dls', truncation=Fixed(60, block=20)))
+    fit(learn, 1, .1)
+    first,second = ('b','a') if str(dl.layout(20).rows[0][0])=='1' else ('a','b')
+    assert first=='a' # rows keep the order of the sequences
+    parts,opt = net(),None
+    opt = torch.optim.SGD(parts.parameters(), lr=.1)
+    steps,state = [[(a, 0, 35), (b, 0, 20)], [(b, 20, 80)], [(b, 80, 90)]],None
+    for segments in steps:
+        errors = []
+        for seq,start,stop in segments:
+            x = torch.tensor(seq[start:stop])[None]
+            out,state = parts.rnn.rnn(x, None if start==0 else state.detach())
+            errors.append((parts.lin(out)-x[...,:1]**2).abs())
+        opt.zero_grad()
+        (torch.cat(errors, 1).sum()/60).backward()
+        opt.step()
+    for p,q in zip(learn.model.parameters(), parts.parameters()): torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+@pytest.mark.parametrize('block,said', [(25, 'a half or a quarter'), (0, 'block is 0'), (120, 'a part of it')])
+def test_blocks_are_parts_of_a_sub_window(block, said):
+    with pytest.raises(ValueError, match=said): Fixed(60, block=block)

@@ -60,7 +60,7 @@ class StreamView(SubWindows):
         """How a scheme that is not `Fixed` joins blocks to training steps
 
         `SubWindow`s in blocks; `None` if each block is a training step."""
-        if self.block is None or isinstance(self.truncation, Fixed): return None
+        if self.block is None or isinstance(self.truncation, Fixed) and self.block==self.sub_seq_len: return None
         n = len(self.layout)
         if n==0: return []
         return [self._in_blocks(o) for o in self.truncation.sub_windows(n*self.block, rng=self._new_rng())]

@@ -170,7 +170,13 @@ class Fixed(Truncation):
     _last = None
     def __init__(self,
         sub_seq_len:int, # Steps of a sub-window
-    ): self.sub_seq_len = self.block = self.least_window = check_steps('sub_seq_len', sub_seq_len)
+        block:int=None, # In a stream: every so many steps of a sub-window, a sequence may begin; default: at its start alone
+    ):
+        self.sub_seq_len = self.block = self.least_window = check_steps('sub_seq_len', sub_seq_len)
+        if block is None: return
+        self.block = check_steps('block', block)
+        if self.sub_seq_len%self.block: raise ValueError(
+            f"block is {block}, sub_seq_len {sub_seq_len}: expected a part of it, such as a half or a quarter.")
 
     def plan(self, win_sz, rng):
         return [(start, min(start+self.sub_seq_len, win_sz)) for start in range(0, win_sz, self.sub_seq_len)]
