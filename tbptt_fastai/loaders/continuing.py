@@ -7,7 +7,6 @@ __all__ = ['is_text', 'continues', 'check_order', 'check_same_rows', 'check_rows
 
 # %% ../../nbs/loaders/08_continuing.ipynb #fe0f6425
 import sys
-import torch
 from fastai.data.load import DataLoader
 from torch import Tensor
 from torch.utils import data as torch_data
