@@ -1415,8 +1415,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'tbptt_fastai/state/carry.py'),
                                           'tbptt_fastai.state.carry.Carry.reset_own': ( 'state/carry.html#carry.reset_own',
                                                                                         'tbptt_fastai/state/carry.py'),
-                                          'tbptt_fastai.state.carry.Carry.resets_itself': ( 'state/carry.html#carry.resets_itself',
-                                                                                            'tbptt_fastai/state/carry.py'),
                                           'tbptt_fastai.state.carry.Carry.rest': ( 'state/carry.html#carry.rest',
                                                                                    'tbptt_fastai/state/carry.py'),
                                           'tbptt_fastai.state.carry.Carry.restore': ( 'state/carry.html#carry.restore',

@@ -48,6 +48,7 @@ class Carry:
         self._covered = 0 # by how many contexts within this one
         self._stack,self._owned = None,[] # what ends with the context, and its slots
         self.inner = get_model(model)
+        self.resets_itself = resets_state(self.inner) # has it a `reset()` of a state? fastai gives one to DistributedDataParallel
         self.layers = {name:m for m,name in recurrent_layers(self.inner).items()}
         self.stateful = {name:m for name,m in self.inner.named_modules() if isinstance(m, StatefulRNN)}
         self._slots = {name:Slot() for name in self.layers} # a plain layer has none of its own
@@ -77,11 +78,6 @@ class Carry:
         return type(self),(nn.Module(),self.evaluation)
 
 # %% ../../nbs/state/02_carry.ipynb #b7933ee5
-@patch(as_prop=True)
-def resets_itself(self:Carry)->bool:
-    "Has the model a `reset()` of a state?"
-    return resets_state(self.inner) # fastai gives one to every DistributedDataParallel
-
 @patch(as_prop=True)
 def is_own(self:Carry)->bool:
     "Does the model carry a state by itself, out of sight?"
