@@ -123,7 +123,7 @@ class Sequences:
         "The same settings without the data, as `Learner.export` needs it"
         empty = object.__new__(type(self))
         arrays = [[seqs[0][:0].clone()] for seqs in self.arrays]
-        empty.__dict__ = {**self.__dict__, 'index': None, 'arrays': arrays, 'steps': np.zeros(0, int), 'groups': []}
+        empty.__dict__ = {**self.__dict__, 'index': None, 'rows': None, 'arrays': arrays, 'steps': np.zeros(0, int), 'groups': []}
         return empty
 
     @property
