@@ -38,12 +38,14 @@ def encode_input(
     column, # One of its columns
     vocab:list, # Classes
     groups=None, # The group of each row, for messages
+    missing:bool=False, # Leave a missing value missing?
 )->np.ndarray: # float64: numbers of classes
     "The number of the class of each row; one that is unknown is refused by name, or of the class `#na#`, if there is one"
     col = df[column]
     codes = pd.Index(vocab).get_indexer(pd.Index(col.array))
     if vocab[0]==NA: return codes.clip(0).astype(float)
-    refuse_row(codes<0, df, groups, lambda i: (
+    left = col.isna().to_numpy() if missing else np.zeros(len(df), bool)
+    refuse_row((codes<0)&~left, df, groups, lambda i: (
         f"has {plain(col.iloc[i])!r} in column {column!r}, which is none of the {len(vocab)} classes of the training: {vocab[:10]}. "
         "Drop such rows, give all classes by x_vocab={column: classes}, or make one of those that are unknown by on_unknown='class'."))
-    return codes.astype(float)
+    return np.where(left, np.nan, codes)

@@ -59,16 +59,20 @@ def learn_classes(self:FrameForm,
     self.x_vocab = {c:vocab for c in self.x if (vocab := learnt(c)) is not None}
 
 # %% ../../nbs/sequences/07_forms.ipynb #0595b718
+def _any_values(df, columns, groups): return df[columns].astype(np.float64).to_numpy()
+
 @patch
 def inputs(self:FrameForm,
     df, # Data frame
     groups=None, # The group of each row, for messages
+    missing:bool=False, # May values be missing, and stay NaN?
 )->np.ndarray: # float64 `(rows, channels)`
     "The inputs of all rows; classes are numbers"
-    if not self.x_vocab: return real_values(df, self.x, groups)
+    read = _any_values if missing else real_values
+    if not self.x_vocab: return read(df, self.x, groups)
     def channel(c):
-        if c in self.x_vocab: return encode_input(df, c, self.x_vocab[c], groups)
-        return real_values(df, [c], groups)[:,0]
+        if c in self.x_vocab: return encode_input(df, c, self.x_vocab[c], groups, missing)
+        return read(df, [c], groups)[:,0]
     return np.stack([channel(c) for c in self.x], 1)
 
 # %% ../../nbs/sequences/07_forms.ipynb #b637b345

@@ -133,7 +133,8 @@ def rows_of_groups(
     begins = np.zeros(len(df), bool)
     if time is not None:
         gap = max_gap if max_gap is None else check_gap(max_gap, times)
-        if gap is not None or max_gap is None: begins = begins_anew(times.to_numpy()[order], codes[order], names, gap)
+        if gap is not None or max_gap is None: begins = begins_anew(
+            times.to_numpy()[order], codes[order], names, gap, df[time].iloc[order])
     begins[np.r_[0, ends]] = True
     parts = zip(np.split(order, ends), np.split(begins, ends))
     return {plain(name):part for name,part in zip(names, parts)}

@@ -120,6 +120,7 @@ def begins_anew(
     groups:np.ndarray, # Number of the group of each of these rows
     names, # Name of each group
     max_gap=None, # As `check_gap` returns it
+    shown=None, # The same times as the frame has them, for messages
 )->np.ndarray: # bool, for each row: does a sequence begin, after a hole or with a group?
     "Where sequences begin"
     inside,steps = groups[1:]==groups[:-1],np.diff(times)
@@ -127,5 +128,5 @@ def begins_anew(
     begins[1:] = ~inside if max_gap is None else ~inside|(steps>max_gap)
     if max_gap is None:
         rows = np.flatnonzero(inside)
-        warn_of_holes(steps[rows], groups[rows], lambda i: (plain(names[groups[rows[i]]]), pd.Series(times)[rows[i]]))
+        warn_of_holes(steps[rows], groups[rows], lambda i: (plain(names[groups[rows[i]]]), (pd.Series(times) if shown is None else shown).iloc[rows[i]]))
     return begins
