@@ -33,6 +33,7 @@ from .speed.optimizer import FusedAdam
 from .models.sequence import SequenceRNN, Standardize
 from .sequences.text import TextRows
 from .models.text import TextRNN
+from .training.length import LengthHintCB
 from .training.threads import ThreadHintCB, on_threads
 from .truncation.plan import Truncation, check_steps
 from .sequences.windows import Sequences
@@ -299,6 +300,7 @@ def TbpttLearner(
     own['loss_func'] = default_loss(dls, time_dim=time_dim) if loss_func is None else loss_func
     check_targets(dls, own['loss_func'])
     cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check, time_dim, counts, continuing)
+    cbs += LengthHintCB()
     if num_threads is None: cbs += ThreadHintCB()
     if grad_clip is not None: cbs += clipping(grad_clip)
     return SequenceLearner(dls, model, cbs=cbs, **own, **kwargs)
