@@ -224,6 +224,25 @@ class SequenceLearner(LeanLearner):
         contexts = super().validation_context(cbs, inner)
         return ContextManagers([on_threads(self.num_threads), kept_records(self), *contexts.default])
 
+# %% ../nbs/learner.ipynb #cd0ca05d
+@patch
+@delegates(Learner.show_results)
+def show_results(self:SequenceLearner,
+    ds_idx:int=1, # Which loader
+    dl=None, # Another one, instead
+    max_n:int=9, # Windows or sequences to draw, at most
+    shuffle:bool=True, # Any of them, or the first?
+    steps:int=1000, # Most steps of the sequences of a stream
+    **kwargs
+):
+    "Draw predictions of windows, or of whole sequences of a stream"
+    if dl is None: dl = self.dls[ds_idx].new(shuffle=shuffle)
+    if not isinstance(dl, StreamDL) or isinstance(dl.dataset, TextRows):
+        return Learner.show_results(self, ds_idx, dl, max_n, shuffle, **kwargs)
+    few = dl.few(max_n, steps)
+    preds = self.get_preds(dl=few, with_decoded=True)[2]
+    few.show_whole(preds[0] if isinstance(preds, (tuple,list)) else preds, **kwargs)
+
 # %% ../nbs/learner.ipynb #540646d0
 def _pred_names(df, names, targets):
     names = [f'{o}_pred' for o in targets] if names is None else [names] if isinstance(names, str) else list(names)

@@ -22,6 +22,7 @@ from ..sequences.frames import check_one_label, encode_column, rows_of_groups, s
 from ..sequences.labels import are_labels, by_sequence, check_vocab, encode_sequences, find_vocab
 from .windows import TbpttDL
 from .streams import StreamDL
+from . import pictures # what a StreamDL shows
 from ..sequences.text import TextRows
 from ..truncation.plan import check_steps
 from ..sequences.windows import SequenceParts, SequenceWindows, Sequences, check_same_channels
