@@ -540,6 +540,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'tbptt_fastai/loaders/pictures.py'),
                                                'tbptt_fastai.loaders.pictures.StreamDL.show_whole': ( 'loaders/pictures.html#streamdl.show_whole',
                                                                                                       'tbptt_fastai/loaders/pictures.py'),
+                                               'tbptt_fastai.loaders.pictures._begin': ( 'loaders/pictures.html#_begin',
+                                                                                         'tbptt_fastai/loaders/pictures.py'),
                                                'tbptt_fastai.loaders.pictures._padded': ( 'loaders/pictures.html#_padded',
                                                                                           'tbptt_fastai/loaders/pictures.py')},
             'tbptt_fastai.loaders.segment': { 'tbptt_fastai.loaders.segment.CountedBatch': ( 'loaders/segment.html#countedbatch',

@@ -17,6 +17,12 @@ from ..sequences.windows import Sequences
 from ..truncation.plan import check_steps
 
 # %% ../../nbs/loaders/09_pictures.ipynb #a6c35998
+def _begin(ds, seqs, n, at_once):
+    "The first `n` steps of some sequences, read piece by piece; zeros where one has ended"
+    starts = range(0, int(n.max()), at_once)
+    pieces = [ds.read(seqs, np.full_like(n, o), np.clip(n-o, 0, at_once)) for o in starts]
+    return [torch.cat(o, 1) for o in zip(*pieces)]
+
 @patch
 def few(self:StreamDL,
     max_n:int=4, # Sequences
@@ -27,7 +33,8 @@ def few(self:StreamDL,
     ds,seqs = self.dataset,first(self.layout(self.sub_seq_len)).seq
     seqs = seqs[seqs>=0][:check_steps('max_n', max_n)]
     n = np.minimum(ds.lengths[seqs], check_steps('steps', steps))
-    xy = [[o[:k] for o,k in zip(rows, n)] for rows in ds.read(seqs, np.zeros_like(n), n)]
+    read = _begin(ds, seqs, n, self.sub_seq_len or 1000)
+    xy = [[o[:k] for o,k in zip(rows, n)] for rows in read]
     some = Sequences(*xy, groups=ds.groups_of(seqs), dtype=ds.dtype, x_names=ds.x_names, y_names=ds.y_names, dt=ds.dt, check=False)
     if ds.vocab is not None: some.classify(ds.vocab, ds.one_label)
     some.form,some.split_idx = ds.form,ds.split_idx
