@@ -1114,6 +1114,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'tbptt_fastai/sequences/plot.py'),
                                              'tbptt_fastai.sequences.plot._draw': ( 'sequences/plot.html#_draw',
                                                                                     'tbptt_fastai/sequences/plot.py'),
+                                             'tbptt_fastai.sequences.plot._draw_inputs': ( 'sequences/plot.html#_draw_inputs',
+                                                                                           'tbptt_fastai/sequences/plot.py'),
                                              'tbptt_fastai.sequences.plot._draw_outputs': ( 'sequences/plot.html#_draw_outputs',
                                                                                             'tbptt_fastai/sequences/plot.py'),
                                              'tbptt_fastai.sequences.plot._legend': ( 'sequences/plot.html#_legend',

@@ -35,7 +35,8 @@ def few(self:StreamDL,
     n = np.minimum(ds.lengths[seqs], check_steps('steps', steps))
     read = _begin(ds, seqs, n, self.sub_seq_len or 1000)
     xy = [[o[:k] for o,k in zip(rows, n)] for rows in read]
-    some = Sequences(*xy, groups=ds.groups_of(seqs), dtype=ds.dtype, x_names=ds.x_names, y_names=ds.y_names, dt=ds.dt, check=False)
+    kw = dict(dtype=ds.dtype, x_names=ds.x_names, y_names=ds.y_names, dt=ds.dt, check=False)
+    some = Sequences(*xy, groups=ds.groups_of(seqs), **kw)
     if ds.vocab is not None: some.classify(ds.vocab, ds.one_label)
     some.form,some.split_idx = ds.form,ds.split_idx
     return self.new(some, bs=len(seqs), shuffle=False)

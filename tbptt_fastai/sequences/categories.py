@@ -46,6 +46,7 @@ def encode_input(
     if vocab[0]==NA: return codes.clip(0).astype(float)
     left = col.isna().to_numpy() if missing else np.zeros(len(df), bool)
     refuse_row((codes<0)&~left, df, groups, lambda i: (
-        f"has {plain(col.iloc[i])!r} in column {column!r}, which is none of the {len(vocab)} classes of the training: {vocab[:10]}. "
-        "Drop such rows, give all classes by x_vocab={column: classes}, or make one of those that are unknown by on_unknown='class'."))
+        f"has {plain(col.iloc[i])!r} in column {column!r}, which is none of the {len(vocab)} classes of the training: "
+        f"{vocab[:10]}. Drop such rows, give all classes by x_vocab={{column: classes}}, or make one class of those that are "
+        "unknown by on_unknown='class'."))
     return np.where(left, np.nan, codes)

@@ -6,10 +6,11 @@
 __all__ = ['FrameForm', 'cut_at_gaps']
 
 # %% ../../nbs/sequences/07_forms.ipynb #384c6093
-import numpy as np, pandas as pd
+import numpy as np
 from fastcore.basics import patch
 from .categories import check_on_unknown, encode_input, learn_vocab
-from .frames import check_frame, check_xy, groups_of, real_values, rows_of_groups, target_values, with_levels
+from tbptt_fastai.sequences.frames import (check_frame, check_xy, groups_of, real_values, rows_of_groups,
+    target_values, with_levels)
 from .times import as_list
 
 # %% ../../nbs/sequences/07_forms.ipynb #41d2a395

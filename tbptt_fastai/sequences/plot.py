@@ -39,6 +39,12 @@ def _draw_outputs(axs, time, y, pred, is_class):
     targets = [_draw(ax(i), time, o, is_class, **style) for i,(o,style) in enumerate(zip(ys, under))]
     return targets,[_draw(ax(i), time, o, is_class, lw=1, color=f'C{i}') for i,o in enumerate(preds)]
 
+def _draw_inputs(axs, time, x, x_vocab):
+    "Inputs of one window, on an axis each, or on one"
+    several = len(axs)>1
+    for i,o in enumerate(_channels(x)[:len(axs) if several else None]):
+        _draw(axs[i if several else 0], time, o, i in x_vocab, lw=.8, color='0.4')
+
 # %% ../../nbs/sequences/02_plot.ipynb #892b6812
 _most = 8 # channels that are drawn on axes of their own
 
@@ -104,11 +110,10 @@ def plot_windows(
         time,(inputs,) = np.arange(steps)*(dt or 1),_rows([x], j, steps)
         drawn = _draw_outputs(column[:n_above], time, *_rows(curves, j, steps), is_class) if n_above else None
         if j==0 and drawn: _legend(fig, *drawn)
-        for i,o in enumerate(_channels(inputs)[:len(below) if len(below)>1 else None]):
-            _draw(column[n_above+(i if len(below)>1 else 0)], time, o, i in x_vocab, lw=.8, color='0.4')
+        _draw_inputs(column[n_above:], time, inputs, x_vocab)
         column[-1].set_xlabel('time [s]' if dt else 'step')
         if any(o is not None for o in labels): _title(column[0], vocab, *_rows(labels, j, None))
         elif titles is not None: column[0].set_title(str(titles[j]), fontsize='medium')
     _name_axes(axs[:n_above,0], above, lambda i: vocab)
-    _name_axes(axs[n_above:,0], below, lambda i: x_vocab.get(i) if len(below)>1 or _width(x)==1 else None)
+    _name_axes(axs[n_above:,0], below, x_vocab.get if len(below)==min(_width(x), _most) else lambda i: None)
     return axs

@@ -86,7 +86,8 @@ def check_gap(
         f"max_gap is {max_gap!r}, and times are {times.dtype}: expected "
         + ("a time with its unit, such as '1h'." if dates else "a number in the unit of these."))
     try: gap = pd.Timedelta(max_gap) if dates else max_gap
-    except (ValueError,TypeError) as e: raise ValueError(f"max_gap is {max_gap!r}, no time ({e}); expected such as '1h'.") from None
+    except (ValueError,TypeError) as e: raise ValueError(
+        f"max_gap is {max_gap!r}, no time ({e}); expected such as '1h'.") from None
     if not gap>type(gap)(0): raise ValueError(f"max_gap is {max_gap!r}; expected a time above 0.")
     return gap.to_timedelta64() if dates else gap
 
@@ -111,8 +112,8 @@ def warn_of_holes(
     more = '' if n==1 else f', the longest of {n} such holes'
     warnings.warn(
         f"There is a hole of {_shown(steps[i])}{of_group} after {time}: {ratio[i]:.0f} times the median step{more}. "
-        "The memory goes on over it as over any step. To begin a new sequence after a hole give max_gap, such as '1h', or a number where "
-        "times are numbers; if a row is a step whatever its time: max_gap=float('inf').", stacklevel=5)
+        "The memory goes on over it as over any step. To begin a new sequence after a hole give max_gap, such as '1h', "
+        "or a number where times are numbers; if a row is a step whatever its time: max_gap=float('inf').", stacklevel=5)
 
 # %% ../../nbs/sequences/02_times.ipynb #a7585869
 def begins_anew(
@@ -128,5 +129,6 @@ def begins_anew(
     begins[1:] = ~inside if max_gap is None else ~inside|(steps>max_gap)
     if max_gap is None:
         rows = np.flatnonzero(inside)
-        warn_of_holes(steps[rows], groups[rows], lambda i: (plain(names[groups[rows[i]]]), (pd.Series(times) if shown is None else shown).iloc[rows[i]]))
+        shown = pd.Series(times) if shown is None else shown
+        warn_of_holes(steps[rows], groups[rows], lambda i: (plain(names[groups[rows[i]]]), shown.iloc[rows[i]]))
     return begins
