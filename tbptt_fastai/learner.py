@@ -16,14 +16,15 @@ from fastai.data.core import TfmdDL
 from fastai.learner import Learner, Recorder
 from fastai.losses import BaseLoss
 from fastai.torch_core import no_random
-from fastcore.basics import first
+from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
 from fastcore.xtras import ContextManagers
-import torch
+import numpy as np, pandas as pd, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .sequences.arrays import channel_stats
+from .sequences.frames import check_frame
 from .training.callback import TbpttResetCB
 from .speed.dispatch import LeanLearner
 from .loaders.views import first_item, inner_loader, resolve_time_dim
@@ -32,6 +33,7 @@ from .speed.optimizer import FusedAdam
 from .models.sequence import SequenceRNN, Standardize
 from .sequences.text import TextRows
 from .models.text import TextRNN
+from .training.length import LengthHintCB
 from .training.threads import ThreadHintCB, on_threads
 from .truncation.plan import Truncation, check_steps
 from .sequences.windows import Sequences
@@ -73,9 +75,17 @@ def _training_arrays(dl, time_dim=1):
     def steps(o): return (o.movedim(1, -1) if time_dim==-1 and o.ndim>2 else o).flatten(0, -2).cpu()
     return [[steps(o.as_subclass(Tensor))] if isinstance(o, Tensor) else None for o in batch]
 
+def _classes(dl):
+    "Number of classes, for each input channel that has such"
+    form = getattr(getattr(inner_loader(dl), 'dataset', None), 'form', None)
+    return {} if form is None else {form.x.index(c):len(vocab) for c,vocab in form.x_vocab.items()}
+
 def _scaling(dl, name, seqs, dtype):
     names = getattr(dl.dataset, f'{name}_names', None)
-    return Standardize(*(o.to(dtype) for o in channel_stats(seqs, name, names, dtype)))
+    mean,std = (o.to(dtype) for o in channel_stats(seqs, name, names, dtype))
+    classes = list(_classes(dl)) if name=='x' else []
+    mean[classes],std[classes] = 0,1 # numbers of classes are no quantities
+    return Standardize(mean, std)
 
 
 # %% ../nbs/learner.ipynb #97f67670
@@ -214,6 +224,63 @@ class SequenceLearner(LeanLearner):
         contexts = super().validation_context(cbs, inner)
         return ContextManagers([on_threads(self.num_threads), kept_records(self), *contexts.default])
 
+# %% ../nbs/learner.ipynb #cd0ca05d
+@patch
+@delegates(Learner.show_results)
+def show_results(self:SequenceLearner,
+    ds_idx:int=1, # Which loader
+    dl=None, # Another one, instead
+    max_n:int=9, # Windows or sequences to draw, at most
+    shuffle:bool=True, # Any of them, or the first?
+    steps:int=1000, # Most steps of the sequences of a stream
+    **kwargs
+):
+    "Draw predictions of windows, or of whole sequences of a stream"
+    if dl is None: dl = self.dls[ds_idx].new(shuffle=shuffle)
+    if not isinstance(dl, StreamDL) or isinstance(dl.dataset, TextRows):
+        return Learner.show_results(self, ds_idx, dl, max_n, shuffle, **kwargs)
+    few = dl.few(max_n, steps)
+    preds = self.get_preds(dl=few, with_decoded=True)[2]
+    few.show_whole(preds[0] if isinstance(preds, (tuple,list)) else preds, **kwargs)
+
+# %% ../nbs/learner.ipynb #540646d0
+def _pred_names(df, names, targets):
+    names = [f'{o}_pred' for o in targets] if names is None else [names] if isinstance(names, str) else list(names)
+    if len(names)!=len(targets) or len(set(names))!=len(names): raise ValueError(
+        f"names is {names}; expected a name of its own for the prediction of each of {list(targets)}.")
+    there = [o for o in names if o in df.columns]
+    if there: raise ValueError(
+        f"The data frame has a column {there[0]!r} already: drop it, or give names=, one for each of {list(targets)}.")
+    return names
+
+def _columns_of(preds, names, vocab):
+    "The prediction of each target, one value for each step; classes by their labels"
+    columns = preds.float() if preds.dtype in (torch.float16, torch.bfloat16) else preds
+    columns = columns.cpu().numpy().reshape(len(preds), -1)
+    if preds.ndim>2 or columns.shape[1]!=len(names): raise ValueError(
+        f"The predictions have shape {tuple(preds.shape)}; expected {len(names)} for each step, for {names}. A loss that decodes them, "
+        "such as CrossEntropyLossFlat, makes one class of scores.")
+    return dict(zip(names, columns.T if vocab is None else [pd.Index(list(vocab))[columns[:,0]]]))
+
+# %% ../nbs/learner.ipynb #522f43a7
+@patch
+def predict_df(self:SequenceLearner,
+    df, # New data frame, with the inputs, and the columns of group and time, in any order; targets are not looked at
+    names=None, # Name of the column of predictions, or a list of such; default: the target's name and '_pred'
+    **kwargs # As for `test_df`
+)->pd.DataFrame: # A copy of the frame with a column for the prediction of each target
+    "Predict each row of a data frame, the rows of a group in the order of time; classes come back as labels"
+    form = self.dls.form
+    check_frame(df, [])
+    names = _pred_names(df, names, form.y)
+    dl = self.dls.test_df(df, **kwargs)
+    preds = self.get_preds(dl=dl, with_decoded=True)[2]
+    if len(preds)!=len(df): raise ValueError(
+        f"There are {len(preds)} predictions of shape {tuple(preds.shape)} for {len(df)} rows: expected one for each step.")
+    out,order = df.copy(),np.argsort(dl.dataset.rows)
+    for name,values in _columns_of(preds, names, self.dls.valid_ds.vocab).items(): out[name] = values[order]
+    return out
+
 # %% ../nbs/learner.ipynb #79a9ef7a
 def clipping(
     grad_clip:float, # Largest norm of the gradient
@@ -252,6 +319,7 @@ def TbpttLearner(
     own['loss_func'] = default_loss(dls, time_dim=time_dim) if loss_func is None else loss_func
     check_targets(dls, own['loss_func'])
     cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check, time_dim, counts, continuing)
+    cbs += LengthHintCB()
     if num_threads is None: cbs += ThreadHintCB()
     if grad_clip is not None: cbs += clipping(grad_clip)
     return SequenceLearner(dls, model, cbs=cbs, **own, **kwargs)
@@ -277,6 +345,7 @@ def RNNLearner(
     scale_x,scale_y = scaling_from_data(dls, time_dim)
     channel = _channel_axis(dls.train, time_dim)
     n_out = y.shape[channel] if scale_y else len(dls.vocab)
-    model = SequenceRNN(x.shape[channel], n_out, *sizes, scale_x, scale_y, last=y.ndim==0, time_dim=time_dim)
+    model = SequenceRNN(x.shape[channel], n_out, *sizes, scale_x, scale_y, last=y.ndim==0, time_dim=time_dim,
+                        n_classes=_classes(dls.train))
     if kwargs.get('loss_func') is None: kwargs['loss_func'] = default_loss(dls, scale_y, time_dim)
     return TbpttLearner(dls, model.to(x.dtype), **kwargs)

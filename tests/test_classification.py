@@ -281,7 +281,7 @@ U,S = steps()
     (lambda: from_df(a_frame(other=S), 'u', ['state','other']), ValueError, 'expected one column of labels'),
     (lambda: from_df(a_frame(), 'u', ['state','v']), ValueError, 'expected one column of labels'),
     (lambda: from_df(a_frame(), 'u', 'label'), KeyError, "no column 'label'"),
-    (lambda: from_df(a_frame(), 'state', 'u'), TypeError, "Column 'state' is of type .*expected numbers"),
+    (lambda: from_df(a_frame(when=pd.Timestamp('2024-01-01')), 'when', 'u'), TypeError, "Column 'when' is of type .*expected numbers"),
     (lambda: from_frame(a_frame(), one_label=True, valid_groups=['x'], win_sz=50), ValueError, r"Group 'x' has the labels \['fault', 'idle', 'run'\], but one_label"),
     (lambda: from_frame(a_frame(), one_label=True, win_sz=50), ValueError, 'Hold back groups by valid_groups'),
     (lambda: from_frame(a_frame(state=1.), one_label=True, valid_groups=['x'], win_sz=50), ValueError, 'target is a number: give vocab'),

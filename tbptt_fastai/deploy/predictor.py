@@ -80,6 +80,10 @@ def _channels_in(learn):
     if any(getattr(dl, o).fs for o in ('after_item','before_batch','after_batch')): return None,None
     return tuple(dataset.arrays[0][0].shape[1:]),dataset.x_names
 
+def _form_in(learn):
+    "How the frame of the training was read, or `None`"
+    return getattr(getattr(inner_loader(learn.dls.train), 'dataset', None), 'form', None) if hasattr(learn, 'dls') else None
+
 # %% ../../nbs/deploy/00_predictor.ipynb #e2868d8b
 class StreamPredictor:
     "Run a model on sequences that come in chunks: each call goes on from where the last one ended"
@@ -101,6 +105,7 @@ class StreamPredictor:
         self.timed = _timed_in(learn) if timed is None else tuple(timed)
         self.time_dim = _time_dim_in(learn) if check_time_dim(time_dim) is None else time_dim
         self._trained,self._names = _channels_in(learn)
+        self._form = _form_in(learn)
         _check_model(self.model)
         self.reset()
 
@@ -187,6 +192,13 @@ def _inputs(self:StreamPredictor, xs):
 def _channels(xs, timed): return [tuple(x.shape[2 if t else 1:]) for x,t in zip(xs, timed)]
 
 @patch
+def _with_codes(self:StreamPredictor, x):
+    "A frame whose strings and categories are numbers of classes, as in training"
+    if self._form is None or not self._form.x_vocab or not hasattr(x, 'columns'): return x
+    if list(x.columns)!=self._form.x: self._check_trained([self._trained], x)
+    return self._form.inputs(x, missing=True)
+
+@patch
 def _check_trained(self:StreamPredictor, found, x):
     "A `ValueError` if there are other channels than in training, or a frame has them in another order"
     names = channel_names('the chunk', x)
@@ -239,6 +251,7 @@ def __call__(self:StreamPredictor,
     *x_chunk,
 ): # The model's output for the chunk, on its device, or arrays for an array; no activation or decoding of a learner is applied
     "Predict the next chunk of every stream"
+    x_chunk = (self._with_codes(x_chunk[0]), *x_chunk[1:])
     xs,timed,one = self._inputs(x_chunk)
     self._check_streams(len(xs[0]))
     channels = _channels(xs, timed)

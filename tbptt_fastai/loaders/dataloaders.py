@@ -17,10 +17,12 @@ from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from fastcore.meta import delegates
 from ..sequences.arrays import FlatArrays, HDF5Array, named, one_or_many
-from ..sequences.frames import check_one_label, encode_column, group_sequences, split_groups
+from ..sequences.forms import FrameForm, cut_at_gaps
+from ..sequences.frames import check_one_label, encode_column, rows_of_groups, split_groups, target_values
 from ..sequences.labels import are_labels, by_sequence, check_vocab, encode_sequences, find_vocab
 from .windows import TbpttDL
 from .streams import StreamDL
+from . import pictures # what a StreamDL shows
 from ..sequences.text import TextRows
 from ..truncation.plan import check_steps
 from ..sequences.windows import SequenceParts, SequenceWindows, Sequences, check_same_channels
@@ -275,14 +277,30 @@ def _check_one_label(vocab, valid_groups):
         "There is one label for each group: the end of a group that is trained on would say nothing about others. "
         "Hold back groups by valid_groups.")
 
+def _check_cut(rows, parts, max_gap):
+    "A `ValueError` if `max_gap` leaves no sequence of two steps"
+    if max_gap is None or len(rows)==len(parts) or max(map(len, rows))>1: return
+    raise ValueError(f"max_gap is {max_gap!r}, less than each of the steps: each row would be a sequence of its own.")
+
+def _of_parts(make, form, parts, xs, ys, index, **kwargs):
+    "Sequences of rows of a frame, which know where these are"
+    names,rows = cut_at_gaps(parts)
+    _check_cut(rows, parts, form.max_gap)
+    ds = make([xs[o] for o in rows], [ys[o] for o in rows], groups=names, **kwargs)
+    ds.form = form
+    if not isinstance(ds, SequenceWindows): ds.rows = np.concatenate(rows)
+    if not isinstance(ds, SequenceWindows): ds.index = index[ds.rows]
+    return ds
+
+# %% ../../nbs/loaders/06_dataloaders.ipynb #5cd594ba
 @patch(cls_method=True)
 @delegates(SequenceDataLoaders.from_sequences, but=['train', 'valid'])
 def from_df(cls:SequenceDataLoaders,
     df, # Data frame with a row for each step
-    x, # Column of the inputs, or a list of columns
+    x, # Column of the inputs, or a list of columns; strings and categories become numbers of classes
     y, # Column of the targets, or a list of columns
-    group=None, # Column, or list of columns, that says which sequence a row belongs to
-    time:str=None, # Column to sort by within a group; default: rows are in order
+    group=None, # Column, or list of columns, that says which sequence a row belongs to; or a level of the index
+    time:str=None, # Column, or level of the index, to sort by within a group; default: rows are in order
     valid_pct:float=.2, # Share of each group, at its end, that is held back for validation
     valid_groups=None, # Names of groups that are held back whole, instead
     # Most steps before the state is reset, to fill more rows than there are groups; default: a whole group
@@ -291,25 +309,63 @@ def from_df(cls:SequenceDataLoaders,
     dt:float=None, # Seconds per step
     vocab:list=None, # All labels, if the target is a class; default: those of strings or categories
     one_label:bool=False, # Is there one label for each group, and so for each of its windows, not for each row?
+    max_gap=None, # Longest time between two rows of a sequence: a number, or such as '1h'; default: a hole is only named
+    x_vocab:dict=None, # Classes of inputs, for each column that has them; default: strings and categories of the training
+    on_unknown:str='raise', # An input of an unknown class is refused; 'class': all such are one more class
     **kwargs
 ):
-    """One sequence for each group of a data frame.
+    """One sequence for each group of a data frame, or for each of its parts between two holes.
 
-    `dls.valid_ds.index` says which row of the frame each step, and so each prediction, belongs to"""
+    `dls.valid_ds.index` says which row of the frame each step, and so each prediction, belongs to, and `dls.valid_ds.rows`
+    at which position it is. New frames are read in the same way: `dls.test_df(df)`"""
+    form = FrameForm(x, y, group, time, max_gap, x_vocab, on_unknown)
+    index,(df,groups) = getattr(df, 'index', None),form.open(df)
     df,vocab = encode_column(df, y, vocab)
     if one_label: _check_one_label(vocab, valid_groups)
-    make = Sequences if win_sz is None else partial(SequenceParts, win_sz=win_sz)
-    if one_label: make = partial(SequenceWindows, win_sz=win_sz)
-    kw = dict(dtype=dtype, x_names=x, y_names=y, dt=dt, check=dtype!=torch.float64)
-    def dataset(sequences):
-        xs,ys,index = zip(*sequences.values())
-        ds = make(list(xs), list(ys), groups=list(sequences), **kw)
-        if not one_label: ds.index = index[0].append(list(index[1:]))
-        return ds if vocab is None else ds.classify(vocab, one_label)
-    sequences = group_sequences(df, x, y, group, time)
-    if one_label: check_one_label(sequences, vocab)
-    train,valid = split_groups(sequences, valid_pct, valid_groups)
-    return cls.from_sequences(dataset(train), dataset(valid), **kwargs)
+    parts,ys = rows_of_groups(df, groups, time, max_gap),target_values(df, form.y, groups)
+    if one_label: check_one_label({name:(None, ys[rows], None) for name,(rows,_) in parts.items()}, vocab)
+    parts = split_groups(parts, valid_pct, valid_groups)
+    form.learn_classes(df, np.concatenate([rows for rows,_ in parts[0].values()]))
+    xs = form.inputs(df, groups)
+    make = SequenceWindows if one_label else Sequences if win_sz is None else SequenceParts
+    kw = dict(dtype=dtype, x_names=form.x, y_names=form.y, dt=dt, check=dtype!=torch.float64)
+    if make is not Sequences: kw['win_sz'] = win_sz
+    train,valid = (_of_parts(make, form, o, xs, ys, index, **kw) for o in parts)
+    if vocab is not None: train,valid = (o.classify(vocab, one_label) for o in (train, valid))
+    return cls.from_sequences(train, valid, **kwargs)
+
+
+# %% ../../nbs/loaders/06_dataloaders.ipynb #b30fef4b
+@patch(as_prop=True)
+def form(self:SequenceDataLoaders):
+    "How the frame was read; an error if the data was none"
+    form = getattr(self.valid_ds, 'form', None)
+    if form is None: raise TypeError(
+        f"These loaders have {type(self.valid_ds).__name__} that come from no data frame: they are made by "
+        "SequenceDataLoaders.from_df. For new arrays use dls.test_dl.")
+    return form
+
+@patch
+def test_df(self:SequenceDataLoaders,
+    df, # New data frame, with the inputs, and the columns of group and time, in any order
+    with_labels:bool=False, # Has it the targets as well?
+    **kwargs
+):
+    """A loader for a new data frame, of any groups and lengths.
+
+    Predictions come step by step; its `dataset.rows` says at which position of the frame each of them belongs.
+    `Learner.predict_df` puts them there"""
+    form,like = self.form,self.valid_ds
+    if like.one_label: raise ValueError(
+        "The learner has one prediction for each window, not for each row of a frame: give windows of the length of the training "
+        "to dls.test_dl.")
+    if with_labels: df,_ = encode_column(df, form.y, like.vocab and list(like.vocab))
+    names,xs,ys,rows = form.sequences(df, with_labels)
+    kw = dict(dtype=like.dtype, x_names=form.x, y_names=form.y, dt=like.dt, check=like.dtype!=torch.float64)
+    ds = self._with_classes(Sequences(xs, ys, groups=names, **kw))
+    ds.form,ds.rows = form,np.concatenate(rows)
+    ds.index = df.index[ds.rows]
+    return self.test_dl(ds, as_stream=True, **kwargs)
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #10e86616
 def _files(files):

@@ -16,14 +16,53 @@ def _check_drawable(**arrays):
         if o is not None and o.ndim not in (2,3): raise ValueError(
             f"{name} has shape {tuple(o.shape)}; expected (n, time, channels) or (n, time) to draw it.")
 
-def _draw_upper(ax, time, y, pred):
-    "Target and prediction of one window; a target is gray under a prediction. Returns the first line of each"
-    lines = []
-    if y is not None:
-        lw,color = (1, 'C0') if pred is None else (2.5, '0.7')
-        lines.append(ax.plot(time, y.float(), lw=lw, color=color)[0])
-    if pred is not None: lines.append(ax.plot(time, pred.float(), lw=1, color='C0')[0])
-    return lines
+def _channels(o):
+    "Curves of one window, `(time,)` each"
+    if o is None: return []
+    return list((o.float() if o.is_floating_point() else o).reshape(len(o), -1).T)
+
+def _draw(ax, time, curve, is_class=False, **style):
+    "One curve; numbers of classes hold for a whole step"
+    if is_class: style['drawstyle'] = 'steps-mid'
+    return ax.plot(time, curve, **style)[0]
+
+# %% ../../nbs/sequences/02_plot.ipynb #29765924
+def _draw_outputs(axs, time, y, pred, is_class):
+    """Targets and predictions of one window, on an axis each, or on one; a target is pale under its prediction
+
+    The lines of the targets, and of the predictions"""
+    both,n = y is not None and pred is not None,max(map(len, (_channels(y), _channels(pred))))
+    ys,preds = (_channels(o)[:len(axs) if len(axs)>1 else None] for o in (y, pred))
+    def ax(i): return axs[i if len(axs)>1 else 0]
+    def pale(i): return dict(color='0.7') if n==1 else dict(color=f'C{i}', alpha=.35)
+    under = [dict(lw=2.5, **pale(i)) if both else dict(lw=1, color=f'C{i}') for i in range(len(ys))]
+    targets = [_draw(ax(i), time, o, is_class, **style) for i,(o,style) in enumerate(zip(ys, under))]
+    return targets,[_draw(ax(i), time, o, is_class, lw=1, color=f'C{i}') for i,o in enumerate(preds)]
+
+def _draw_inputs(axs, time, x, x_vocab):
+    "Inputs of one window, on an axis each, or on one"
+    several = len(axs)>1
+    for i,o in enumerate(_channels(x)[:len(axs) if several else None]):
+        _draw(axs[i if several else 0], time, o, i in x_vocab, lw=.8, color='0.4')
+
+# %% ../../nbs/sequences/02_plot.ipynb #892b6812
+_most = 8 # channels that are drawn on axes of their own
+
+def _named(names, n):
+    "Names of axes: one for each of `n` channels if all have names, else one for all of them"
+    names = L(names)
+    if len(names)!=n or n<2: return [', '.join(map(str, names))]
+    if n<=_most: return [*map(str, names)]
+    return [*map(str, names[:_most-1]), f'{names[_most-1]} (and {n-_most} more)']
+
+def _width(o): return 0 if o is None else o.shape[2] if o.ndim>2 else 1
+
+def _name_axes(axs, names, vocabs):
+    "Labels of the first column; for classes, those of the classes"
+    for i,(ax,name) in enumerate(zip(axs, names)):
+        ax.set_ylabel(name)
+        vocab = vocabs(i)
+        if vocab is not None: ax.set_yticks(range(len(vocab)), map(str, vocab))
 
 # %% ../../nbs/sequences/02_plot.ipynb #1d1145cc
 def _title(ax, vocab, y, pred):
@@ -33,38 +72,48 @@ def _title(ax, vocab, y, pred):
 
 
 # %% ../../nbs/sequences/02_plot.ipynb #780d0705
-def _rows(arrays, j): return [None if o is None else o[j] for o in arrays]
+def _rows(arrays, j, n): return [None if o is None else o[j] if o.ndim<2 else o[j,:n] for o in arrays]
 
-def _name_upper(ax, names, vocab):
-    if vocab is not None: ax.set_yticks(range(len(vocab)), map(str, vocab))
-    ax.set_ylabel(', '.join(L(names)))
+def _legend(fig, targets, preds):
+    if targets and preds:
+        lines = [targets[0], preds[0]]
+        fig.legend(lines, ['target', 'prediction'], loc='outside upper right', ncols=2, frameon=False)
 
+# %% ../../nbs/sequences/02_plot.ipynb #47d7a093
 def plot_windows(
     x:Tensor, # Inputs `(n, time, channels)`
     y:Tensor=None, # Targets `(n, time, channels)`
     pred:Tensor=None, # Predictions, shaped as the targets
     max_n:int=4, # Windows to draw
-    x_names=None, # Names, with units, of the input channels
-    y_names=None, # Names, with units, of the target channels
+    x_names=None, # Names, with units, of the input channels; as many as there are: each has an axis of its own
+    y_names=None, # The same of the target channels
     dt:float=None, # Seconds per step; default: time in steps
     vocab=None, # Labels of the classes, if targets are such; one for each window is written above it
-    figsize:tuple=None, # Size in inches; default: by the number of windows
-): # Array of axes: a row for the targets and one for the inputs, a column per window
-    "Draw windows side by side: target and prediction above, input below, on one time axis"
+    figsize:tuple=None, # Size in inches; default: by the number of windows and axes
+    x_vocab:dict=None, # Labels of the classes of input channels that are such, by their number
+    titles:list=None, # Title of each window, such as its group
+    lengths=None, # Steps to draw of each window; default: all
+): # Array of axes: rows for the targets and for the inputs, a column per window
+    "Draw windows side by side: target and prediction above, inputs below, on one time axis"
     labels = [None if vocab is None or o is None or o.ndim>1 else o for o in (y, pred)]
     curves = y,pred = [o if label is None else None for o,label in zip((y,pred), labels)]
     _check_drawable(x=x, y=y, pred=pred)
-    n,rows = min(len(x), max_n),1 if y is None and pred is None else 2
-    figsize = figsize or (min(4*n, 14), 1.7*rows+.8)
-    fig,axs = plt.subplots(rows, n, sharex='col', sharey='row', squeeze=False, figsize=figsize, layout='constrained')
-    time = np.arange(x.shape[1])*(dt or 1)
+    n,n_out,x_vocab = min(len(x), max_n),max(_width(y), _width(pred)),x_vocab or {}
+    above = _named(y_names or ('target' if pred is None else 'prediction'), n_out) if n_out else []
+    below = _named(x_names or 'input', _width(x))
+    rows,n_above = len(above)+len(below),len(above)
+    fig,axs = plt.subplots(rows, n, sharex='col', sharey='row', squeeze=False, layout='constrained',
+        figsize=figsize or (min(4*n, 14), max(1.7*min(rows, 2), 1.2*rows)+.8))
+    is_class = vocab is not None or any(o is not None and not o.is_floating_point() for o in curves)
     for j,column in enumerate(axs.T):
-        lines = _draw_upper(column[0], time, *_rows(curves, j))
-        if j==0 and len(lines)==2:
-            fig.legend(lines, ['target', 'prediction'], loc='outside upper right', ncols=2, frameon=False)
-        column[-1].plot(time, x[j].float(), lw=.8, color='0.4')
+        steps = x.shape[1] if lengths is None else int(lengths[j])
+        time,(inputs,) = np.arange(steps)*(dt or 1),_rows([x], j, steps)
+        drawn = _draw_outputs(column[:n_above], time, *_rows(curves, j, steps), is_class) if n_above else None
+        if j==0 and drawn: _legend(fig, *drawn)
+        _draw_inputs(column[n_above:], time, inputs, x_vocab)
         column[-1].set_xlabel('time [s]' if dt else 'step')
-        if any(o is not None for o in labels): _title(column[0], vocab, *_rows(labels, j))
-    axs[-1,0].set_ylabel(', '.join(L(x_names or 'input')))
-    if rows==2: _name_upper(axs[0,0], y_names or ('target' if pred is None else 'prediction'), vocab)
+        if any(o is not None for o in labels): _title(column[0], vocab, *_rows(labels, j, None))
+        elif titles is not None: column[0].set_title(str(titles[j]), fontsize='medium')
+    _name_axes(axs[:n_above,0], above, lambda i: vocab)
+    _name_axes(axs[n_above:,0], below, x_vocab.get if len(below)==min(_width(x), _most) else lambda i: None)
     return axs

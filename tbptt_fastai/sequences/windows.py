@@ -70,6 +70,7 @@ def check_same_channels(
 class Sequences:
     "Sequences of inputs and targets, of any length, in memory or in files"
     n_inp,split_idx,win_sz = 1,None,None
+    form,rows = None,None # of a data frame: how it was read, and the position of the row of each step
     vocab,one_label = None,False # of targets that are classes; is there one for each item, not for each step?
     def __init__(self,
         x, # Inputs: array `(time,)` or `(time, ...)`, or a list of such
@@ -132,7 +133,7 @@ class Sequences:
         "The same settings without the data, as `Learner.export` needs it"
         empty = object.__new__(type(self))
         arrays = [[seqs[0][:0].clone()] for seqs in self.arrays]
-        empty.__dict__ = {**self.__dict__, 'index': None, 'arrays': arrays, 'steps': np.zeros(0, int), '_names': []}
+        empty.__dict__ = {**self.__dict__, 'index': None, 'rows': None, 'arrays': arrays, 'steps': np.zeros(0, int), '_names': []}
         return empty
 
     @property
@@ -144,6 +145,7 @@ class Sequences:
     def plot(self, x, y=None, pred=None, **kwargs):
         "Draw items of a batch; see `plot_windows`"
         settings = dict(x_names=self.x_names, y_names=self.y_names, dt=self.dt, vocab=self.vocab)
+        if self.form is not None: settings['x_vocab'] = {self.form.x.index(c):o for c,o in self.form.x_vocab.items()}
         return plot_windows(x, y, pred, **{**settings, **kwargs})
 
 # %% ../../nbs/sequences/01_windows.ipynb #7859faf5

@@ -1,0 +1,108 @@
+"What is drawn of a frame: every channel by its name, classes by their labels, groups by theirs"
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.progress import ProgressCallback # noqa: with it comes Learner.no_bar
+from fastai.torch_core import set_seed
+from fasttransform import Transform
+from tbptt_fastai.learner import RNNLearner
+from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.loaders.streams import StreamDL
+from tbptt_fastai.sequences.plot import plot_windows
+
+LENGTHS = dict(north=1500, south=300, west=40)
+
+def frame():
+    rng = np.random.default_rng(0)
+    df = pd.concat([pd.DataFrame(dict(pump=k, hour=range(n))) for k,n in LENGTHS.items()])
+    df = df.assign(load=rng.standard_normal(len(df)), heat=60+rng.random(len(df)), mode=rng.choice(['idle','run'], len(df)))
+    return df.assign(y=df.load, z=1000*df.heat, state=np.where(df.load>0, 'high', 'low'))
+
+def loaders(y=('y','z'), **kw):
+    set_seed(0)
+    return SequenceDataLoaders.from_df(frame(), ['load','heat','mode'], y if isinstance(y, str) else list(y), group='pump', time='hour', **{**dict(sub_seq_len=50, bs=3), **kw})
+
+def axes():
+    "By rows, from the figure"
+    fig = plt.gcf()
+    return np.array([ax for ax in fig.axes]).reshape(-1, 3)
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close('all')
+
+
+def test_each_input_has_an_axis_and_each_output_a_colour():
+    loaders().valid.show_batch()
+    axs = axes()
+    assert [ax.get_ylabel() for ax in axs[:,0]]==['y','z','load','heat','mode']
+    assert all(len(ax.lines)==1 for ax in axs.flat)
+    assert [ax.lines[0].get_color() for ax in axs[:,0]]==['C0','C1','0.4','0.4','0.4']
+    assert [o.get_text() for o in axs[4,0].get_yticklabels()]==['idle','run'] and axs[4,0].lines[0].get_drawstyle()=='steps-mid'
+
+@pytest.mark.parametrize('part', ['train','valid'])
+@pytest.mark.parametrize('sub_seq_len', [20, None])
+def test_groups_are_titles_of_their_own_curves(part, sub_seq_len):
+    dls = loaders(sub_seq_len=sub_seq_len)
+    getattr(dls, part).show_batch()
+    axs,df = axes(),frame()
+    assert {ax.get_title() for ax in axs[0]}==set(LENGTHS)
+    for column in axs.T:
+        name = column[0].get_title()
+        n = LENGTHS[name]-int(.2*LENGTHS[name])
+        of = df[df.pump==name]
+        of = (of[:n] if part=='train' else of[n:])[:1000]
+        for ax,c in zip(column, ['y','z','load','heat']): np.testing.assert_allclose(ax.lines[0].get_ydata(), of[c], rtol=1e-5)
+        np.testing.assert_array_equal(column[4].lines[0].get_ydata(), of['mode']=='run')
+
+def test_results_are_predictions_over_their_targets():
+    learn = RNNLearner(loaders(), hidden_size=4)
+    with learn.no_bar():
+        preds,targs = learn.get_preds()
+        learn.show_results()
+    ds,axs = learn.dls.valid_ds,axes()
+    for column in axs.T:
+        i = ds.groups.index(column[0].get_title())
+        for j,ax in enumerate(column[:2]):
+            target,pred = ax.lines
+            np.testing.assert_allclose(target.get_ydata(), learn.dls.valid.by_sequence(targs)[i][:,j], rtol=1e-5)
+            np.testing.assert_allclose(pred.get_ydata(), learn.dls.valid.by_sequence(preds)[i][:,j], rtol=1e-5)
+            assert target.get_color()==pred.get_color()==f'C{j}' and target.get_alpha()<1
+    assert [o.get_text() for o in plt.gcf().legends[0].get_texts()]==['target','prediction']
+
+def test_classes_are_steps_with_labels():
+    learn = RNNLearner(loaders('state'), hidden_size=4)
+    with learn.no_bar(): learn.show_results()
+    ax = axes()[0,0]
+    assert [o.get_text() for o in ax.get_yticklabels()]==['high','low'] and all(o.get_drawstyle()=='steps-mid' for o in ax.lines)
+    assert ax.get_ylabel()=='state' and len(ax.lines)==2
+
+def test_as_many_steps_and_sequences_are_drawn_as_are_asked_for():
+    dls = loaders()
+    dls.valid.show_batch(max_n=1, steps=30)
+    assert len(plt.gcf().axes)==5 and all(len(ax.lines[0].get_ydata())==30 for ax in plt.gcf().axes)
+    learn = RNNLearner(dls, hidden_size=4)
+    with learn.no_bar(): learn.show_results(max_n=1, steps=30)
+    assert all(len(o.get_ydata())==30 for ax in plt.gcf().axes for o in ax.lines)
+    with pytest.raises(ValueError, match='max_n is 0'): dls.valid.show_batch(max_n=0)
+
+def test_a_transform_is_undone_in_the_picture():
+    class Halve(Transform):
+        def encodes(self, o:torch.Tensor): return o/2
+        def decodes(self, o:torch.Tensor): return o*2
+    dls = loaders('y', after_batch=[Halve()])
+    dls.valid.show_batch(max_n=1, steps=30)
+    n,ax = LENGTHS[plt.gcf().axes[0].get_title()],plt.gcf().axes[0]
+    of = frame()
+    of = of[of.pump==ax.get_title()].y[n-int(.2*n):][:30]
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), of, rtol=1e-5)
+
+def test_many_named_channels_are_counted_and_unnamed_ones_share_an_axis():
+    axs = plot_windows(torch.randn(1, 30, 12), torch.randn(1, 30, 10), x_names=[f'x{i}' for i in range(12)], y_names=[f'y{i}' for i in range(10)])
+    assert [ax.get_ylabel() for ax in axs[:,0]]==[f'y{i}' for i in range(7)]+['y7 (and 2 more)']+[f'x{i}' for i in range(7)]+['x7 (and 4 more)']
+    assert all(len(ax.lines)==1 for ax in axs.flat)
+    axs = plot_windows(torch.randn(1, 30, 12), torch.randn(1, 30, 10))
+    assert [len(ax.lines) for ax in axs.flat]==[10,12] and len({o.get_color() for o in axs[0,0].lines})==10
