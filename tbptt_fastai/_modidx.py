@@ -34,6 +34,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'tbptt_fastai/deploy/onnx.py'),
                                           'tbptt_fastai.deploy.onnx._check_real': ( 'deploy/onnx.html#_check_real',
                                                                                     'tbptt_fastai/deploy/onnx.py'),
+                                          'tbptt_fastai.deploy.onnx._classes_in': ( 'deploy/onnx.html#_classes_in',
+                                                                                    'tbptt_fastai/deploy/onnx.py'),
                                           'tbptt_fastai.deploy.onnx._copied': ('deploy/onnx.html#_copied', 'tbptt_fastai/deploy/onnx.py'),
                                           'tbptt_fastai.deploy.onnx._dynamic_axes': ( 'deploy/onnx.html#_dynamic_axes',
                                                                                       'tbptt_fastai/deploy/onnx.py'),

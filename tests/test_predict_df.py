@@ -370,3 +370,15 @@ def test_a_missing_class_is_held_as_a_missing_number_is():
     holes.loc[[4,9],'mode'],holes.loc[7,'u'] = None,np.nan
     np.testing.assert_allclose(StreamPredictor(learn, on_nan='hold')(holes), StreamPredictor(learn)(holes.ffill()), atol=1e-6)
     with pytest.raises(ValueError, match='Stream 0 has .*nan.* at step 4 of the chunk'): StreamPredictor(learn)(holes)
+
+def test_embedded_inputs_as_an_onnx_file(tmp_path):
+    ort = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnx')
+    from tbptt_fastai.deploy.onnx import to_onnx
+    learn,x = make(x=['mode','u']),torch.tensor([[[0.,.3],[2,.2],[1,-.4]]])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # of the exporter
+        to_onnx(learn, tmp_path/'m.onnx', x)
+    session = ort.InferenceSession(str(tmp_path/'m.onnx'))
+    state = {o.name:np.zeros([d if isinstance(d, int) else 1 for d in o.shape], np.float32) for o in session.get_inputs()[1:]}
+    with torch.no_grad(): np.testing.assert_allclose(session.run(None, {'x': x.numpy(), **state})[0], learn.model.eval()(x), atol=1e-5)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .predictor import StreamPredictor
+from ..models.sequence import EmbedClasses
 from ..state.carry import Carry
 from ..state.stateful import StatefulRNN
 from ..state.tree import batch_dims, detach_state, state_leaves
@@ -119,9 +120,17 @@ def _export(step, xs, inputs, axes, file):
             output_names=['y', *(f'{o}.next' for o in inputs)], dynamic_axes=axes, dynamo=False)
 
 # %% ../../nbs/deploy/01_onnx.ipynb #0adace41
-def _random_like(x, shape, timed, drawn):
+def _classes_in(model, x):
+    "Number of classes, for each channel of `x` that the model embeds"
+    found = [m.n_classes for m in model.modules() if isinstance(m, EmbedClasses) and m.n_in==x.shape[-1]]
+    return found[0] if found else {}
+
+def _random_like(x, shape, timed, drawn, n_classes=None):
     "Random input: about the mean of the example, and wider than it; of integers, what it has in some step or stream"
-    if x.is_floating_point(): return torch.randn(shape, generator=drawn, dtype=x.dtype)*(1+x.std(correction=0))+x.mean()
+    if x.is_floating_point():
+        out = torch.randn(shape, generator=drawn, dtype=x.dtype)*(1+x.std(correction=0))+x.mean()
+        for c,n in (n_classes or {}).items(): out[...,c] = torch.randint(n, shape[:-1], generator=drawn).to(x.dtype)
+        return out
     dims = 2 if timed else 1
     steps = x.flatten(0, dims-1) # each column of categories has values of its own
     return steps[torch.randint(len(steps), shape[:dims], generator=drawn)]
@@ -159,7 +168,7 @@ def _check_onnx(session, predictor, xs, timed, inputs, dynamic, groups, tol):
             more = chunk+1 if 'steps' in other_sizes else 0
             def shape(x, t): return (len(rows), x.shape[1]+more, *x.shape[2:]) if t else (len(rows), *x.shape[1:])
             shapes = list(map(shape, xs, timed))
-            us = [_random_like(*o, drawn) for o in zip(xs, shapes, timed)]
+            us = [_random_like(*o, drawn, _classes_in(predictor.model, o[0])) for o in zip(xs, shapes, timed)]
             expected = predictor(*us)
             y,state = _run_session(session, us, state, xs)
             _check_close(y, expected, tol, chunk, _shapes(us), xs)

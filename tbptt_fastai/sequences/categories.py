@@ -30,7 +30,7 @@ def learn_vocab(
         "expected strings, or numbers. Convert it by .astype(str).") from None
     if not vocab or len(set(vocab))!=len(vocab): raise ValueError(
         f"The classes of column {col.name!r} are {vocab[:10]}; expected one or more, each of them once.")
-    return [NA]*(on_unknown=='class' and NA not in vocab)+vocab
+    return [NA]*(on_unknown=='class' and NA not in vocab)+list(map(plain, vocab))
 
 # %% ../../nbs/sequences/05_categories.ipynb #b9b64709
 def encode_input(

@@ -81,6 +81,7 @@ def cut_at_gaps(
     parts:dict, # Positions of the rows of each group, and where sequences begin, as `rows_of_groups` returns them
 )->tuple[list,list]: # The group of each sequence, and its rows
     "Sequences that have no hole"
+    if not any(begins[1:].any() for _,begins in parts.values()): return list(parts),[rows for rows,_ in parts.values()]
     cut = [(name,o) for name,(rows,begins) in parts.items() for o in np.split(rows, np.flatnonzero(begins[1:])+1)]
     return [name for name,_ in cut],[o for _,o in cut]
 
