@@ -76,7 +76,7 @@ class StreamView(SubWindows):
 
     def __iter__(self):
         self.warm_up = []
-        blocks = self.stream.read_blocks(self.layout)
+        blocks = self.stream.read_blocks(self.layout, self.dl.device)
         for block,batch in blocks if self.runs is None else self._run(blocks):
             block.time_dim = self.time_dim
             if block.weight==0 and not self.evaluation:

@@ -211,13 +211,15 @@ def _read(self:StreamDL, block):
 @patch
 def read_blocks(self:StreamDL,
     layout:Layout, # Where the sequences are
+    device=None, # Where batches go; default: as the loader says
 ):
     "Pairs of a `Block` and its batch `(rows, steps, ...)`, on the device and transformed"
+    device = self.device if device is None else device
     self.before_iter()
     self._check_draws(layout)
     blocks = read_ahead(self._read, layout) if self.dataset.in_files else ((o, self._read(o)) for o in layout)
     for block,batch in blocks:
-        if self.device is not None: batch = to_device(batch, self.device, non_blocking=self.pin_memory)
+        if device is not None: batch = to_device(batch, device, non_blocking=self.pin_memory)
         yield block,transform_block(self.after_batch, batch, (block.start==0).all())
     self.after_iter()
 

@@ -280,7 +280,7 @@ def before_train(self:TbpttResetCB):
 @patch
 def _refuse_empty(self:TbpttResetCB):
     dl = self.dl
-    n,bs,drop_last = getattr(dl, 'n', 0),getattr(dl, 'bs', None),getattr(dl, 'drop_last', None)
+    n,bs,drop_last = getattr(inner_loader(dl), 'n', 0),getattr(dl, 'bs', None),getattr(dl, 'drop_last', None)
     if dl.flat and n: raise ValueError(
         f"No target of the {n} sequences counts, so nothing can be learned. "
         "See what the loss ignores (ignore_index), or what counts= says.")
