@@ -1,6 +1,6 @@
 "One stream that two or three processes share, against one process that has all its rows. Run as a script, this file is one of them."
 import os, random, re, sys, time, warnings
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 import numpy as np
 import pytest
@@ -98,6 +98,7 @@ CASES = dict( # what differs from: unequal sequences, 2 rows of each process, sh
     own_learner=dict(learner=TbpttLearner),
     first_state=dict(model=first_state, bs=1, ctx=dict(kwargs_handlers=[DDPKwargs(find_unused_parameters=True)])), # not in the graph of every step
 )
+THREE = ['one_row', 'single', 'rests', 'more_rows', 'missing_washout', 'files_missing', 'classes_out_of_range', 'jittered', 'overlap_missing', 'own'] # in three processes
 REFUSED = dict(
     accumulation=(dict(cbs=[GradientAccumulation(20)]), 'GradientAccumulation counts the targets of one process'),
     train_metrics=(dict(train_metrics=True), 'Metrics of the training'),
@@ -171,28 +172,38 @@ def die(rank):
 def main(*args):
     from fastai.distributed import rank_distrib
     if args[0]=='die': return die(rank_distrib())
-    torch.save({name: process(case) for name,case in {**CASES, **{k: v[0] for k,v in REFUSED.items()}}.items()}, f'{args[0]}/{rank_distrib()}.pt')
+    folder,*names = args
+    cases = {**CASES, **{name: case for name,(case,_) in REFUSED.items()}}
+    torch.save({name: process(cases[name]) for name in names or cases}, f'{folder}/{rank_distrib()}.pt')
 
 if __name__=='__main__': main(*sys.argv[1:])
 
 
 # The same in one process
 
-@pytest.fixture(scope='module', params=[int(o) for o in os.environ.get('DN','2,3').split(',')])
-def results(request, tmp_path_factory):
-    folder,n = tmp_path_factory.mktemp('shared'),request.param
-    launch('test_shared_streams.py', folder, cwd=folder, processes=n)
-    return [torch.load(folder/f'{rank}.pt', weights_only=False) for rank in range(n)]
+@pytest.fixture(scope='module')
+def results_of(tmp_path_factory):
+    "Of each number of processes, what all of them have found; they are started once"
+    @cache
+    def run(processes):
+        folder = tmp_path_factory.mktemp('shared')
+        launch('test_shared_streams.py', folder, *({3: THREE}.get(processes, [])), cwd=folder, processes=processes)
+        return [torch.load(folder/f'{rank}.pt', weights_only=False) for rank in range(processes)]
+    return run
 
-_single = {}
+@pytest.fixture
+def results(results_of, processes): return results_of(processes)
+
+def runs(of=lambda name: True): return pytest.mark.parametrize('processes,name', [(n,o) for n,names in ((2,CASES), (3,THREE)) for o in names if of(o)])
+
+@cache
 def single(name, processes):
-    if (name,processes) in _single: return _single[name,processes]
+    "What one process finds that has the rows of all"
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*not longer than n_skip')
-        return _single.setdefault((name,processes), _train_single(name, processes))
+        return train_single(make_learner(0, processes, **CASES[name])[0])
 
-def _train_single(name, processes):
-    learn,_ = make_learner(0, processes, **CASES[name])
+def train_single(learn):
     with learn.no_bar(), learn.no_logging():
         learn.fit(N_EPOCH)
         fits = [recorded(learn)]
@@ -204,41 +215,40 @@ def tolerance(name):
     "fastai's own cross entropy is of float32, whatever the predictions"
     return 1e-6 if name in ('single','classes') else 1e-12
 
-@pytest.mark.parametrize('name', CASES)
-def test_parameters_are_those_of_one_process(results, name):
-    for i,expected in enumerate(single(name, len(results))['fits']):
+@runs()
+def test_parameters_are_those_of_one_process(results, processes, name):
+    for i,expected in enumerate(single(name, processes)['fits']):
         for k,v in expected['params'].items():
             for res in results: torch.testing.assert_close(res[name]['fits'][i]['params'][k], v, rtol=0, atol=tolerance(name), msg=f'fit {i}: {k}')
 
-@pytest.mark.parametrize('name', CASES)
-def test_losses_metrics_and_schedules_are_those_of_one_process(results, name):
-    for i,expected in enumerate(single(name, len(results))['fits']):
+@runs()
+def test_losses_metrics_and_schedules_are_those_of_one_process(results, processes, name):
+    for i,expected in enumerate(single(name, processes)['fits']):
         for res in results:
             found = res[name]['fits'][i]
             assert found['n_iters']==expected['n_iters'] and found['pct_train']==pytest.approx(1)
             for what in ('losses', 'lrs'): np.testing.assert_allclose(found[what], expected[what], rtol=1e-5, atol=1e-7)
             np.testing.assert_allclose(found['values'], expected['values'], rtol=1e-5)
 
-@pytest.mark.parametrize('name', CASES)
-def test_every_step_is_seen_once_and_by_one_process(results, name):
-    if 'overlap' in name or name=='unbiased': pytest.skip('several training steps run over a block')
+@runs(lambda name: 'overlap' not in name and name!='unbiased') # in these several training steps run over a block
+def test_every_step_is_seen_once_and_by_one_process(results, processes, name):
     lengths,n_fits = CASES[name].get('lengths', LENGTHS),[N_EPOCH,1]
     for i,epochs in enumerate(n_fits):
         seen = [s for res in results for s in res[name]['fits'][i]['seen']]
         if 'n_skip' in CASES[name] or 'counts' in CASES[name]: assert len(set(seen))*epochs>=len(seen) # what is warmed up at the end is not run
         else: assert sorted(seen)==sorted([(s,t) for s,n in enumerate(lengths) for t in range(n)]*epochs)
 
-@pytest.mark.parametrize('name', CASES)
-def test_evaluation_is_whole_and_in_order_in_every_process(results, name):
-    expected = single(name, len(results))
+@runs()
+def test_evaluation_is_whole_and_in_order_in_every_process(results, processes, name):
+    expected = single(name, processes)
     for res in results:
         for found in (res[name]['inside'], res[name]['after']):
             for a,b in zip(found[:2], expected['preds']): torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
             np.testing.assert_allclose(list(found[2]), list(expected['values']), rtol=1e-5)
     torch.testing.assert_close(results[0][name]['alone'], expected['preds'][0], rtol=0, atol=1e-6)
 
-@pytest.mark.parametrize('name', ['files', 'files_missing'])
-def test_each_process_reads_the_files_of_its_own_rows(results, name):
+@runs(lambda name: 'files' in name)
+def test_each_process_reads_the_files_of_its_own_rows(results, processes, name):
     for res in results:
         own = {s for s,_ in res[name]['fits'][0]['seen']}
         read = {i for i,asked in enumerate(res[name]['asked']) if asked}
@@ -248,8 +258,8 @@ def test_each_process_reads_the_files_of_its_own_rows(results, name):
     assert total==N_EPOCH*sum(LENGTHS)
 
 @pytest.mark.parametrize('name', REFUSED)
-def test_what_counts_targets_of_one_process_is_refused(results, name):
-    for res in results: assert re.search(REFUSED[name][1], res[name]['error'])
+def test_what_counts_targets_of_one_process_is_refused(results_of, name):
+    for res in results_of(2): assert re.search(REFUSED[name][1], res[name]['error'])
 
 def test_a_process_that_dies_ends_the_others_within_a_minute(tmp_path):
     begin = time.monotonic()
