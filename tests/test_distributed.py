@@ -124,13 +124,13 @@ if __name__=='__main__':
 
 # The same by hand, in one process
 
-def launch(script, *args, cwd):
-    "Run a script in two processes; a process that hangs for four minutes ends itself, and the launcher ends the other"
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', TESTS/'distributed_cpu.py', TESTS/script, *args]
+def launch(script, *args, cwd, processes=2):
+    "Run a script in several processes; a process that hangs for four minutes ends itself, and the launcher ends the others"
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), TESTS/'distributed_cpu.py', TESTS/script, *args]
     env = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'PYTHONWARNINGS': 'ignore'}
     proc = subprocess.Popen(cmd, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try: out = proc.communicate(timeout=300)[0]
-    finally: proc.terminate() # passed on to the two processes
+    finally: proc.terminate() # passed on to the processes
     assert proc.returncode==0, out
     return out
 

@@ -35,7 +35,8 @@ class Block(Segment):
     ):
         self.seq,self.start,self.n,self.steps = seq,start,n,int(n.max())
         self.groups_of,self._n_skip,self._said = groups_of,n_skip,counted
-        self.weight = self.n_counted/(most or int(n.sum())) # as that of a `SubWindow`
+        self.n_rows,self.labels = len(seq),self.n_counted
+        self.weight = self.labels/(most or int(n.sum())) # as that of a `SubWindow`
 
     @cached_property
     def filled(self):
@@ -44,8 +45,9 @@ class Block(Segment):
     @cached_property
     def counts(self):
         "bool `(rows, steps)`: which have a loss"
-        said = True if self._said is None else self._said(self.seq, self.start, self.n)
-        return self.filled&(np.arange(self.steps)>=self._washout[:,None])&said
+        res = self.filled&(np.arange(self.steps)>=self._washout[:,None])
+        if self._said is not None: res[:,:int(self.n.max())] &= self._said(self.seq, self.start, self.n)
+        return res
     @property
     def _washout(self):
         "Of each row, the steps of this block that have no loss"
@@ -59,14 +61,20 @@ class Block(Segment):
     @cached_property
     def real_at(self):
         "Where the real steps are among all; `None`: everywhere"
+        if self.is_silent: return np.zeros(1, int) # one that stands for them
         return None if (self.n==self.steps).all() else np.flatnonzero(self.filled)
     @cached_property
     def counted_at(self):
         "Where those with a loss are among the real ones; `None`: everywhere"
+        if self.is_silent: return None
         return None if self.n_counted==self.n.sum() else np.flatnonzero(self.counts[self.filled])
 
     @property
     def sub_window(self): return self
+    @property
+    def whole(self):
+        "The block that one of several processes has a part of"
+        return self
     @property
     def is_first(self): return (self.start==0).all()
     @property
@@ -123,8 +131,16 @@ def starts(self:Block, seen):
     idle = self.n==0
     rows = self.begins(seen)|idle
     if not rows.any(): return None
-    if not rows[~idle].any(): return Start(idle, self.groups, rest=True)
+    if seen is not None and not rows[~idle].any(): return Start(idle, self.groups, rest=True)
     return Start(None if rows.all() else rows, self.groups)
+
+@patch
+def restarts(self:Block,
+    last, # The block before; `None` at the start
+)->bool:
+    "Does any row start over, or rest, in any process?"
+    whole = self.whole
+    return bool((whole.begins(last and last.whole)|(whole.n==0)).any())
 
 @patch
 def pieces(self:Block, seen):
@@ -171,8 +187,11 @@ class BlockRun(Block):
         self.filled = np.concatenate([o.filled for o in blocks], 1)
         self.counts = np.concatenate([o.counts&(i>=plan.loss_start) for i,o in enumerate(blocks)], 1)
         self.n_counted = int(self.counts.sum())
-        full = (plan.stop-plan.loss_start)*size*len(self.seq)
-        self.weight = plan.weight*self.n_counted/full/most
+        self.n_rows,self.labels = blocks[0].n_rows,sum(o.labels for o in blocks[plan.loss_start:])
+        full = (plan.stop-plan.loss_start)*size*self.n_rows
+        self.weight = plan.weight*self.labels/full/most
+        self.processes = blocks[0].processes
+        if self.processes>1: self.share = self.processes*self.n_counted/max(self.labels, 1)
 
     def __repr__(self): return ' + '.join(map(repr, self.blocks))
 
@@ -183,7 +202,7 @@ def pieces(self:BlockRun, seen):
     apart = {0, self.plan.carry, *factors}
     for i,(block,last) in enumerate(zip(self.blocks, [seen, *self.blocks])):
         start = block.starts(last)
-        if i in apart or start is not None:
+        if i in apart or block.restarts(last):
             pieces.append(Piece(block.steps, factors.get(i, 1.), start, i==self.plan.carry, block))
         else: pieces[-1] = pieces[-1]._replace(steps=pieces[-1].steps+block.steps)
     return pieces

@@ -32,12 +32,18 @@ class Segment:
     mask = None # Which targets count, see `TargetCounts`; `None`: all of them
     classes_second = None # Do predictions have classes in axis 1? `None`: not known
     weight,lr = 1.,1. # Factors for its loss, which is a mean over the steps that count, and for the learning rate
+    processes,share = 1,1. # How many share it; and the factor for the loss of one of them, whose mean is that of all
     moves_on,ends_at_last = True,True # Does the next one start from another state, and from that at its end?
     groups = None # The group of each row
     flat = False # Are predictions and targets that count one step after the other, without rows?
     joins = True # Is there a prediction for each step?
     begins_apart = False # May its rows start over at different times, or in the middle?
     time_dim = 1 # Where the time axis of its batch is
+
+    @property
+    def is_silent(self):
+        "Does nothing count in what one of several processes has of it?"
+        return self.share==0
 
     def starts(self,
         seen, # The segment that the states are at the end of; `None` at the beginning of a run

@@ -10,10 +10,12 @@ from collections import deque
 from functools import cached_property
 import random, warnings
 import numpy as np, torch
+from fastai.torch_core import to_detach
 from fastcore.basics import patch
 from .counts import NotIgnored, SequenceCounts
 from .layout import BlockRun
-from .views import SubWindows
+from .shared import Part
+from .views import SubWindows, inner_loader
 from ..truncation.plan import Fixed
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #7ba3dcec
@@ -30,30 +32,29 @@ class StreamView(SubWindows):
         if self.continuing:
             raise ValueError(
                 "A StreamDL says by itself where each row goes on and where a sequence begins: leave out continuing=True.")
-        if self.world_size>1:
-            raise NotImplementedError(
-                "A StreamDL cannot be shared by several processes. Give each of them sequences of its own, "
-                "in one process each, or use windows of one length in a TbpttDL.")
 
     @property
-    def eval_seq_len(self): return self.dl.sub_seq_len
+    def stream(self): return inner_loader(self.dl)
     @property
-    def usual_steps(self): return int(np.median(self.dl.dataset.lengths))
+    def eval_seq_len(self): return self.stream.sub_seq_len
+    @property
+    def usual_steps(self): return int(np.median(self.stream.dataset.lengths))
 
     @cached_property
     def counted(self):
         "Which targets count; `None`, where all do: tokens, and classes of a vocabulary, are never ignored"
-        ds,is_known = self.dl.dataset,isinstance(self.counts, NotIgnored)
+        ds,is_known = self.stream.dataset,isinstance(self.counts, NotIgnored)
         if self.counts is None or len(ds.arrays)<2 or is_known and getattr(ds, 'vocab', None) is not None: return None
         return SequenceCounts(ds, self.counts, self.time_dim)
 
     @cached_property
     def layout(self):
         "Where the sequences are in this run; shuffled, if the loader shuffles"
-        if not self.varies: return self.dl.layout(self.block, self.n_skip, counted=self.counted)
-        seed = random.getrandbits(62)
+        dl,common = self.stream,dict(n_skip=self.n_skip, counted=self.counted, part=self.part)
+        if not self.varies: return dl.layout(self.block, **common)
+        seed = self._seed()
         def sizes(): return self.truncation.lengths(random.Random(seed))
-        return self.dl.layout(self.truncation.sub_seq_len, self.n_skip, sizes, self.counted)
+        return dl.layout(self.truncation.sub_seq_len, sizes=sizes, **common)
 
     @cached_property
     def runs(self):
@@ -71,11 +72,11 @@ class StreamView(SubWindows):
         may_be_silent = self.n_skip or self.counted is not None
         if self.runs is not None: return self._n_runs_with_loss() if may_be_silent else len(self.runs)
         if may_be_silent and not self.evaluation: return self.layout.n_counted()
-        return len(self.layout) if self.varies else self.dl.n_blocks(self.block)
+        return len(self.layout) if self.varies else self.stream.n_blocks(self.block, self.n_parts)
 
     def __iter__(self):
         self.warm_up = []
-        blocks = self.dl.read_blocks(self.layout)
+        blocks = self.stream.read_blocks(self.layout, self.dl.device)
         for block,batch in blocks if self.runs is None else self._run(blocks):
             block.time_dim = self.time_dim
             if block.weight==0 and not self.evaluation:
@@ -85,6 +86,22 @@ class StreamView(SubWindows):
                 self.segment = self._planned(block)
                 yield self.laid_out(batch)
                 self.warm_up = []
+
+# %% ../../nbs/loaders/04_stream_view.ipynb #d6f93576
+@patch(as_prop=True)
+def n_parts(self:StreamView):
+    "Processes that share the rows of this run"
+    return 1 if self.evaluation else self.world_size
+
+@patch(as_prop=True)
+def part(self:StreamView):
+    "Which of them this is; `None` if it has all rows"
+    return None if self.n_parts==1 else Part(self.dl.rank, self.n_parts, self.dl.device)
+
+@patch
+def to_detach(self:StreamView, b, cpu=True, gather=True):
+    "As `fastai.torch_core.to_detach`; nothing is gathered, as each process has all that is evaluated"
+    return to_detach(b, cpu, gather=False)
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #c56760d2
 @patch(as_prop=True)
@@ -97,7 +114,7 @@ def block(self:StreamView): return self.truncation and self.truncation.block
 @patch
 def beginnings(self:StreamView, limit):
     "Of those sequences that are long enough"
-    dl,steps = self.dl,min(limit, self.usual_steps)
+    dl,steps = self.stream,min(limit, self.usual_steps)
     dl.before_iter()
     for block in dl.layout(steps):
         rows = (block.start==0)&(block.n==steps)
@@ -190,7 +207,7 @@ def _check_washout(self:StreamView, lengths):
             f"n_skip is {n_skip}, the longest sequence has {longest} steps: no step would count in the loss. "
             "Use a smaller n_skip.")
     if n_skip>=lengths.min():
-        short = self.dl.dataset.groups_of(np.flatnonzero(lengths<=n_skip))
+        short = self.stream.dataset.groups_of(np.flatnonzero(lengths<=n_skip))
         more = '…' if len(short)>10 else ''
         warnings.warn(
             f"{len(short)} of {len(lengths)} sequences are not longer than n_skip={n_skip}, "
@@ -199,8 +216,8 @@ def _check_washout(self:StreamView, lengths):
 @patch
 def check(self:StreamView):
     "A `ValueError` if sub-window or washout are too long for the longest sequence"
-    if self.dl.n==0: return
-    lengths = self.dl.dataset.lengths
+    if self.stream.n==0: return
+    lengths = self.stream.dataset.lengths
     self._check_scheme(int(lengths.max()))
     self._check_washout(lengths)
 
@@ -208,14 +225,14 @@ def check(self:StreamView):
 @patch
 def check_training(self:StreamView, truncation, carry):
     "If it would be read whole for validation, or single rows of a model cannot be reset"
-    dl,steps = self.dl,truncation and truncation.block
+    dl,steps = self.stream,truncation and truncation.block
     if dl.n==0: return
     reads_whole = steps is not None and dl.sub_seq_len is None
     if reads_whole and dl.dataset.in_files and dl.dataset.lengths.max()>steps:
         raise ValueError(
             f"sub_seq_len is {steps} in the learner, but None in a loader of sequences in files, "
             "which would be read whole for validation. Give it to the loaders.")
-    if carry.is_own and not (dl.aligned(steps) and dl.aligned(dl.sub_seq_len)):
+    if carry.is_own and not (dl.aligned(steps, self.n_parts) and dl.aligned(dl.sub_seq_len)):
         raise ValueError(
             "The rows of this StreamDL begin their sequences at different times, but the reset() of "
             f"{type(carry.inner).__name__} resets all rows. Carry its state in a StatefulRNN, "

@@ -17,6 +17,7 @@ from fastcore.meta import delegates
 from torch import Tensor
 from .counts import SequenceCounts
 from .layout import Block, Layout, VaryingLayout
+from .shared import Part, SharedLayout
 from .stream_view import StreamView
 from .windows import TbpttDL
 from ..truncation.plan import check_steps
@@ -145,30 +146,40 @@ def layout(self:StreamDL,
     n_skip:int=0, # Washout: first steps of each sequence whose loss does not count
     sizes=None, # Function that gives an iterator over the lengths of the blocks; default: all have `sub_seq_len` steps
     counted:SequenceCounts=None, # Which targets count; default: all
+    part:Part=None, # Of several processes that share the rows, `bs` of each; default: there is one
 )->Layout:
     "Where sequences go in the next run over the data"
-    order = None
-    if self.shuffle:
-        self.randomize()
-        order = TbpttDL.get_idxs(self)
+    order = self._order()
+    if part is not None and order is not None: order = part.of_first(order)
+    bs = self.bs*(1 if part is None else part.processes)
     of_length = Layout if sizes is None else partial(VaryingLayout, sizes=sizes)
-    return of_length(self.dataset.lengths, bs=self.bs, sub_seq_len=sub_seq_len, order=order, n_skip=n_skip,
-                     groups_of=self.dataset.groups_of, counted=counted)
+    common = dict(bs=bs, sub_seq_len=sub_seq_len, order=order, n_skip=n_skip, groups_of=self.dataset.groups_of)
+    if part is None: return of_length(self.dataset.lengths, counted=counted, **common)
+    return SharedLayout(of_length(self.dataset.lengths, **common), part, counted)
+
+@patch
+def _order(self:StreamDL):
+    "A permutation of the sequences; `None`: as they are"
+    if not self.shuffle: return None
+    self.randomize()
+    return np.asarray(TbpttDL.get_idxs(self))
 
 @patch
 def n_blocks(self:StreamDL,
     sub_seq_len:int=None, # Steps of a sub-window
+    processes:int=1, # How many share them, `bs` rows of each
 )->int:
     "Steps of an epoch, in any order of the sequences"
-    return len(Layout(self.dataset.lengths, self.bs, sub_seq_len))
+    return len(Layout(self.dataset.lengths, self.bs*processes, sub_seq_len))
 
 # %% ../../nbs/loaders/05_streams.ipynb #fb3f9211
 @patch
 def aligned(self:StreamDL,
     sub_seq_len:int=None, # Steps of a sub-window
+    processes:int=1, # How many share them, `bs` rows of each
 )->bool:
     "Do all rows begin their sequences in the same steps?"
-    return Layout(self.dataset.lengths, self.bs, sub_seq_len).aligned
+    return Layout(self.dataset.lengths, self.bs*processes, sub_seq_len).aligned
 
 @patch(as_prop=True)
 def waste(self:StreamDL):
@@ -186,21 +197,29 @@ def _check_draws(self:StreamDL, layout):
             f"{type(drawing[0]).__name__} draws once for a batch, but the rows of this stream begin their sequences at "
             "different times. Transform the sequences beforehand, or cut them into windows of one length by stp_sz.")
 
+def _as_wide(o, steps):
+    "With padding, if the rows of other processes have more steps"
+    more = steps-o.shape[1]
+    return torch.cat([o, o.new_zeros(len(o), more, *o.shape[2:])], 1) if more else o
+
 @patch
 def _read(self:StreamDL, block):
     batch = self.dataset.read(block.seq.clip(0), block.start, block.n)
+    if block.processes>1: batch = tuple(_as_wide(o, block.steps) for o in batch)
     return tuple(o.pin_memory() for o in batch) if self.pin_memory else batch
 
 @patch
 def read_blocks(self:StreamDL,
     layout:Layout, # Where the sequences are
+    device=None, # Where batches go; default: as the loader says
 ):
     "Pairs of a `Block` and its batch `(rows, steps, ...)`, on the device and transformed"
+    device = self.device if device is None else device
     self.before_iter()
     self._check_draws(layout)
     blocks = read_ahead(self._read, layout) if self.dataset.in_files else ((o, self._read(o)) for o in layout)
     for block,batch in blocks:
-        if self.device is not None: batch = to_device(batch, self.device, non_blocking=self.pin_memory)
+        if device is not None: batch = to_device(batch, device, non_blocking=self.pin_memory)
         yield block,transform_block(self.after_batch, batch, (block.start==0).all())
     self.after_iter()
 

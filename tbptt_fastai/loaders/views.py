@@ -236,10 +236,14 @@ def world_size(self:SubWindows):
 @patch
 def _new_rng(self:SubWindows):
     "Random numbers for a scheme that draws some: the same in all processes"
-    if self.truncation is None or not self.truncation.random: return None
+    return None if self.truncation is None or not self.truncation.random else Random(self._seed())
+
+@patch
+def _seed(self:SubWindows):
+    "A random number: that of the first process in all of them"
     seed = random.getrandbits(62)
     if self.world_size>1: seed = maybe_gather(torch.tensor([seed], device=self.dl.device))[0].item()
-    return Random(seed)
+    return seed
 
 @patch
 def _agree(self:SubWindows, steps, n_sub):

@@ -14,7 +14,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgSmoothLoss
-from fastai.torch_core import find_bs, find_device, get_model
+from fastai.torch_core import find_bs, find_device, get_model, maybe_gather
 from fastcore.basics import first, patch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -87,6 +87,7 @@ class TbpttResetCB(StateResets):
         for dl in others: self._check_channels(dl)
         self._check_mixing()
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
+        if views[0].flat and views[0].world_size>1: self._check_shared()
         for view in views: view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
         if carry.resets_itself: check_reset(carry.inner)
@@ -177,7 +178,8 @@ def _compare_untrained(self:TbpttResetCB):
     with torch.random.fork_rng(): pred = self._search.carry.model(*learn.xb)
     learn.pred = pred if isinstance(learn.pred, tuple) else first_output(pred) # a callback has taken it apart
     learn.pred,learn.yb = self._count(self.segment, *self.segment.real(learn.pred, learn.yb))
-    if len(learn.yb): self._search.loss.compare_with(learn.loss_func(learn.pred, *learn.yb))
+    if self.segment.is_silent: self._search.loss.compare_with(self._of_all(None))
+    elif len(learn.yb): self._search.loss.compare_with(self._of_all(learn.loss_func(learn.pred, *learn.yb)))
     learn.pred,learn.yb = own
 
 @patch
@@ -191,7 +193,8 @@ def end_search(self:TbpttResetCB):
 def before_batch(self:TbpttResetCB):
     if self._is_cut: self._is_cut,self._whole = False,None # of a batch that was cancelled
     if not self._tried and self.check: self._check_inputs()
-    if self._is_new and self.learn.training and self.check: self._check_model()
+    is_new = self._is_new and self.learn.training and not self.segment.is_silent
+    if is_new and self.check: self._check_model()
     StateResets.before_batch(self)
     if not self.learn.training and self.view.time_dim==0: self._gather_inputs_by_rows()
 
@@ -277,7 +280,7 @@ def before_train(self:TbpttResetCB):
 @patch
 def _refuse_empty(self:TbpttResetCB):
     dl = self.dl
-    n,bs,drop_last = getattr(dl, 'n', 0),getattr(dl, 'bs', None),getattr(dl, 'drop_last', None)
+    n,bs,drop_last = getattr(inner_loader(dl), 'n', 0),getattr(dl, 'bs', None),getattr(dl, 'drop_last', None)
     if dl.flat and n: raise ValueError(
         f"No target of the {n} sequences counts, so nothing can be learned. "
         "See what the loss ignores (ignore_index), or what counts= says.")
@@ -321,11 +324,12 @@ def after_pred(self:TbpttResetCB):
     self._rows = self._rows_of_batch()
     self._counting = segment.in_rows() if self._wants_rows else segment
     if learn.training: self.keep_states()
-    if not self._tried: self._try_loss()
+    if not self._tried and not segment.is_silent: self._try_loss()
     if learn.training and self.carrying and not self.checked and segment.moves_on: self._check_states()
     if self._searching: self._compare_untrained()
     pred,yb = self._real(learn.pred, learn.yb)
     learn.pred,learn.yb = self._count(self._counting, pred, yb)
+    if segment.is_silent: return self._ask_no_loss()
     is_cut = learn.pred is not pred or learn.yb is not yb
     if is_cut and not learn.training: self._is_cut,self._whole = True,(pred, yb)
 
@@ -436,7 +440,9 @@ def after_loss(self:TbpttResetCB):
 def _weigh_loss(self:TbpttResetCB):
     learn = self.learn
     if not learn.training: return self._restore_whole()
+    if self.segment.is_silent: return self._take_part()
     if not len(learn.yb): return # no targets, no loss
+    if self.segment.processes>1: learn.loss_grad,learn.loss = learn.loss_grad*self._loss_share,learn.loss*self._loss_share
     weight = self.segment.weight
     if weight!=1 and self._loss_takes_weights: learn.loss_grad = learn.loss_grad*weight
     if learn.loss.dtype!=torch.float32: learn.loss = learn.loss.float() # what Recorder smooths has to be float32
@@ -453,6 +459,55 @@ def after_batch(self:TbpttResetCB):
     if n==n_first and not n_before: return
     # fastai counts on windows that have as many steps of training as the first
     learn.pct_train += (n_first/n-1+n_first*n_before)/(learn.n_iter*learn.n_epoch)
+
+# %% ../../nbs/training/04_callback.ipynb #7fa0fc5b
+def _nothing_of(pred):
+    "A zero whose gradient, zero too, reaches all that made the predictions"
+    found = []
+    map_predictions(lambda o: found.append(o) or o, pred)
+    return sum((o*0).sum() for o in found if o.requires_grad)
+
+@patch(as_prop=True)
+def _loss_share(self:TbpttResetCB):
+    "Factor of the loss of this process; a sum over steps has no number of steps in it"
+    is_sum = getattr(self.learn.loss_func, 'reduction', 'mean')=='sum'
+    return float(self.segment.processes) if is_sum else self.segment.share
+
+
+# %% ../../nbs/training/04_callback.ipynb #715b74b9
+@patch
+def _ask_no_loss(self:TbpttResetCB):
+    self._set_aside,self.learn.yb = self.learn.yb,()
+    self._set_no_loss()
+
+@patch
+def _take_part(self:TbpttResetCB):
+    self.learn.yb = self._set_aside # else there would be no backward pass
+    self._set_no_loss()
+
+@patch
+def _set_no_loss(self:TbpttResetCB):
+    self.learn.loss_grad,self.learn.loss = _nothing_of(self.learn.pred),torch.zeros((), device=find_device(self.learn.xb))
+
+# %% ../../nbs/training/04_callback.ipynb #80b4084e
+@patch
+def _of_all(self:TbpttResetCB, loss):
+    "The loss of all processes that share a stream, of that of each"
+    if self.segment.processes==1: return loss
+    if self.segment.is_silent: own = torch.zeros((), device=find_device(self.learn.xb))
+    else: own = loss.detach().mean().float()*self._loss_share
+    return maybe_gather(own)
+
+@patch
+def _check_shared(self:TbpttResetCB):
+    "An error if something counts the targets of one process, where several share a stream"
+    recorder = getattr(self.learn, 'recorder', None)
+    if getattr(recorder, 'train_metrics', False): raise NotImplementedError(
+        "Metrics of the training (train_metrics=True) of a StreamDL that several processes share would be those of the rows of "
+        "one process. Leave them out: training losses and all metrics of the validation are those of all rows.")
+    if self.learn._grab_cbs(GradientAccumulation): raise NotImplementedError(
+        "GradientAccumulation counts the targets of one process, and processes that share a StreamDL have different numbers of "
+        "them: they would take steps at different times. Leave it out, and use a larger bs.")
 
 # %% ../../nbs/training/04_callback.ipynb #7624eb06
 @patch
