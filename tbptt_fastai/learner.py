@@ -154,7 +154,8 @@ def default_loss(
     time_dim = resolve_time_dim(time_dim, dl)
     if isinstance(inner_loader(dl), StreamDL): time_dim = 1 # steps come one after the other, each `(channels,)`
     loss_func = getattr(dl.dataset, 'loss_func', None)
-    if loss_func is not None: return _with_classes_second(loss_func) if time_dim==-1 else loss_func
+    classes_second = time_dim==-1 and not getattr(dl.dataset, 'one_label', False)
+    if loss_func is not None: return _with_classes_second(loss_func) if classes_second else loss_func
     item = first_item(dl)
     y = None if item is None else item[-1]
     if not _is_real(y): raise ValueError(

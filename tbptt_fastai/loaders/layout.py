@@ -162,11 +162,11 @@ def counted(self:Block, pred, yb):
 @patch
 def step_losses(self:Block, loss, pred, yb):
     "NaN for those that do not count"
-    losses = pred.new_full((len(yb[0]),), float('nan'))
+    losses = torch.full((len(yb[0]),), float('nan'), dtype=loss.dtype, device=loss.device)
     if self.counted_at is None: return loss.flatten(1).mean(1) if loss.ndim>1 else loss
     if len(self.counted_at):
         at = torch.from_numpy(self.counted_at).to(losses.device)
-        losses[at] = loss.view(len(self.counted_at), -1).mean(1).to(losses.dtype)
+        losses[at] = loss.view(len(self.counted_at), -1).mean(1)
     return losses
 
 # %% ../../nbs/loaders/03_layout.ipynb #c1f61def

@@ -326,9 +326,10 @@ def preds_to_rows(
     return map_predictions(moved, preds, with_axes=True)
 
 # %% ../../nbs/loaders/00_segment.ipynb #53822d19
-def _steps_first(o, mask, time_dim, classes_second):
-    "With the axes of the mask in front; `None` if it has others"
-    ways = [o, o.movedim(1, -1)] if o.ndim==mask.ndim+1==3 else [o]
+def _steps_first(o, mask, time_dim, classes_second, axes=None):
+    "With the axes of the mask in front; `None` if it has others. Of a distribution it is known which axes are not those of events"
+    axes = axes or o.ndim
+    ways = [o, o.movedim(1, axes-1)] if axes==mask.ndim+1==3 else [o]
     if time_dim==-1 or classes_second: ways.reverse()
     fitting = [way for way in ways if way.shape[:mask.ndim]==mask.shape]
     if len(fitting)>1 and time_dim!=-1 and classes_second is None: raise ValueError(
@@ -347,8 +348,8 @@ def only(
     at = mask.flatten().nonzero().flatten()
     if len(at)==0: return pred,()
     are_classes = all(o.ndim==mask.ndim for o in tree_leaves(yb) if isinstance(o, Tensor))
-    def counted(o, must=True):
-        o_first = _steps_first(o, mask, time_dim, classes_second if are_classes else False)
+    def counted(o, must=True, axes=None):
+        o_first = _steps_first(o, mask, time_dim, classes_second if are_classes else False, axes)
         if o_first is None and not must: return o
         if o_first is None: raise ValueError(
             f"Of targets {tuple(mask.shape)} some count and some do not, but there are predictions or targets of shape "
@@ -356,7 +357,7 @@ def only(
         flat = o_first.flatten(0, mask.ndim-1)
         return flat if len(at)==len(flat) else flat[at.to(o.device)]
     is_one = isinstance(pred, (Tensor,Distribution)) # of several, some may be no predictions of steps
-    return map_predictions(lambda o: counted(o, is_one), pred),map_predictions(counted, yb)
+    return map_predictions(partial(counted, must=is_one), pred, with_axes=True),map_predictions(counted, yb)
 
 def row_losses(
     mask:Tensor, # Which targets count
@@ -381,8 +382,11 @@ def _washed(self:WindowPart, pred, yb):
     if n_skip==steps: raise ValueError(
         f"A window to evaluate has {steps} steps, and all are washout (n_skip): no step would count.")
     bs,dim = self.window.bs,self.time_dim
-    def without(o, axes=None): return cut_steps(o, n_skip, None, dim, axes) if has_steps(o, steps, bs, dim, axes) else o
     targets,form = tree_flatten(yb)
+    classes_second = self.classes_second and dim==1 and all(o.ndim==2 for o in targets)
+    def without(o, axes=None):
+        at = -1 if classes_second and o.ndim==3 and axes is None and o.shape[-1]==steps else dim
+        return cut_steps(o, n_skip, None, at, axes) if has_steps(o, steps, bs, at, axes) else o
     whole = [not timed and o.shape for o,timed in zip(targets, self.window.targets_timed)]
     preds,pred_form = tree_flatten(pred)
     if len(preds)!=len(targets): whole = [False]*len(preds)

@@ -13,12 +13,12 @@ from fastai.callback.core import GatherPredsCallback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import AvgSmoothLoss
+from fastai.learner import AvgLoss, AvgSmoothLoss
 from fastai.torch_core import find_bs, find_device, get_model, maybe_gather
 from fastcore.basics import first, patch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from .checks import check_carries, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
+from .checks import check_carries, check_is_mean, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
 from ..loaders.continuing import is_text
 from ..loaders.counts import NotIgnored, TargetCounts, has_classes_second, ignore_index_of
 from ..loaders.segment import Window, map_predictions, preds_to_rows
@@ -28,7 +28,7 @@ from ..state.carry import Carry
 from ..state.own import check_reset
 from .parts import check_remembers, compare_parts, first_output, on_trial, run_in_parts
 from .lr_search import rate_search, without_search
-from .metrics import StepSmoothLoss
+from .metrics import StepSmoothLoss, TargetLoss
 from ..sequences.axis import check_time_dim
 from .rows import RowsFirst
 from .resets import CarryingRun, StateResets, back_to_method, cancels
@@ -69,6 +69,9 @@ class TbpttResetCB(StateResets):
         self.sub_seq_len,self.truncation = sub_seq_len,truncation
         self.n_skip,self.timed,self.check = check_steps('n_skip', n_skip, least=0),timed,check
         self.time_dim = check_time_dim(time_dim)
+        if not (counts is None or callable(counts)): raise TypeError(
+            f"counts is {counts!r}; expected a function of the targets that says which of them count, such as "
+            "lambda y: ~y.isnan().any(-1).")
         self.counts = counts
         self.continuing = continuing
 
@@ -293,6 +296,12 @@ def _check_channels(self:TbpttResetCB, dl):
     new,known = (getattr(inner_loader(o), 'dataset', None) for o in (dl, self.dls.train))
     if isinstance(new, Sequences) and isinstance(known, Sequences): check_same_channels(new, known)
 
+@patch
+def _set_valid_loss(self:TbpttResetCB, kind):
+    "How a recorder averages the losses of this evaluation, if it does so as fastai's"
+    recorder = getattr(self.learn, 'recorder', None)
+    if {type(getattr(recorder, 'loss', None)), kind}=={AvgLoss, TargetLoss}: object.__setattr__(recorder, 'loss', kind())
+
 @patch(as_prop=True)
 def _ranks_losses(self:TbpttResetCB):
     "Is this for `Interpretation`, which asks for losses alone?"
@@ -304,6 +313,7 @@ def before_validate(self:TbpttResetCB):
     self._tried = False
     self._check_channels(self.dl)
     self.learn.dl = self.evaluation_view(self.dl)
+    self._set_valid_loss(TargetLoss if self.view.flat else AvgLoss)
     self.view.check_continuing()
     self.is_interrupted = True
     if self.view.flat and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
@@ -383,6 +393,7 @@ def _try_loss(self:TbpttResetCB):
     names = getattr(getattr(inner_loader(self.dl), 'dataset', None), 'y_names', None)
     if self.segment.flat: time_dim = None # one step after the other
     elif self._wants_rows: time_dim = 1
+    if self.view.flat and self.check and len(yb): check_is_mean(learn.loss_func, pred, yb)
     if len(yb): check_shapes(learn.loss_func, pred, yb, explained() if explained else None, self.check, names, time_dim)
 
 @patch
@@ -405,7 +416,9 @@ def _check_rate(self:TbpttResetCB, pred, yb):
 @patch
 def _restore_whole(self:TbpttResetCB):
     learn,each = self.learn,getattr(self.loss_func, 'reduction', None)=='none'
-    if self._rows is not None and each and len(learn.yb) and not self.segment.flat: learn.loss = self._rows.losses(learn.loss, learn.yb)
+    each = each and any(getattr(cb, 'with_loss', False) for cb in learn.cbs)
+    all_count = self.segment.mask is None and not self.segment.flat
+    if self._rows is not None and each and len(learn.yb) and all_count: learn.loss = self._rows.losses(learn.loss, learn.yb)
     if each and len(learn.yb): learn.loss = learn.loss.contiguous() # fastai views it as rows
     if self._whole is not None:
         learn.pred,learn.yb = self._whole
@@ -416,7 +429,7 @@ def _restore_whole(self:TbpttResetCB):
 
 @patch
 def _refuse_unlabelled(self:TbpttResetCB):
-    mask = self.segment.mask
+    mask = self.segment.in_rows().mask
     if mask is None or mask.reshape(len(mask), -1).any(1).all(): return
     raise ValueError(
         "Some windows have no target that counts, and so no loss, but NaN, which would be the largest for Interpretation. "

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resolve_truncation', 'check_goes_on', 'check_carries', 'check_statistics', 'batch_first_remedy', 'check_states',
-           'ChannelsError', 'channels_explained', 'output_explained', 'check_shapes']
+           'ChannelsError', 'channels_explained', 'output_explained', 'check_shapes', 'check_is_mean']
 
 # %% ../../nbs/training/01_checks.ipynb #b3c69fbe
 import inspect, re, sys, warnings
@@ -12,14 +12,16 @@ from contextlib import contextmanager
 from functools import partial
 from math import prod
 import torch
-from fastai.torch_core import no_random
+from fastai.torch_core import find_bs, no_random
 from fastcore.basics import first
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from ..state.carry import Carry, layer_of
+from ..loaders.segment import map_predictions
 from ..loaders.views import inner_loader
+from .metrics import loss_size
 from ..loaders.windows import TbpttDL
 from ..state.tree import state_batch_size, state_leaves
 from ..state.unroll import unroll_hint
@@ -316,3 +318,30 @@ def check_shapes(
     raise ValueError(
         f"{_said(preds or dists, targets)}: {name} would compare each with every other {tuple(_joint(*watch.met))}. "
         f"{hint(*watch.met, is_real)} If the loss means it: targets.expand_as(predictions).")
+
+# %% ../../nbs/training/01_checks.ipynb #be341684
+def _cut_targets(o, at, n):
+    "Those of a slice, of what has one for each of `n`"
+    return map_predictions(lambda t: t[at] if t.ndim and len(t)==n else t, o)
+
+@torch.no_grad()
+def check_is_mean(
+    loss_func, # Function of predictions and targets
+    pred, # Predictions that count, one after the other
+    yb:tuple, # Their targets
+):
+    "A warning if a loss is no mean over its targets, so that of a stream depends on how it is cut"
+    n = find_bs(yb)
+    if n<2 or getattr(loss_func, 'reduction', 'mean')!='mean': return
+    parts = [(pred, yb), *(_cut_targets((pred, yb), at, n) for at in (slice(n//2), slice(n//2, n)))]
+    try:
+        with no_random(): whole,*losses = [float(loss_func(p, *y)) for p,y in parts]
+        size,*sizes = [loss_size(loss_func, y) for _,y in parts]
+    except torch.OutOfMemoryError: raise
+    except Exception: return # it gives no number
+    mean = sum(o*k for o,k in zip(losses, sizes) if k)/size
+    if not abs(whole-mean)>1e-2*(abs(whole)+abs(mean)): return
+    warnings.warn(
+        f"{_name(loss_func)} is no mean over steps: of {n} it is {whole:.3g}, the mean of that of their two halves {mean:.3g}. "
+        "The loss of a stream then depends on bs and sub_seq_len: use a mean, such as the squared error, and the other as a "
+        "metric that sees all steps, such as fun_rmse.", stacklevel=2)
