@@ -108,9 +108,11 @@ def test_many_named_channels_are_counted_and_unnamed_ones_share_an_axis():
     axs = plot_windows(torch.randn(1, 30, 12), torch.randn(1, 30, 10))
     assert [len(ax.lines) for ax in axs.flat]==[10,12] and len({o.get_color() for o in axs[0,0].lines})==10
 
-def test_sequences_are_drawn_in_their_order_whatever_their_lengths():
+@pytest.mark.parametrize('bs', [2, 3])
+@pytest.mark.parametrize('shuffle', [False, True])
+def test_sequences_are_drawn_in_their_order_whatever_their_lengths(bs, shuffle):
     xs = [torch.randn(n, 1) for n in (20, 50, 7)]
-    StreamDL(Sequences(xs, xs, groups=['a','b','c']), bs=3, sub_seq_len=5).show_whole()
+    StreamDL(Sequences(xs, xs, groups=['a','b','c']), bs=bs, sub_seq_len=5, shuffle=shuffle).show_whole()
     for x,ax,name in zip(xs, axes()[0], 'abc'):
         assert ax.get_title()==name
         np.testing.assert_allclose(ax.lines[0].get_ydata(), x[:,0])
