@@ -11,6 +11,7 @@ from tbptt_fastai.learner import RNNLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.sequences.plot import plot_windows
+from tbptt_fastai.sequences.windows import Sequences
 
 LENGTHS = dict(north=1500, south=300, west=40)
 
@@ -106,3 +107,12 @@ def test_many_named_channels_are_counted_and_unnamed_ones_share_an_axis():
     assert all(len(ax.lines)==1 for ax in axs.flat)
     axs = plot_windows(torch.randn(1, 30, 12), torch.randn(1, 30, 10))
     assert [len(ax.lines) for ax in axs.flat]==[10,12] and len({o.get_color() for o in axs[0,0].lines})==10
+
+@pytest.mark.parametrize('bs', [2, 3])
+@pytest.mark.parametrize('shuffle', [False, True])
+def test_sequences_are_drawn_in_their_order_whatever_their_lengths(bs, shuffle):
+    xs = [torch.randn(n, 1) for n in (20, 50, 7)]
+    StreamDL(Sequences(xs, xs, groups=['a','b','c']), bs=bs, sub_seq_len=5, shuffle=shuffle).show_whole()
+    for x,ax,name in zip(xs, axes()[0], 'abc'):
+        assert ax.get_title()==name
+        np.testing.assert_allclose(ax.lines[0].get_ydata(), x[:,0])

@@ -201,6 +201,8 @@ def test_what_an_embedding_gives_is_that_of_its_class():
     embed,x = learn.model.embed,torch.tensor([[[.5, 2.], [.1, 0.]]])
     expected = torch.cat([x[...,:1], embed.embeds[0].weight[[2,0]][None]], -1)
     torch.testing.assert_close(embed(x), expected)
+    first = make(x=['mode','u']).model.embed
+    torch.testing.assert_close(first(x.flip(-1)), torch.cat([x[...,:1], first.embeds[0].weight[[2,0]][None]], -1))
 
 def test_classes_are_those_of_the_training_rows_alone():
     df = frame([40, 25])

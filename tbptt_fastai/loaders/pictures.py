@@ -55,7 +55,8 @@ def show_whole(self:StreamDL,
 ):
     "Draw all sequences of this loader"
     ds,n = self.dataset,self.dataset.lengths
-    block,batch = first(self.new(bs=len(ds), sub_seq_len=None, shuffle=False).read_blocks(self.layout(None)))
+    whole = self.new(bs=len(ds), sub_seq_len=None, shuffle=False)
+    block,batch = first(whole.read_blocks(whole.layout()))
     rows = np.argsort(block.seq[:len(ds)])
     batch = tuple(o[rows] for o in batch)
     def decoded(b): return TfmdDL.decode(self, tuple(o.cpu() for o in b))[:2]
