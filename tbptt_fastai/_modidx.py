@@ -1805,8 +1805,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._loss_takes_weights': ( 'training/callback.html#tbpttresetcb._loss_takes_weights',
                                                                                                                      'tbptt_fastai/training/callback.py'),
-                                                'tbptt_fastai.training.callback.TbpttResetCB._of_all': ( 'training/callback.html#tbpttresetcb._of_all',
-                                                                                                         'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._ranks_losses': ( 'training/callback.html#tbpttresetcb._ranks_losses',
                                                                                                                'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._real': ( 'training/callback.html#tbpttresetcb._real',

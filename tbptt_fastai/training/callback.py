@@ -14,7 +14,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgLoss, AvgSmoothLoss
-from fastai.torch_core import find_bs, find_device, get_model, maybe_gather
+from fastai.torch_core import find_bs, find_device, get_model
 from fastcore.basics import first, patch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -90,7 +90,7 @@ class TbpttResetCB(StateResets):
         for dl in others: self._check_channels(dl)
         self._check_mixing()
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
-        if views[0].flat and views[0].world_size>1: self._check_shared()
+        if views[0].world_size>1: self._check_shared(views[0])
         for view in views: view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
         if carry.resets_itself: check_reset(carry.inner)
@@ -181,8 +181,7 @@ def _compare_untrained(self:TbpttResetCB):
     with torch.random.fork_rng(): pred = self._search.carry.model(*learn.xb)
     learn.pred = pred if isinstance(learn.pred, tuple) else first_output(pred) # a callback has taken it apart
     learn.pred,learn.yb = self._count(self.segment, *self.segment.real(learn.pred, learn.yb))
-    if self.segment.is_silent: self._search.loss.compare_with(self._of_all(None))
-    elif len(learn.yb): self._search.loss.compare_with(self._of_all(learn.loss_func(learn.pred, *learn.yb)))
+    if len(learn.yb): self._search.loss.compare_with(learn.loss_func(learn.pred, *learn.yb))
     learn.pred,learn.yb = own
 
 @patch
@@ -504,16 +503,12 @@ def _set_no_loss(self:TbpttResetCB):
 
 # %% ../../nbs/training/04_callback.ipynb #80b4084e
 @patch
-def _of_all(self:TbpttResetCB, loss):
-    "The loss of all processes that share a stream, of that of each"
-    if self.segment.processes==1: return loss
-    if self.segment.is_silent: own = torch.zeros((), device=find_device(self.learn.xb))
-    else: own = loss.detach().mean().float()*self._loss_share
-    return maybe_gather(own)
-
-@patch
-def _check_shared(self:TbpttResetCB):
-    "An error if something counts the targets of one process, where several share a stream"
+def _check_shared(self:TbpttResetCB, view):
+    "An error if a callback would have several processes wait for ever, or counts the targets of one where they share a stream"
+    if self.learn._grab_cbs(LRFinder): raise NotImplementedError(
+        "fastai's lr_find saves the weights in a folder that the first process alone knows, and waits there for the others: it "
+        "cannot be called within distrib_ctx. Call it before, in each process or in one.")
+    if not view.flat: return
     recorder = getattr(self.learn, 'recorder', None)
     if getattr(recorder, 'train_metrics', False): raise NotImplementedError(
         "Metrics of the training (train_metrics=True) of a StreamDL that several processes share would be those of the rows of "
