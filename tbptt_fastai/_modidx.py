@@ -1773,6 +1773,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB.__init__': ( 'training/callback.html#tbpttresetcb.__init__',
                                                                                                           'tbptt_fastai/training/callback.py'),
+                                                'tbptt_fastai.training.callback.TbpttResetCB._ask_mean': ( 'training/callback.html#tbpttresetcb._ask_mean',
+                                                                                                           'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._ask_no_loss': ( 'training/callback.html#tbpttresetcb._ask_no_loss',
                                                                                                               'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._bring_rows_first': ( 'training/callback.html#tbpttresetcb._bring_rows_first',

@@ -102,6 +102,27 @@ def test_a_loss_that_is_no_mean_over_steps_is_named_on_a_stream():
         validated(rmse, y, 1, 2, 7, check=False)
         for loss_func in (nn.HuberLoss(), nn.MSELoss(), nn.L1Loss()): validated(loss_func, y, 1, 2, 7)
 
+class Seen(nn.MSELoss):
+    "A loss that keeps what it has seen, and one that draws"
+    n,noise = 0,0.
+    def forward(self, pred, y):
+        self.n += 1
+        return super().forward(pred, y)*(1+self.noise*torch.rand(()))
+
+def test_a_loss_is_asked_without_a_trace():
+    y = torch.randn(N, T, 1, generator=torch.Generator().manual_seed(5))
+    quiet,asked = Seen(),Seen()
+    a,b = (validated(f, y, 1, 2, 7, check=f is asked) for f in (quiet, asked))
+    assert a==b and asked.n==quiet.n
+    drawn = Seen()
+    drawn.noise = 10.
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        torch.manual_seed(0)
+        a = validated(drawn, y, 1, 2, 7)
+    torch.manual_seed(0)
+    assert a==validated(drawn, y, 1, 2, 7, check=False)
+
 def test_windows_after_a_stream_are_averaged_as_by_fastai():
     x,y = classes()
     loss_func,loaders = CrossEntropyLossFlat(weight=WEIGHT),window_loaders(x, y.clamp(min=0))

@@ -41,6 +41,7 @@ class TbpttResetCB(StateResets):
     Evaluation runs whole windows; sequences of a `StreamDL` in sub-windows too."""
     _is_new,_tried = False,False # is the first batch of a fit still to be looked at, was the loss tried in this run over batches?
     _trained = None # channels of the inputs in the last training
+    _asked = None # the loss that was last asked whether it is a mean over steps
     _search = None # of a learning rate, for the time of its fit
     _whole = None # predictions and targets of a batch in evaluation, while the washout is left out of them
     _is_cut = False # was it left out of this batch?
@@ -392,8 +393,16 @@ def _try_loss(self:TbpttResetCB):
     names = getattr(getattr(inner_loader(self.dl), 'dataset', None), 'y_names', None)
     if self.segment.flat: time_dim = None # one step after the other
     elif self._wants_rows: time_dim = 1
-    if self.view.flat and self.check and len(yb): check_is_mean(learn.loss_func, pred, yb)
+    if self.view.flat and len(yb): self._ask_mean(pred, yb)
     if len(yb): check_shapes(learn.loss_func, pred, yb, explained() if explained else None, self.check, names, time_dim)
+
+@patch
+def _ask_mean(self:TbpttResetCB, pred, yb):
+    "Once for each loss: is it a mean over steps?"
+    f = self.loss_func
+    if not self.check or f is self._asked or getattr(f, 'reduction', 'mean')!='mean': return
+    self._asked = f
+    check_is_mean(f, pred, yb)
 
 @patch
 def _check_rate(self:TbpttResetCB, pred, yb):

@@ -9,6 +9,7 @@ __all__ = ['resolve_truncation', 'check_goes_on', 'check_carries', 'check_statis
 # %% ../../nbs/training/01_checks.ipynb #b3c69fbe
 import inspect, re, sys, warnings
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from math import prod
 import torch
@@ -333,12 +334,14 @@ def check_is_mean(
     "A warning if a loss is no mean over its targets, so that of a stream depends on how it is cut"
     n = find_bs(yb)
     if n<2 or getattr(loss_func, 'reduction', 'mean')!='mean': return
-    parts = [(pred, yb), *(_cut_targets((pred, yb), at, n) for at in (slice(n//2), slice(n//2, n)))]
+    parts = [(pred, yb)]*2+[_cut_targets((pred, yb), at, n) for at in (slice(n//2), slice(n//2, n))]
     try:
-        with no_random(): whole,*losses = [float(loss_func(p, *y)) for p,y in parts]
-        size,*sizes = [loss_size(loss_func, y) for _,y in parts]
+        tried = deepcopy(loss_func) # it may keep something
+        with no_random(): again,whole,*losses = [float(tried(p, *y)) for p,y in parts]
+        size,_,*sizes = [loss_size(loss_func, y) for _,y in parts]
     except torch.OutOfMemoryError: raise
     except Exception: return # it gives no number
+    if again!=whole: return # it is random
     mean = sum(o*k for o,k in zip(losses, sizes) if k)/size
     if not abs(whole-mean)>1e-2*(abs(whole)+abs(mean)): return
     warnings.warn(
