@@ -6,10 +6,8 @@
 __all__ = ['TbpttResetCB']
 
 # %% ../../nbs/training/04_callback.ipynb #2aa02dba
-from contextlib import ExitStack, nullcontext
-from functools import partial
+from contextlib import ExitStack
 import torch
-from fastai.callback.core import GatherPredsCallback
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
@@ -18,36 +16,32 @@ from fastai.torch_core import find_bs, find_device, get_model
 from fastcore.basics import first, patch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from .checks import check_carries, check_is_mean, check_shapes, check_states, check_statistics, output_explained, resolve_truncation
+from .checks import check_carries, check_states, check_statistics, resolve_truncation
 from ..loaders.continuing import is_text
 from ..loaders.counts import NotIgnored, TargetCounts, has_classes_second, ignore_index_of
-from ..loaders.segment import Window, map_predictions, preds_to_rows
+from ..loaders.segment import Window
 from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, plain_batch, resolve_time_dim, view_of
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
 from ..state.own import check_reset
-from .parts import check_remembers, compare_parts, first_output, on_trial, run_in_parts
+from .parts import check_remembers, compare_parts, first_output
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss, TargetLoss
 from ..sequences.axis import check_time_dim
 from .rows import RowsFirst
+from .counting import CountedLoss
 from .resets import CarryingRun, StateResets, back_to_method, cancels
 from ..truncation.plan import Truncation, check_steps
 
 # %% ../../nbs/training/04_callback.ipynb #054d8ba4
-class TbpttResetCB(StateResets):
+class TbpttResetCB(CountedLoss):
     """Train on the sub-windows of each window in turn, and reset the state where a window or sequence starts
 
     Evaluation runs whole windows; sequences of a `StreamDL` in sub-windows too."""
-    _is_new,_tried = False,False # is the first batch of a fit still to be looked at, was the loss tried in this run over batches?
+    _is_new = False # is the first batch of a fit still to be looked at?
     _trained = None # channels of the inputs in the last training
-    _asked = None # the loss that was last asked whether it is a mean over steps
     _search = None # of a learning rate, for the time of its fit
-    _whole = None # predictions and targets of a batch in evaluation, while the washout is left out of them
-    _is_cut = False # was it left out of this batch?
     _lrs = None # the schedule's learning rates, while a step has its own
-    _rows = None # what brings the rows of this batch to the front, if time comes first
-    _counting = None # the segment that says what counts in this batch
     # after GatherPredsCallback (0), MixedPrecision (10), DistributedTrainer (11); before Recorder (50), ProgressCallback (60)
     order = 12
     def __init__(self,
@@ -117,7 +111,7 @@ def after_epoch(self:TbpttResetCB): back_to_method(self.learn, 'all_batches')
 def after_fit(self:TbpttResetCB):
     self.after_epoch()
     self.end_search()
-    self._whole = self._rows = self._counting = None
+    self.forget_batch()
     if self.carry is None: self.reset() # else it is an evaluation in the middle of a training
 
 @patch
@@ -302,12 +296,6 @@ def _set_valid_loss(self:TbpttResetCB, kind):
     recorder = getattr(self.learn, 'recorder', None)
     if {type(getattr(recorder, 'loss', None)), kind}=={AvgLoss, TargetLoss}: object.__setattr__(recorder, 'loss', kind())
 
-@patch(as_prop=True)
-def _ranks_losses(self:TbpttResetCB):
-    "Is this for `Interpretation`, which asks for losses alone?"
-    gathers = self.learn._grab_cbs(GatherPredsCallback)
-    return any(o.with_loss and not (o.with_preds or o.with_targs) for o in gathers)
-
 @patch
 def before_validate(self:TbpttResetCB):
     self._tried = False
@@ -327,45 +315,17 @@ def before_validate(self:TbpttResetCB):
             "losses.nan_to_num(-float('inf')).topk(k).")
 
 
-# %% ../../nbs/training/04_callback.ipynb #58e82730
+# %% ../../nbs/training/04_callback.ipynb #0b5bf1a6
 @patch
 def after_pred(self:TbpttResetCB):
-    learn,segment = self.learn,self.segment
-    self._rows = self._rows_of_batch()
-    self._counting = segment.in_rows() if self._wants_rows else segment
-    if learn.training: self.keep_states()
-    if not self._tried and not segment.is_silent: self._try_loss()
-    if learn.training and self.carrying and not self.checked and segment.moves_on: self._check_states()
+    training,moves_on = self.learn.training,self.segment.moves_on
+    if training: self.keep_states()
+    self.begin_counting()
+    if training and self.carrying and not self.checked and moves_on: self._check_states()
     if self._searching: self._compare_untrained()
-    pred,yb = self._real(learn.pred, learn.yb)
-    learn.pred,learn.yb = self._count(self._counting, pred, yb)
-    if segment.is_silent: return self._ask_no_loss()
-    is_cut = learn.pred is not pred or learn.yb is not yb
-    if is_cut and not learn.training: self._is_cut,self._whole = True,(pred, yb)
+    self.count()
 
-# %% ../../nbs/training/04_callback.ipynb #61ddef28
-@patch(as_prop=True)
-def _wants_rows(self:TbpttResetCB):
-    "Is it a batch (batch, channels, time) of windows, for a loss of a stream, which has channels last?"
-    trained_on = inner_loader(self.dls.train)
-    return self.view.time_dim==-1 and not self.view.flat and getattr(type(trained_on), 'view', SubWindows).flat
-
-@patch
-def _real(self:TbpttResetCB, pred, yb):
-    "Predictions and targets without padding, laid out as the loss has them in training"
-    learn,view = self.learn,self.view
-    if not self._wants_rows: return self.segment.real(pred, yb)
-    window = view.inputs(learn.xb)
-    return preds_to_rows((pred, yb), window.steps, window.bs, -1)
-
-# %% ../../nbs/training/04_callback.ipynb #36cbb448
-@patch
-def _count(self:TbpttResetCB, segment, pred, yb):
-    "What counts in the loss. A loss of fastai that has its classes in axis 1 wants that axis in targets too"
-    pred,yb = segment.counted(pred, yb)
-    if segment.mask is None or getattr(self.loss_func, 'axis', None)!=1: return pred,yb
-    return pred,tuple(o[:,None] if isinstance(o, Tensor) and o.ndim==1 else o for o in yb)
-
+# %% ../../nbs/training/04_callback.ipynb #94bf5fd5
 @patch
 def _check_states(self:TbpttResetCB):
     self.checked = True
@@ -373,142 +333,6 @@ def _check_states(self:TbpttResetCB):
     dim = self.view.time_dim
     bs = find_bs(self.xb) if dim!=0 else self.view.inputs(self.xb).bs
     check_states(self.carry, bs, self.sub_window.steps, dim)
-
-# %% ../../nbs/training/04_callback.ipynb #f870436c
-def _twice(o): return torch.cat([o, o]) if o.ndim and len(o)==1 else o
-
-@patch
-def _try_loss(self:TbpttResetCB):
-    "A loss that cannot take predictions and targets says so before it is asked for a gradient"
-    learn,time_dim = self.learn,self.view.time_dim
-    is_tuple = isinstance(learn.pred, tuple)
-    self._tried = not (is_tuple or self.check)
-    if self._tried: return
-    explained = is_tuple and partial(output_explained, get_model(learn.model), learn.pred, learn.xb, time_dim)
-    with explained() if explained else nullcontext(): pred,yb = self._count(self._counting, *self._real(learn.pred, learn.yb))
-    self._tried = len(yb)>0 or not len(learn.yb) # else nothing of this batch counts
-    self._check_rate(pred, yb)
-    counts_in_part = self.segment.flat or self.segment.mask is not None
-    if counts_in_part and len(yb) and find_bs(yb)==1: pred,yb = map_predictions(_twice, (pred, yb)) # one fits any shape
-    names = getattr(getattr(inner_loader(self.dl), 'dataset', None), 'y_names', None)
-    if self.segment.flat: time_dim = None # one step after the other
-    elif self._wants_rows: time_dim = 1
-    if self.view.flat and len(yb): self._ask_mean(pred, yb)
-    if len(yb): check_shapes(learn.loss_func, pred, yb, explained() if explained else None, self.check, names, time_dim)
-
-@patch
-def _ask_mean(self:TbpttResetCB, pred, yb):
-    "Once for each loss: is it a mean over steps?"
-    f = self.loss_func
-    if not self.check or f is self._asked or getattr(f, 'reduction', 'mean')!='mean': return
-    self._asked = f
-    check_is_mean(f, pred, yb)
-
-@patch
-def _check_rate(self:TbpttResetCB, pred, yb):
-    "A `ValueError` if targets of a window are taken for those of the steps of its last sub-window"
-    window,dim = self.segment.window,self.view.time_dim
-    if not self.check or window is None or any(window.targets_timed) or len(yb)!=1: return
-    steps,shape = self.sub_window.steps,tuple(getattr(pred, 'shape', ()))
-    if shape!=tuple(getattr(yb[0], 'shape', ())) or len(shape)<2: return
-    if shape[dim]!=steps or steps in (1, window.steps): return
-    model = get_model(self.learn.model)
-    with on_trial(model), torch.no_grad(): half = run_in_parts(model, self.view.inputs(self.xb), -(-steps//2))[0]
-    if half.shape[dim]==steps: return # as many for any steps
-    raise ValueError(
-        f"Predictions for the {steps} steps of the last sub-window have the shape of the targets, {shape}, of a window of "
-        f"{window.steps} steps: they are not for the same steps. Targets of another number of steps cannot be cut along with "
-        "predictions: bring both to one rate, or train whole windows (sub_seq_len=None).")
-
-# %% ../../nbs/training/04_callback.ipynb #175f3bc5
-@patch
-def _restore_whole(self:TbpttResetCB):
-    learn,each = self.learn,getattr(self.loss_func, 'reduction', None)=='none'
-    each = each and any(getattr(cb, 'with_loss', False) for cb in learn.cbs)
-    all_count = self.segment.mask is None and not self.segment.flat
-    if self._rows is not None and each and len(learn.yb) and all_count: learn.loss = self._rows.losses(learn.loss, learn.yb)
-    if each and len(learn.yb): learn.loss = learn.loss.contiguous() # fastai views it as rows
-    if self._whole is not None:
-        learn.pred,learn.yb = self._whole
-        self._whole = None
-    if len(learn.yb) and each:
-        learn.loss = self.segment.step_losses(learn.loss, learn.pred, learn.yb)
-        if self._ranks_losses: self._refuse_unlabelled()
-
-@patch
-def _refuse_unlabelled(self:TbpttResetCB):
-    mask = self.segment.in_rows().mask
-    if mask is None or mask.reshape(len(mask), -1).any(1).all(): return
-    raise ValueError(
-        "Some windows have no target that counts, and so no loss, but NaN, which would be the largest for Interpretation. "
-        "Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], losses.nan_to_num(-float('inf')).topk(k).")
-
-# %% ../../nbs/training/04_callback.ipynb #8e77bbbb
-@patch(as_prop=True)
-def _loss_takes_weights(self:TbpttResetCB):
-    "Is the loss a mean over steps, which is not weighted already?"
-    # GradientAccumulation weighs by the size of `yb`, that is by steps
-    accumulated = self.segment.flat and any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
-    return not accumulated and getattr(self.learn.loss_func, 'reduction', 'mean')!='sum'
-
-@patch
-def after_loss(self:TbpttResetCB):
-    self._weigh_loss()
-    is_flat = self.learn.training and self.segment.flat # one target after the other, for the rest of the step
-    if self._rows is not None and not is_flat: self._bring_rows_first()
-
-@patch
-def _weigh_loss(self:TbpttResetCB):
-    learn = self.learn
-    if not learn.training: return self._restore_whole()
-    if self.segment.is_silent: return self._take_part()
-    if not len(learn.yb): return # no targets, no loss
-    if self.segment.processes>1: learn.loss_grad,learn.loss = learn.loss_grad*self._loss_share,learn.loss*self._loss_share
-    weight = self.segment.weight
-    if weight!=1 and self._loss_takes_weights: learn.loss_grad = learn.loss_grad*weight
-    if learn.loss.dtype!=torch.float32: learn.loss = learn.loss.float() # what Recorder smooths has to be float32
-
-@patch
-def after_batch(self:TbpttResetCB):
-    learn = self.learn
-    if not learn.training:
-        if self._is_cut and self._whole is None: self._count_again()
-        return
-    n,n_before = self.segment.n_sub,self.segment.n_before
-    if n is None: return
-    n_first = learn.n_iter//self._n_windows
-    if n==n_first and not n_before: return
-    # fastai counts on windows that have as many steps of training as the first
-    learn.pct_train += (n_first/n-1+n_first*n_before)/(learn.n_iter*learn.n_epoch)
-
-# %% ../../nbs/training/04_callback.ipynb #7fa0fc5b
-def _nothing_of(pred):
-    "A zero whose gradient, zero too, reaches all that made the predictions"
-    found = []
-    map_predictions(lambda o: found.append(o) or o, pred)
-    return sum((o*0).sum() for o in found if o.requires_grad)
-
-@patch(as_prop=True)
-def _loss_share(self:TbpttResetCB):
-    "Factor of the loss of this process; a sum over steps has no number of steps in it"
-    is_sum = getattr(self.learn.loss_func, 'reduction', 'mean')=='sum'
-    return float(self.segment.processes) if is_sum else self.segment.share
-
-
-# %% ../../nbs/training/04_callback.ipynb #715b74b9
-@patch
-def _ask_no_loss(self:TbpttResetCB):
-    self._set_aside,self.learn.yb = self.learn.yb,()
-    self._set_no_loss()
-
-@patch
-def _take_part(self:TbpttResetCB):
-    self.learn.yb = self._set_aside # else there would be no backward pass
-    self._set_no_loss()
-
-@patch
-def _set_no_loss(self:TbpttResetCB):
-    self.learn.loss_grad,self.learn.loss = _nothing_of(self.learn.pred),torch.zeros((), device=find_device(self.learn.xb))
 
 # %% ../../nbs/training/04_callback.ipynb #80b4084e
 @patch
@@ -525,31 +349,6 @@ def _check_shared(self:TbpttResetCB, view):
     if self.learn._grab_cbs(GradientAccumulation): raise NotImplementedError(
         "GradientAccumulation counts the targets of one process, and processes that share a StreamDL have different numbers of "
         "them: they would take steps at different times. Leave it out, and use a larger bs.")
-
-# %% ../../nbs/training/04_callback.ipynb #7624eb06
-@patch
-def _count_again(self:TbpttResetCB):
-    "Metrics are of what counts too"
-    learn,segment = self.learn,self._counting
-    if self._rows is not None: segment = segment.in_rows()
-    learn.pred,learn.yb = self._count(segment, learn.pred, learn.yb)
-
-@patch
-def _rows_of_batch(self:TbpttResetCB):
-    "What brings the rows of a batch to the front; `None` if they are there, or if its steps will be one after the other"
-    learn,view,segment = self.learn,self.view,self.segment
-    if view.time_dim!=0 or view.flat: return None
-    timed = getattr(segment.window, 'timed', view.timed)
-    return RowsFirst(Window((*learn.xb,*learn.yb), len(learn.xb), timed, 0))
-
-@patch
-def _bring_rows_first(self:TbpttResetCB):
-    learn = self.learn
-    before = find_bs(learn.yb) if len(learn.yb) else None
-    learn.pred,learn.yb = self._rows(learn.pred, learn.yb)
-    accumulates = learn.training and any(isinstance(cb, GradientAccumulation) for cb in learn.cbs)
-    # it has taken the steps for the batch size
-    if accumulates and before: learn.loss_grad = learn.loss_grad*(find_bs(learn.yb)/before)
 
 # %% ../../nbs/training/04_callback.ipynb #fa803c75
 @patch
