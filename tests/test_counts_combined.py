@@ -14,6 +14,7 @@ from helpers import fit, sgd
 from tbptt_fastai.learner import RNNLearner
 from tbptt_fastai.loaders.counts import NotIgnored, has_classes_second, ignore_index_of
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.loaders.segment import only
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.sequences.windows import Sequences
 from tbptt_fastai.training.callback import TbpttResetCB
@@ -211,6 +212,15 @@ def test_a_washout_is_cut_from_predictions_with_classes_before_time(n_skip, shar
                     cbs=TbpttResetCB(SUB, n_skip=n_skip))
     fit(learn, lr=.1)
     torch.testing.assert_close(params(learn.model), by_hand(x, y, n_skip))
+
+def test_classes_and_steps_as_many_are_told_apart_by_the_loss_and_the_layout():
+    "Three steps, three classes: only a loss of torch.nn has its classes second"
+    mask,pred,y = torch.tensor([[True,False,True]]*2),torch.randn(2, 3, 3),torch.zeros(2, 3, dtype=torch.long)
+    second,last = pred.movedim(1, -1)[mask],pred[mask]
+    for dim,classes_second,right in ((1, True, second), (-1, None, second), (1, False, last), (-1, True, second)):
+        assert torch.equal(only(mask, pred, (y,), dim, classes_second)[0], right)
+    numbers = torch.randn(2, 3, 3) # targets with channels: of classes nothing is known
+    assert torch.equal(only(mask, pred, (numbers,), 1, True)[0], last)
 
 # ---- distributions
 

@@ -93,8 +93,8 @@ def _try_loss(self:CountedLoss):
     names = getattr(getattr(inner_loader(self.dl), 'dataset', None), 'y_names', None)
     if self.segment.flat: time_dim = None # one step after the other
     elif self._wants_rows: time_dim = 1
-    if self.view.flat and len(yb): self._ask_mean(pred, yb)
     if len(yb): check_shapes(learn.loss_func, pred, yb, explained() if explained else None, self.check, names, time_dim)
+    if self.view.flat and len(yb): self._ask_mean(pred, yb)
 
 @patch
 def _ask_mean(self:CountedLoss, pred, yb):
