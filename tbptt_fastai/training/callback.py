@@ -472,7 +472,6 @@ def _loss_share(self:TbpttResetCB):
     is_sum = getattr(self.learn.loss_func, 'reduction', 'mean')=='sum'
     return float(self.segment.processes) if is_sum else self.segment.share
 
-
 # %% ../../nbs/training/04_callback.ipynb #715b74b9
 @patch
 def _ask_no_loss(self:TbpttResetCB):
