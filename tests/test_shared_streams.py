@@ -16,7 +16,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import mae
 from helpers import sgd
 from reference import OwnState, stream_by_hand
-from tbptt_fastai.all import Jittered, Overlap, RandomUnbiased, Sequences, Standardize, StatefulRNN, StreamDL, TbpttLearner, TbpttResetCB
+from tbptt_fastai.all import Adaptive, Jittered, Overlap, RandomUnbiased, Sequences, Standardize, StatefulRNN, StreamDL, TbpttLearner, TbpttResetCB
 from tbptt_fastai.loaders.counts import SequenceCounts, TargetCounts
 from tbptt_fastai.loaders.layout import BlockRun, Layout, VaryingLayout
 from tbptt_fastai.loaders.shared import Part, SharedLayout
@@ -99,6 +99,7 @@ CASES = dict( # what differs from: unequal sequences, 2 rows of each process, sh
     own_learner=dict(learner=TbpttLearner),
     first_state=dict(model=first_state, bs=1, ctx=dict(kwargs_handlers=[DDPKwargs(find_unused_parameters=True)])), # not in the graph of every step
 )
+ADAPTIVE = dict(truncation=Adaptive(delta=.5, k_max=12, n_batches=1), dtype=torch.float32) # each would find another length
 THREE = ['one_row', 'single', 'rests', 'more_rows', 'missing_washout', 'files_missing', 'classes_out_of_range', 'jittered', 'overlap_missing', 'own'] # in three processes
 REFUSED = dict(
     accumulation=(dict(cbs=[GradientAccumulation(20)]), 'GradientAccumulation counts the targets of one process'),
@@ -175,7 +176,7 @@ def main(*args):
     from fastai.distributed import rank_distrib
     if args[0]=='die': return die(rank_distrib())
     folder,*names = args
-    cases = {**CASES, **{name: case for name,(case,_) in REFUSED.items()}}
+    cases = {**CASES, 'adaptive': ADAPTIVE, **{name: case for name,(case,_) in REFUSED.items()}}
     torch.save({name: process(cases[name]) for name in names or cases}, f'{folder}/{rank_distrib()}.pt')
 
 if __name__=='__main__': main(*sys.argv[1:])
@@ -262,6 +263,14 @@ def test_each_process_reads_the_files_of_its_own_rows(results, processes, name):
         for i,asked in enumerate(res[name]['asked']): assert all(b-a<=SUB for a,b in asked)
     total = sum(b-a for res in results for asked in res[name]['asked'] for a,b in asked)
     assert total==N_EPOCH*sum(LENGTHS)
+
+@pytest.mark.parametrize('processes', [2])
+def test_a_length_that_is_measured_is_that_of_the_first_process_in_all(results, processes):
+    a,b = ([fit['params'] for fit in res['adaptive']['fits']] for res in results)
+    for one,other in zip(a, b):
+        for k,v in one.items(): assert torch.equal(v, other[k]), k
+    seen = {s for res in results for s in res['adaptive']['fits'][0]['seen']}
+    assert seen=={(s,t) for s,n in enumerate(LENGTHS) for t in range(n)}
 
 @pytest.mark.parametrize('processes,name', [(2,name) for name in REFUSED])
 def test_what_counts_targets_of_one_process_or_would_wait_is_refused(results, processes, name):
