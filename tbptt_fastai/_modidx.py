@@ -820,6 +820,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'tbptt_fastai/loaders/views.py'),
                                             'tbptt_fastai.loaders.views.SubWindows._check_shared': ( 'loaders/views.html#subwindows._check_shared',
                                                                                                      'tbptt_fastai/loaders/views.py'),
+                                            'tbptt_fastai.loaders.views.SubWindows._counts_here': ( 'loaders/views.html#subwindows._counts_here',
+                                                                                                    'tbptt_fastai/loaders/views.py'),
                                             'tbptt_fastai.loaders.views.SubWindows._cuts': ( 'loaders/views.html#subwindows._cuts',
                                                                                              'tbptt_fastai/loaders/views.py'),
                                             'tbptt_fastai.loaders.views.SubWindows._goes_on': ( 'loaders/views.html#subwindows._goes_on',

@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 from helpers import adam, fit, sgd
 from tbptt_fastai.learner import TbpttLearner
+from tbptt_fastai.loaders.counts import NotIgnored, TargetCounts
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.loaders.views import SubWindows
 from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.sequences.windows import Sequences
 from tbptt_fastai.loaders.streams import StreamDL
@@ -461,3 +463,10 @@ def test_the_loss_is_tried_on_the_first_targets_that_count():
         with pytest.raises(ValueError, match='would compare each with every other'):
             fit(learner(loaders(x, y[...,0]), model, loss, opt=sgd, counts=lambda y: ~y.isnan()))
         assert all(map(torch.equal, model.parameters(), before))
+
+def test_windows_that_processes_share_are_not_weighed_by_those_of_one():
+    class Shared(list): world_size = 2
+    batches = Shared([(torch.zeros(2, 60, 1), torch.zeros(2, 60, 1))])
+    batches.world_size = 2
+    with pytest.raises(NotImplementedError, match='StreamDL'): SubWindows(batches, 20, counts=TargetCounts(finite))
+    assert SubWindows(batches, 20, counts=NotIgnored(-100)).counts is None and SubWindows(list(batches), 20, counts=NotIgnored(-100)).counts is not None

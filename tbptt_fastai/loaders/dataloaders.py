@@ -7,7 +7,6 @@ __all__ = ['split_by_time', 'SequenceDataLoaders']
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #a9479894
 from copy import copy
-from functools import partial
 from glob import glob
 from inspect import signature
 from pathlib import Path

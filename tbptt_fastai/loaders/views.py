@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import IterableDataset
 from .continuing import check_order, check_rows_of, check_same_rows, continues
-from .counts import TargetCounts
+from .counts import NotIgnored, TargetCounts
 from .segment import CountedBatch, Segment, Window, WindowPart, is_array
 from ..sequences.axis import check_time_dim, layouts
 from ..truncation.plan import SubWindow, Truncation, Fixed, as_truncation
@@ -86,8 +86,9 @@ class SubWindows(GetAttr):
         continuing:bool=None, # Does each batch continue the last, row by row? Default: as `continues` says
     ):
         self.time_dim = resolve_time_dim(time_dim, dl)
-        self._given_n_inp,self.counts = n_inp,counts
+        self._given_n_inp = n_inp
         self.dl = dl.dl if isinstance(dl, SubWindows) else dl
+        self.counts = self._counts_here(counts)
         self.evaluation = evaluation
         self.truncation = as_truncation(self.eval_seq_len if evaluation else truncation)
         self.n_skip,self.timed = n_skip,timed
@@ -232,6 +233,15 @@ def _check_counted(self:SubWindows):
 def world_size(self:SubWindows):
     "Processes that share the windows: more than 1 in a view of fastai's `DistributedDL`"
     return getattr(self.dl, '__dict__', {}).get('world_size', 1)
+
+@patch
+def _counts_here(self:SubWindows, counts):
+    "What counts; windows that processes share are weighed by each of them, and not by the targets of all"
+    if counts is None or self.flat or self.world_size==1: return counts
+    if isinstance(counts, NotIgnored): return None # the loss leaves them out by itself, as in any such training of fastai
+    raise NotImplementedError(
+        f"counts= is given, but {self.world_size} processes share these windows, and each would weigh by its own targets alone. "
+        "Use a StreamDL, which weighs by those of all processes, or one process.")
 
 @patch
 def _new_rng(self:SubWindows):
