@@ -844,6 +844,7 @@ def test_a_learner_with_cells_is_exported(tmp_path):
 def test_a_compiled_cell_trains_the_same(kind, data, how):
     cell,head = cell_and_head(kind)
     torch._dynamo.reset()
+    torch.compiler.set_stance('default') # whatever ran in this process before
     model,backend = unrolled(cell, head),CompileCounter()
     if how=='compile': model[0].rnn.cell.compile(backend=backend)
     else: model[0] = StatefulRNN(Unroll(torch.compile(copy.deepcopy(cell), backend=backend)))
