@@ -42,7 +42,8 @@ def check_order(
     "A `ValueError` if it shuffles"
     if _shuffles(dl): raise ValueError(
         f"Each batch is said to continue the last, but the {type(dl).__name__} shuffles its items, "
-        "so none goes on from the last. Use shuffle=False, with the items in the order in which each batch has the next steps of every row; "
+        "so none goes on from the last. Use shuffle=False, with the items in the order in which each batch has the next steps "
+        "of every row; "
         "or continuing=False.")
 
 
