@@ -67,6 +67,13 @@ class StreamView(SubWindows):
         return [self._in_blocks(o) for o in self.truncation.sub_windows(n*self.block, rng=self._new_rng())]
 
     @cached_property
+    def run_weights(self):
+        "Of each run, before the most of them is known"
+        labels,rows = self.layout.labels,self.layout.n_rows
+        def weight(o): return o.weight*sum(labels[o.loss_start:o.stop])/((o.stop-o.loss_start)*self.block*rows)
+        return [weight(o) for o in self.runs]
+
+    @cached_property
     def n_windows(self):
         "Steps of the run: those that have a loss, or all of them in evaluation"
         may_be_silent = self.n_skip or self.counted is not None
@@ -148,7 +155,7 @@ def _in_blocks(self:StreamView, plan):
 def _run(self:StreamView, blocks):
     "Blocks and batches, joined by the plan"
     held,first_held = deque(),0
-    most = 1 if self.counted is None else max(self._run_weights(), default=0) or 1
+    most = 1 if self.counted is None else max(self.run_weights, default=0) or 1
     for o in self.runs:
         while first_held<o.start:
             held.popleft()
@@ -168,14 +175,7 @@ def _carried_on(self:StreamView, block, batch):
     return list(zip(block.blocks, parts))[:block.plan.carry]
 
 @patch
-def _run_weights(self:StreamView):
-    "Of each run, before the most of them is known"
-    labels,rows = self.layout.labels,self.layout.n_rows
-    def weight(o): return o.weight*sum(labels[o.loss_start:o.stop])/((o.stop-o.loss_start)*self.block*rows)
-    return [weight(o) for o in self.runs]
-
-@patch
-def _n_runs_with_loss(self:StreamView): return sum(o>0 for o in self._run_weights())
+def _n_runs_with_loss(self:StreamView): return sum(o>0 for o in self.run_weights)
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #c4216b9b
 @patch
