@@ -21,33 +21,36 @@ from ..sequences.frames import check_one_label, encode_column, rows_of_groups, s
 from ..sequences.labels import are_labels, by_sequence, check_vocab, encode_sequences, find_vocab
 from .windows import TbpttDL
 from .streams import StreamDL
+from .warm_up import check_warm_up, warm_from
 from . import pictures # what a StreamDL shows
 from ..sequences.text import TextRows
 from ..truncation.plan import check_steps
 from ..sequences.windows import SequenceParts, SequenceWindows, Sequences, check_same_channels
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #2769f7c7
-def _split_flat(seqs, valid_pct):
-    n = (seqs.lengths*valid_pct).astype(int)
+def _cuts(lengths, valid_pct):
+    "The step of each sequence at which validation begins"
+    n = (lengths*valid_pct).astype(int)
     for i in np.flatnonzero(n==0): raise ValueError(
-        f"valid_pct is {valid_pct}: of the {seqs.lengths[i]} steps of sequence {i} none would be left for validation.")
-    return seqs.cut(seqs.lengths-n)
+        f"valid_pct is {valid_pct}: of the {lengths[i]} steps of sequence {i} none would be left for validation.")
+    return lengths-n
+
+def _part(s, start, stop): return s.narrow(0, start, stop-start) if hasattr(s, 'narrow') else s[start:stop]
 
 def split_by_time(
     seqs, # One array `(time, ...)` or a list of such
     valid_pct:float=.2, # Share of each sequence, at its end, that is held back
+    warm_up:int=0, # Most steps before it that are in the validation part too
 )->tuple[list,list]: # Training and validation parts: views
     "Hold back the last part of every sequence for validation"
     if not 0<valid_pct<1: raise ValueError(
         f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
-    if isinstance(seqs, FlatArrays): return _split_flat(seqs, valid_pct)
+    if isinstance(seqs, FlatArrays):
+        cuts = _cuts(seqs.lengths, valid_pct)
+        return seqs.cut(cuts)[0],seqs.cut(np.maximum(cuts-warm_up, 0))[1]
     seqs = one_or_many('seqs', seqs)
-    cuts = [(s, len(s)-int(len(s)*valid_pct)) for s in seqs]
-    for i,(s,n) in enumerate(cuts):
-        if n==len(s): raise ValueError(
-            f"valid_pct is {valid_pct}: of the {len(s)} steps of sequence {i} none would be left for validation.")
-    def part(s, start, stop): return s.narrow(0, start, stop-start) if hasattr(s, 'narrow') else s[start:stop]
-    return [part(s, 0, n) for s,n in cuts],[part(s, n, len(s)) for s,n in cuts]
+    cuts = _cuts(np.array([len(s) for s in seqs]), valid_pct).tolist()
+    return [_part(s, 0, n) for s,n in zip(seqs, cuts)],[_part(s, max(n-warm_up, 0), len(s)) for s,n in zip(seqs, cuts)]
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #5889ae30
 def _kind(o):
@@ -237,10 +240,12 @@ def from_arrays(cls:SequenceDataLoaders,
     y_names=None, # Names, with units, of the target channels
     dt:float=None, # Seconds per step
     vocab:list=None, # All labels, if targets are classes; default: those of strings or categories, sorted
+    valid_warm_up:int=0, # Steps before the held-back end that warm its state up, unseen by loss and metrics; `True`: all
     **kwargs # As for `from_sequences`
 ):
     "Sequences of inputs and targets, whole or in windows, with the end of each held back for validation"
     if y is None: raise ValueError("y is None: training needs targets. For prediction alone use test_dl.")
+    most = check_warm_up(valid_warm_up, valid is not None, win_sz)
     x = one_or_many('x', x, named(x_names), win_sz)
     y,valid,vocab,one_label = _as_classes(x, y, valid, vocab)
     y = one_or_many('y', y, named(y_names), win_sz)
@@ -251,9 +256,9 @@ def from_arrays(cls:SequenceDataLoaders,
     kw['check'] = check and valid is not None
     if valid is None: kw.update(x_names=train.x_names, y_names=train.y_names) # its parts are no frames
     if valid is None:
-        (x,x_valid),(y,y_valid) = (split_by_time(o, valid_pct) for o in train.arrays)
+        (x,x_valid),(y,y_valid) = (split_by_time(o, valid_pct, most) for o in train.arrays)
         valid,valid_groups = (x_valid,y_valid),groups
-    are_long = not one_label and (groups is not None or train.in_files or len(set(train.lengths))>1)
+    are_long = not one_label and (most or groups is not None or train.in_files or len(set(train.lengths))>1)
     whole = win_sz is None and are_long
     if whole and (stp_sz is not None or valid_stp_sz is not None): raise ValueError(
         f"stp_sz is {stp_sz}, valid_stp_sz {valid_stp_sz}, but sequences are taken whole: give win_sz as well.")
@@ -266,6 +271,7 @@ def from_arrays(cls:SequenceDataLoaders,
     if train.in_files and win_sz is not None and win_sz>longest: raise ValueError(
         f"win_sz is {win_sz}, but the longest sequence has {longest} steps. Use a shorter window.")
     train_ds,valid_ds = dataset((x,y), stp_sz, groups),dataset(valid, valid_stp_sz, valid_groups)
+    if most: valid_ds.with_warm_up(np.minimum(train_ds.lengths, most))
     return cls.from_sequences(train_ds, valid_ds, **kwargs)
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #e1be4971
@@ -281,15 +287,26 @@ def _check_cut(rows, parts, max_gap):
     if max_gap is None or len(rows)==len(parts) or max(map(len, rows))>1: return
     raise ValueError(f"max_gap is {max_gap!r}, less than each of the steps: each row would be a sequence of its own.")
 
-def _of_parts(make, form, parts, xs, ys, index, **kwargs):
+def _of_parts(make, form, parts, xs, ys, index, warm_up=None, **kwargs):
     "Sequences of rows of a frame, which know where these are"
     names,rows = cut_at_gaps(parts)
     _check_cut(rows, parts, form.max_gap)
     ds = make([xs[o] for o in rows], [ys[o] for o in rows], groups=names, **kwargs)
     ds.form = form
-    if not isinstance(ds, SequenceWindows): ds.rows = np.concatenate(rows)
-    if not isinstance(ds, SequenceWindows): ds.index = index[ds.rows]
+    if isinstance(ds, SequenceWindows): return ds
+    if warm_up:
+        is_first = [a!=b for a,b in zip(names, [None, *names])]
+        ds.with_warm_up([warm_up[name] if first else 0 for name,first in zip(names, is_first)])
+    ds.rows = np.concatenate(rows if ds.warm_up is None else [o[n:] for o,n in zip(rows, ds.warm_up)])
+    ds.index = index[ds.rows]
     return ds
+
+def _warmed_parts(parts, valid, most):
+    "The held-back ends of groups with the steps before them; and how many these are"
+    cuts = {name: len(parts[name][0])-len(rows) for name,(rows,_) in valid.items()}
+    starts = {name: warm_from(cut, most, parts[name][1]) for name,cut in cuts.items()}
+    warmed = {name: tuple(o[start:] for o in parts[name]) for name,start in starts.items()}
+    return warmed,{name: cut-starts[name] for name,cut in cuts.items()}
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #5cd594ba
 @patch(cls_method=True)
@@ -311,6 +328,7 @@ def from_df(cls:SequenceDataLoaders,
     max_gap=None, # Longest time between two rows of a sequence: a number, or such as '1h'; default: a hole is only named
     x_vocab:dict=None, # Classes of inputs, for each column that has them; default: strings and categories of the training
     on_unknown:str='raise', # An input of an unknown class is refused; 'class': all such are one more class
+    valid_warm_up:int=0, # Steps before the held-back end that warm its state up, unseen by loss and metrics; `True`: all
     **kwargs
 ):
     """One sequence for each group of a data frame, or for each of its parts between two holes.
@@ -318,18 +336,21 @@ def from_df(cls:SequenceDataLoaders,
     `dls.valid_ds.index` says which row of the frame each step, and so each prediction, belongs to, and `dls.valid_ds.rows`
     at which position it is. New frames are read in the same way: `dls.test_df(df)`"""
     form = FrameForm(x, y, group, time, max_gap, x_vocab, on_unknown)
+    most = check_warm_up(valid_warm_up, valid_groups is not None, win_sz)
     index,(df,groups) = getattr(df, 'index', None),form.open(df)
     df,vocab = encode_column(df, y, vocab)
     if one_label: _check_one_label(vocab, valid_groups)
     parts,ys = rows_of_groups(df, groups, time, max_gap),target_values(df, form.y, groups)
     if one_label: check_one_label({name:(None, ys[rows], None) for name,(rows,_) in parts.items()}, vocab)
-    parts = split_groups(parts, valid_pct, valid_groups)
-    form.learn_classes(df, np.concatenate([rows for rows,_ in parts[0].values()]))
+    train,valid = split_groups(parts, valid_pct, valid_groups)
+    form.learn_classes(df, np.concatenate([rows for rows,_ in train.values()]))
     xs = form.inputs(df, groups)
     make = SequenceWindows if one_label else Sequences if win_sz is None else SequenceParts
     kw = dict(dtype=dtype, x_names=form.x, y_names=form.y, dt=dt, check=dtype!=torch.float64)
     if make is not Sequences: kw['win_sz'] = win_sz
-    train,valid = (_of_parts(make, form, o, xs, ys, index, **kw) for o in parts)
+    valid,warm_up = _warmed_parts(parts, valid, most) if most else (valid,None)
+    train = _of_parts(make, form, train, xs, ys, index, **kw)
+    valid = _of_parts(make, form, valid, xs, ys, index, warm_up, **kw)
     if vocab is not None: train,valid = (o.classify(vocab, one_label) for o in (train, valid))
     return cls.from_sequences(train, valid, **kwargs)
 

@@ -227,6 +227,9 @@ def check_training(self:StreamView, truncation, carry):
     "If it would be read whole for validation, or single rows of a model cannot be reset"
     dl,steps = self.stream,truncation and truncation.block
     if dl.n==0: return
+    if dl.dataset.warm_up is not None and not self.evaluation:
+        raise ValueError(
+            "Sequences have steps that only warm the state up (with_warm_up), which is for evaluation: in training use n_skip.")
     reads_whole = steps is not None and dl.sub_seq_len is None
     if reads_whole and dl.dataset.in_files and dl.dataset.lengths.max()>steps:
         raise ValueError(

@@ -19,6 +19,7 @@ from .counts import SequenceCounts
 from .layout import Block, Layout, VaryingLayout
 from .shared import Part, SharedLayout
 from .stream_view import StreamView
+from .warm_up import WarmLayout
 from .windows import TbpttDL
 from ..truncation.plan import check_steps
 from ..sequences.windows import Sequences
@@ -154,8 +155,13 @@ def layout(self:StreamDL,
     bs = self.bs*(1 if part is None else part.processes)
     of_length = Layout if sizes is None else partial(VaryingLayout, sizes=sizes)
     common = dict(bs=bs, sub_seq_len=sub_seq_len, order=order, n_skip=n_skip, groups_of=self.dataset.groups_of)
-    if part is None: return of_length(self.dataset.lengths, counted=counted, **common)
+    if part is None: return self._warmed(of_length(self.dataset.lengths, counted=counted, **common))
     return SharedLayout(of_length(self.dataset.lengths, **common), part, counted)
+
+@patch
+def _warmed(self:StreamDL, layout):
+    warm_up = self.dataset.warm_up
+    return layout if warm_up is None else WarmLayout(layout, warm_up)
 
 @patch
 def _order(self:StreamDL):
@@ -270,12 +276,13 @@ def new(self:StreamDL,
 # %% ../../nbs/loaders/05_streams.ipynb #a2a455f9
 @patch
 def get_idxs(self:StreamDL):
-    """The steps of all sequences, counted one after the other, in the order in which evaluation comes to them
+    """The steps that are evaluated, counted one sequence after the other, in the order in which evaluation comes to them
 
     `Learner.get_preds` puts them back."""
-    first_step = self.dataset.lengths.cumsum()-self.dataset.lengths
+    lengths,last_step = self.dataset.lengths,self.dataset.evaluated.cumsum()
+    first_step = last_step-lengths
     spans = [np.zeros(0, int)]
-    for block in Layout(self.dataset.lengths, self.bs, self.sub_seq_len):
+    for block in self._warmed(Layout(lengths, self.bs, self.sub_seq_len)):
         steps = (first_step[block.seq]+block.start)[:,None]+np.arange(block.steps)
         spans.append(steps[block.filled])
     return np.concatenate(spans)
@@ -285,10 +292,11 @@ def by_sequence(self:StreamDL,
     values:Tensor, # One for each step of all sequences, as `Learner.get_preds` returns them
 )->list[Tensor]: # `(time, ...)` of each sequence
     "Predictions, targets or losses of all steps, cut into those of each sequence"
-    n = int(self.dataset.lengths.sum())
+    lengths = self.dataset.evaluated
+    n = int(lengths.sum())
     if len(values)!=n: raise ValueError(
         f"values has shape {tuple(values.shape)}, the sequences of this loader have {n} steps: expected a value for each.")
-    return list(values.split(self.dataset.lengths.tolist()))
+    return list(values.split(lengths.tolist()))
 
 # %% ../../nbs/loaders/05_streams.ipynb #f2ce41f1
 @patch(as_prop=True)

@@ -72,6 +72,7 @@ class Sequences:
     n_inp,split_idx,win_sz = 1,None,None
     form,rows = None,None # of a data frame: how it was read, and the position of the row of each step
     vocab,one_label = None,False # of targets that are classes; is there one for each item, not for each step?
+    warm_up = None # first steps of each sequence that are run for the state alone; `None`: none
     def __init__(self,
         x, # Inputs: array `(time,)` or `(time, ...)`, or a list of such
         y=None, # Targets, as long as the inputs; `None` for prediction only
@@ -133,7 +134,7 @@ class Sequences:
         "The same settings without the data, as `Learner.export` needs it"
         empty = object.__new__(type(self))
         arrays = [[seqs[0][:0].clone()] for seqs in self.arrays]
-        empty.__dict__ = {**self.__dict__, 'index': None, 'rows': None, 'arrays': arrays, 'steps': np.zeros(0, int), '_names': []}
+        empty.__dict__ = {**self.__dict__, 'index': None, 'rows': None, 'warm_up': None, 'arrays': arrays, 'steps': np.zeros(0, int), '_names': []}
         return empty
 
     @property
@@ -186,6 +187,28 @@ def _given(self:Sequences, batch):
     x,*y = batch
     return (x, *(o[:,-1] if self.one_label else o for o in y))
 
+
+# %% ../../nbs/sequences/01_windows.ipynb #5bb6dd69
+@patch
+def with_warm_up(self:Sequences,
+    steps, # First steps of each sequence that are run for the state alone; the others are evaluated
+)->Sequences: # Itself
+    "They have neither a loss nor a prediction, in a `StreamDL`"
+    steps = np.asarray(steps)
+    if self.win_sz is not None: raise ValueError(
+        f"{type(self).__name__} has windows of {self.win_sz} steps, each of which starts from the first state: "
+        "whole Sequences can be warmed up.")
+    wrong = np.flatnonzero((steps<0)|(steps>=self.steps))
+    if len(wrong): raise ValueError(
+        f"Of the {self.steps[wrong[0]]} steps of sequence {self._names[wrong[0]]}, {steps[wrong[0]]} are said to warm the "
+        "state up: expected at least one that is evaluated.")
+    self.warm_up = steps if steps.any() else None
+    return self
+
+@patch(as_prop=True)
+def evaluated(self:Sequences):
+    "Steps of each item that have a prediction"
+    return self.lengths if self.warm_up is None else self.lengths-self.warm_up
 
 # %% ../../nbs/sequences/01_windows.ipynb #332bfa7c
 @patch
