@@ -81,7 +81,7 @@ class StreamView(SubWindows):
         if may_be_silent and not self.evaluation: return self.layout.n_counted()
         return len(self.layout) if self.varies else self.stream.n_blocks(self.block, self.n_parts)
 
-    def __iter__(self):
+    def _steps(self):
         self.warm_up = []
         blocks = self.stream.read_blocks(self.layout, self.dl.device)
         for block,batch in blocks if self.runs is None else self._run(blocks):

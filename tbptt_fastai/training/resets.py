@@ -129,7 +129,7 @@ def before_batch(self:StateResets):
         "No state would be carried: another callback evaluated in `before_epoch`, after this one, "
         "or asked for `inner` predictions of a StreamDL, or of batches that continue each other. "
         "Give it an order below 12, or let it evaluate in another event.")
-    if self.learn.training: self._go_on()
+    if self.learn.training: self.go_on()
     self.begin_batch(view, self.owner)
 
 # %% ../../nbs/training/02_resets.ipynb #4969898b
@@ -142,7 +142,7 @@ def keep_states(self:StateResets):
     self.is_interrupted = False
 
 @patch
-def _go_on(self:StateResets):
+def go_on(self:StateResets):
     "If there was an evaluation after the last training step of this run, the model carries what it carried before"
     if not self.is_interrupted or self._states is None: return
     self.is_interrupted,(carry,states,attributes) = False,self._states
