@@ -44,6 +44,14 @@ class Adaptive(Truncation):
 
     def _use(self, k): self._k,self._scheme = k,self._make(k)
 
+    def state_dict(self):
+        "What was measured, for a checkpoint"
+        return dict(k=self._k, trace=self.trace)
+    def load_state_dict(self, state):
+        self.trace = state['trace']
+        self._use(state['k'])
+        if self.trace: self._found = {name:self.trace[-1][name] for name in ('beta', 'reached')}
+
     @property
     def sub_seq_len(self): return self._k
     @property

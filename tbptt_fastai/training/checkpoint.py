@@ -7,6 +7,7 @@ __all__ = ['object_state', 'set_object_state', 'training_form', 'check_same_form
 
 # %% ../../nbs/training/12_checkpoint.ipynb #32689b41
 import re, warnings
+from copy import deepcopy
 from functools import partial
 import numpy as np, torch
 from fastai.callback.core import Callback, CancelEpochException
@@ -25,7 +26,7 @@ from .threads import ThreadHintCB
 from .files import CheckpointFolder, newest
 from tbptt_fastai.training.plain import (NotPlain, decode, encode, encode_random, plain_attributes, random_state, set_attributes,
     set_random)
-from ..truncation.plan import check_steps
+from ..truncation.plan import Truncation, check_steps
 
 # %% ../../nbs/training/12_checkpoint.ipynb #ec9c2479
 def _has_dict(o): return callable(getattr(o, 'state_dict', None)) and callable(getattr(o, 'load_state_dict', None))
@@ -307,15 +308,29 @@ def _begin_epoch(self:TbpttCheckpoint, epoch):
     self._unmute()
     self._window,self._n_parts = 0,0
     self._at_window = self._before_next = self._last_window = None
-    if found is None: self._start = _around(self.learn)
+    if found is None: self._start = self._at_start()
     else: self._go_back(found)
+
+@patch
+def _at_start(self:TbpttCheckpoint):
+    "All that decides about an epoch; for a scheme that measures gradients, that is the model too"
+    start,scheme = deepcopy(_around(self.learn)),self._reset_cb.truncation
+    if scheme is None or type(scheme).before_epoch is Truncation.before_epoch: return start
+    return dict(start, model=deepcopy(encode(get_model(self.learn.model).state_dict())))
 
 @patch
 def _go_back(self:TbpttCheckpoint, found):
     self._start = found['start']
-    if found['step']==0: self._arrive(found, None)
+    if found['step']==0: return self._go_on(found)
     if 'model' in self._start: get_model(self.learn.model).load_state_dict(decode(self._start['model']))
     _set_around(self.learn, self._start)
+
+@patch
+def _go_on(self:TbpttCheckpoint, found):
+    "All is as it was when the checkpoint was written"
+    _set_trained(self.learn, found['trained'])
+    _set_around(self.learn, found['now'])
+    self._resumed = None
 
 @patch
 def after_epoch(self:TbpttCheckpoint):
@@ -342,14 +357,12 @@ def after_train(self:TbpttCheckpoint): self._offset = 0
 
 @patch
 def _arrive(self:TbpttCheckpoint, found, seen):
-    "All is as it was when the checkpoint was written"
-    _set_trained(self.learn, found['trained'])
-    if found['carried'] is not None:
-        carry,device = self._reset_cb.owner,first(self.learn.model.parameters()).device
-        _set_carried(carry, found['carried'], device)
-        carry.seen = seen
-    _set_around(self.learn, found['now'])
-    self._resumed = None
+    "The batches before the place have passed"
+    carry = self._reset_cb.owner
+    _set_carried(carry, found['carried'], first(self.learn.model.parameters()).device)
+    carry.seen = seen
+    self._go_on(found)
+    self._n_parts,self._last_window,self._before_next = found['n_parts'],self._reset_cb.segment.window,found['now']['random']
 
 # %% ../../nbs/training/12_checkpoint.ipynb #4adf87d0
 @patch
@@ -366,7 +379,7 @@ def before_batch(self:TbpttCheckpoint):
 def after_batch(self:TbpttCheckpoint):
     if not self._active: return
     segment,step = self._reset_cb.segment,self.learn.iter+1
-    ends = segment.flat or self._n_parts==segment.n_sub
+    ends = segment.flat or segment.n_sub in (None, self._n_parts)
     if ends: self._before_next = random_state()
     if ends and not segment.flat: self._window,self._at_window = step,None # the next begins at this very place
     if self.learn.train_iter%self.every==0: self._write(self.learn.epoch, step)
@@ -374,9 +387,8 @@ def after_batch(self:TbpttCheckpoint):
 @patch
 def _write(self:TbpttCheckpoint, epoch, step, finished=False):
     self._reset_cb.go_on() # from the states of the training, if there was an evaluation in between
-    at_window = self._at_window
-    if isinstance(at_window, tuple): at_window = encode_random(at_window)
-    content = dict(form=self._form, epoch=epoch, step=step, finished=finished, window=self._window, at_window=at_window, start=self._start,
+    at_window = encode_random(self._at_window) if isinstance(self._at_window, tuple) else self._at_window
+    content = dict(form=self._form, epoch=epoch, step=step, finished=finished, window=self._window, at_window=at_window, n_parts=self._n_parts, start=self._start,
         now=_around(self.learn), trained=_trained(self.learn), carried=_carried(self._reset_cb.owner) if step else None)
     try: self._folder.write((epoch, step), content)
     except OSError as e: warnings.warn(
