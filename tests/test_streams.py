@@ -742,3 +742,14 @@ def test_a_transform_sees_each_block_by_itself():
     dl = StreamDL(Sequences(xs), bs=3, sub_seq_len=7, after_batch=noted)
     blocks = [block for block,_ in dl.read_blocks(dl.layout(7))]
     assert seen==[(3, block.steps, 2) for block in blocks]
+
+def test_each_block_of_those_read_together_is_pinned(monkeypatch):
+    "... by itself, so that it is copied to the device while the next one is in use"
+    pinned,pin = [],lambda o: pinned.append(o.clone()) or pinned[-1]
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', pin)
+    xs,ys = sequences(LENGTHS)
+    dl = StreamDL(Sequences(xs, ys), bs=3, sub_seq_len=7, pin_memory=True)
+    sizes = reads_of(dl, monkeypatch)
+    batches = [batch for _,batch in dl.read_blocks(dl.layout(7))]
+    assert len(sizes)<len(batches) and len(pinned)==2*len(batches)
+    for o,p in zip([o for batch in batches for o in batch], pinned): assert o is p
