@@ -24,6 +24,7 @@ from tbptt_fastai.training.metrics import fun_rmse
 from tbptt_fastai.training.once import once_per_window
 from tbptt_fastai.state.stateful import InitialState, StatefulRNN, learned_state
 from tbptt_fastai.loaders.layout import Layout, assign_rows
+from tbptt_fastai.loaders.shared import Part
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.sequences.windows import Sequences, SequenceWindows
 from tbptt_fastai.truncation.plan import Fixed
@@ -673,3 +674,82 @@ def test_a_sequence_may_begin_inside_a_sub_window():
 @pytest.mark.parametrize('block,said', [(25, 'a half or a quarter'), (0, 'block is 0'), (120, 'a part of it')])
 def test_blocks_are_parts_of_a_sub_window(block, said):
     with pytest.raises(ValueError, match=said): Fixed(60, block=block)
+
+def reads_of(dl, monkeypatch):
+    "Numbers of each read of the data from here on"
+    sizes,read = [],dl.dataset.read
+    def noted(*args):
+        batch = read(*args)
+        sizes.append(sum(o.numel() for o in batch))
+        return batch
+    monkeypatch.setattr(dl.dataset, 'read', noted, raising=False)
+    return sizes
+
+@pytest.mark.parametrize('kind', ['real','classes'])
+@pytest.mark.parametrize('bs,part', [(1,None), (3,None), (7,None), (2,(0,3)), (2,(2,3)), (4,(1,2))])
+def test_small_blocks_that_are_read_together_have_the_steps_of_each(monkeypatch, kind, bs, part):
+    "... and zeros where a row has none, also up to the width of the rows of other processes"
+    xs,ys = sequences(LENGTHS)
+    if kind=='classes': ys = [(10*y[:,0]).long() for y in ys]
+    dl = StreamDL(Sequences(xs, ys), bs=bs, sub_seq_len=7, device='cpu')
+    sizes,n_blocks = reads_of(dl, monkeypatch),0
+    for block,batch in dl.read_blocks(dl.layout(7, part=part and Part(*part))):
+        expected = [o[0].new_zeros(len(block.seq), block.steps, *o[0].shape[1:]) for o in (xs, ys)]
+        for row,(i,a,n) in enumerate(zip(block.seq, block.start, block.n)):
+            for out,seqs in zip(expected, (xs, ys)): out[row,:n] = seqs[i][a:a+n]
+        for o,e in zip(batch, expected, strict=True): assert torch.equal(o, e) and o.dtype==e.dtype
+        n_blocks += 1
+    assert n_blocks==len(dl.layout(7, part=part and Part(*part)))>=7 and len(sizes)<n_blocks/2
+
+def test_a_process_that_has_nothing_left_reads_padding():
+    "... also where all that it reads together is padding"
+    x = torch.ones(700, 100)
+    dl = StreamDL(Sequences([x, x[:10]]), bs=1, sub_seq_len=7, device='cpu')
+    batches = [x for _,(x,) in dl.read_blocks(dl.layout(7, part=Part(1, 2)))]
+    assert [tuple(o.shape) for o in batches]==[(1, 7, 100)]*100
+    assert [int(o.sum()) for o in batches]==[700,300]+[0]*98
+
+def test_blocks_that_are_read_together_are_in_memory_of_their_own(monkeypatch):
+    "A model may change its input in place, and a block that is kept keeps no others"
+    xs,ys = sequences(LENGTHS)
+    dl,bias = StreamDL(Sequences(xs, ys), bs=3, sub_seq_len=7, device='cpu'),nn.Parameter(torch.ones(2))
+    sizes,losses = reads_of(dl, monkeypatch),[]
+    for block,(x,_) in dl.read_blocks(dl.layout(7)):
+        seq,start,n = block.seq[1],block.start[1],block.n[1]
+        assert torch.equal(x[1,:n], xs[seq][start:start+n]) and not x.requires_grad
+        assert x.untyped_storage().nbytes()==4*x.numel()
+        x += bias
+        losses.append((x**2).sum())
+    sum(losses).backward()
+    assert len(sizes)<len(losses) and bias.grad is not None
+
+@pytest.mark.parametrize('channels,together', [(1, 16), (10, 3), (100, 1), (5000, 1)])
+def test_what_is_read_together_is_bounded(monkeypatch, channels, together):
+    x = np.zeros((320, channels), np.float32)
+    dl = StreamDL(Sequences([x]*100), bs=100, sub_seq_len=10)
+    sizes = reads_of(dl, monkeypatch)
+    blocks = list(dl.read_blocks(dl.layout(10)))
+    of_one = 100*10*channels
+    assert len(blocks)==32 and sum(sizes)==32*of_one
+    assert together*of_one<=max(sizes)<=2**15+of_one
+
+def test_a_transform_sees_each_block_by_itself():
+    seen = []
+    def noted(x):
+        seen.append(tuple(x.shape))
+        return x
+    xs,_ = sequences(LENGTHS)
+    dl = StreamDL(Sequences(xs), bs=3, sub_seq_len=7, after_batch=noted)
+    blocks = [block for block,_ in dl.read_blocks(dl.layout(7))]
+    assert seen==[(3, block.steps, 2) for block in blocks]
+
+def test_each_block_of_those_read_together_is_pinned(monkeypatch):
+    "... by itself, so that it is copied to the device while the next one is in use"
+    pinned,pin = [],lambda o: pinned.append(o.clone()) or pinned[-1]
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', pin)
+    xs,ys = sequences(LENGTHS)
+    dl = StreamDL(Sequences(xs, ys), bs=3, sub_seq_len=7, pin_memory=True)
+    sizes = reads_of(dl, monkeypatch)
+    batches = [batch for _,batch in dl.read_blocks(dl.layout(7))]
+    assert len(sizes)<len(batches) and len(pinned)==2*len(batches)
+    for o,p in zip([o for batch in batches for o in batch], pinned): assert o is p

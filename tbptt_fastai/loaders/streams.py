@@ -9,6 +9,8 @@ __all__ = ['read_ahead', 'keep_draw', 'applies', 'transform_block', 'StreamDL']
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain, groupby, islice
+from types import SimpleNamespace
 import random, warnings
 import numpy as np, torch
 from fastai.torch_core import to_device
@@ -203,17 +205,37 @@ def _check_draws(self:StreamDL, layout):
             f"{type(drawing[0]).__name__} draws once for a batch, but the rows of this stream begin their sequences at "
             "different times. Transform the sequences beforehand, or cut them into windows of one length by stp_sz.")
 
-def _as_wide(o, steps):
-    "With padding, if the rows of other processes have more steps"
-    more = steps-o.shape[1]
-    return torch.cat([o, o.new_zeros(len(o), more, *o.shape[2:])], 1) if more else o
+# %% ../../nbs/loaders/05_streams.ipynb #5d16a3f0
+_AT_ONCE = 1<<15 # numbers of small blocks that are read at once, about
 
 @patch
 def _read(self:StreamDL, block):
-    batch = self.dataset.read(block.seq.clip(0), block.start, block.n)
-    if block.processes>1: batch = tuple(_as_wide(o, block.steps) for o in batch)
-    return tuple(o.pin_memory() for o in batch) if self.pin_memory else batch
+    "The batch of a block, or of anything else with rows"
+    return self.dataset.read(block.seq, block.start, block.n, block.steps)
 
+@patch
+def _joined(self:StreamDL, blocks):
+    "Lists of consecutive blocks of as many steps, small ones together; from files, each by itself"
+    for steps,alike in groupby(blocks, lambda o: o.steps):
+        numbers = steps*sum(o[0].shape[1:].numel() for o in self.dataset.arrays) # of a row
+        for block in alike:
+            more = 0 if self.dataset.in_files else _AT_ONCE//(numbers*len(block.seq))
+            yield [block, *islice(alike, more)]
+
+# %% ../../nbs/loaders/05_streams.ipynb #4e6c02e7
+@patch
+def _read_joined(self:StreamDL, blocks):
+    "The batches of such a list, by one gather of all rows; each in memory of its own"
+    if len(blocks)==1: return [self._pinned(self._read(blocks[0]))]
+    of_all = {name: np.concatenate([getattr(o, name) for o in blocks]) for name in ('seq','start','n')}
+    all_rows = SimpleNamespace(steps=blocks[0].steps, **of_all)
+    parts = (torch.split_copy(o, len(blocks[0].seq)) for o in self._read(all_rows))
+    return [self._pinned(o) for o in zip(*parts)]
+
+@patch
+def _pinned(self:StreamDL, batch): return tuple(o.pin_memory() for o in batch) if self.pin_memory else batch
+
+# %% ../../nbs/loaders/05_streams.ipynb #771d2ce8
 @patch
 def read_blocks(self:StreamDL,
     layout:Layout, # Where the sequences are
@@ -223,10 +245,12 @@ def read_blocks(self:StreamDL,
     device = self.device if device is None else device
     self.before_iter()
     self._check_draws(layout)
-    blocks = read_ahead(self._read, layout) if self.dataset.in_files else ((o, self._read(o)) for o in layout)
-    for block,batch in blocks:
+    joined,read = self._joined(layout),self._read_joined
+    some = read_ahead(read, joined) if self.dataset.in_files else ((o, read(o)) for o in joined)
+    for block,batch in chain.from_iterable(zip(*o) for o in some):
         if device is not None: batch = to_device(batch, device, non_blocking=self.pin_memory)
-        yield block,transform_block(self.after_batch, batch, (block.start==0).all())
+        if self.after_batch.fs: batch = transform_block(self.after_batch, batch, block.is_first)
+        yield block,batch
     self.after_iter()
 
 # %% ../../nbs/loaders/05_streams.ipynb #7b37b293

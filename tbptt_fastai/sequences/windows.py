@@ -222,10 +222,12 @@ def read(self:Sequences,
     idxs, # Numbers of items, one for each row
     start, # First step to read of each, counted from the start of the item
     n, # Steps to read of each; 0 leaves the row empty
-)->tuple[Tensor,...]: # x and y `(len(idxs), max(n), ...)`
+    steps:int=None, # Of the result; default: the most of any row
+)->tuple[Tensor,...]: # x and y `(len(idxs), steps, ...)`
     "Some steps of some items; rows with fewer of them are padded with zeros"
     n,start,idxs = map(np.asarray, (n, start, idxs))
-    if all(isinstance(seqs, FlatArrays) for seqs in self.arrays): return self._given(self._read_flat(idxs, start, n))
+    if all(isinstance(seqs, FlatArrays) for seqs in self.arrays): return self._given(self._read_flat(idxs, start, n, steps))
+    if steps is None: steps = int(n.max(initial=0))
     rows = np.flatnonzero(n)
     seq,first = self.locate(idxs[rows])
     begin = first+start[rows]
@@ -234,8 +236,8 @@ def read(self:Sequences,
     for seqs in self.arrays:
         kind = seqs[0]
         dtype = self.dtype if kind.is_floating_point() else kind.dtype
-        out = torch.zeros((len(n), int(n.max(initial=0)), *kind.shape[1:]), dtype=dtype)
-        for row,i,start,steps in spans: out[row,:steps] = seqs[i][start:start+steps]
+        out = torch.zeros((len(n), steps, *kind.shape[1:]), dtype=dtype)
+        for row,i,a,m in spans: out[row,:m] = seqs[i][a:a+m]
         batch.append(out)
     return self._given(batch)
 
