@@ -1,4 +1,5 @@
 "What is drawn of a frame: every channel by its name, classes by their labels, groups by theirs"
+import subprocess, sys
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -116,3 +117,11 @@ def test_sequences_are_drawn_in_their_order_whatever_their_lengths(bs, shuffle):
     for x,ax,name in zip(xs, axes()[0], 'abc'):
         assert ax.get_title()==name
         np.testing.assert_allclose(ax.lines[0].get_ydata(), x[:,0])
+
+def test_a_stream_shows_itself_without_the_loaders_of_frames():
+    code = ("import sys, torch; from tbptt_fastai.loaders.streams import StreamDL; from tbptt_fastai.sequences.windows import Sequences\n"
+            "assert not any('dataloaders' in o for o in sys.modules if o.startswith('tbptt_fastai'))\n"
+            "xs = [torch.randn(n, 1) for n in (20, 50)]; dl = StreamDL(Sequences(xs, xs), bs=2, sub_seq_len=5); dl.show_batch()\n"
+            "assert dl.few(1, steps=10).dataset.lengths.tolist()==[10]")
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert res.returncode==0, res.stderr

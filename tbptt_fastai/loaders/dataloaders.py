@@ -22,7 +22,6 @@ from ..sequences.labels import are_labels, by_sequence, check_vocab, encode_sequ
 from .whole import WholeDL
 from .windows import TbpttDL
 from .streams import StreamDL
-from . import pictures # what a StreamDL shows
 from ..sequences.text import TextRows
 from ..truncation.plan import check_steps
 from ..sequences.windows import SequenceParts, SequenceWindows, Sequences, check_same_channels
