@@ -124,7 +124,7 @@ def test_the_legend_of_classes_covers_no_axis_and_no_label_is_cut():
         texts = [o.get_text() for o in fig.legends[0].get_texts()]
         assert len(texts)<=shown and texts[-1]==f'(and {30-len(texts)+1} more)' and all(len(o)<=24 for o in texts)
         for ax in fig.axes:
-            assert not box.overlaps(ax.get_window_extent()) and ax.get_window_extent().height>60
+            assert not box.overlaps(ax.get_window_extent()) and ax.get_window_extent().height>130
             around = ax.get_tightbbox()
             assert whole.x0<=around.x0 and around.x1<=whole.x1 and whole.y0<=around.y0 and around.y1<=whole.y1
         assert whole.x0<=box.x0 and box.x1<=whole.x1 and whole.y0<=box.y0 and box.y1<=whole.y1
