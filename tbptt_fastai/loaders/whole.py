@@ -26,7 +26,8 @@ class WholeDL(TbpttDL):
         **kwargs
     ):
         if num_workers or drop_last: raise ValueError(
-            f"num_workers is {num_workers}, drop_last {drop_last}: a WholeDL reads all sequences, in this process. Leave both out.")
+            f"num_workers is {num_workers}, drop_last {drop_last}: a WholeDL reads all sequences, in this process. "
+            "Leave both out.")
         super().__init__(dataset, bs=bs, num_workers=0, **kwargs)
 
     @property

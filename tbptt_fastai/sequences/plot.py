@@ -53,10 +53,11 @@ class _Bands:
 
     def draw(self, ax, j, time):
         dt = time[1]-time[0] if len(time)>1 else 1
-        edges = np.append(time-dt/2, time[-1]+dt/2)
+        edges,n = np.append(time-dt/2, time[-1]+dt/2),len(self.labels)
+        colours = dict(cmap=ListedColormap(self.colours), vmin=-.5, vmax=n-.5)
         for place,codes in enumerate(reversed(self.bands.values())):
-            shown = np.ma.masked_outside(codes[j,None,:len(time)], 0, len(self.labels)-1)
-            ax.pcolormesh(edges, [place+.06,place+.94], shown, cmap=ListedColormap(self.colours), vmin=-.5, vmax=len(self.labels)-.5)
+            shown = np.ma.masked_outside(codes[j,None,:len(time)], 0, n-1)
+            ax.pcolormesh(edges, [place+.06,place+.94], shown, **colours)
         ax.set_ylim(0, len(self.bands))
 
 # %% ../../nbs/sequences/02_plot.ipynb #dd5efc60
@@ -158,7 +159,8 @@ def _input_rows(x, names, x_vocab):
 # %% ../../nbs/sequences/02_plot.ipynb #05def4f2
 def _titles(n, y, pred, vocab, titles):
     "The title of each window"
-    one_each = {name:o for name,o in (('target',y), ('prediction',pred)) if vocab is not None and o is not None and o.ndim<2}
+    given = dict(target=y, prediction=pred)
+    one_each = {name:o for name,o in given.items() if vocab is not None and o is not None and o.ndim<2}
     def said(j): return [f'{name}: {_short(vocab[int(o[j])])}' for name,o in one_each.items()]
     groups = [[] if titles is None else [str(titles[j])] for j in range(n)]
     return ['\n'.join(group+said(j)) for j,group in enumerate(groups)]
