@@ -166,7 +166,7 @@ def test_each_sequence_comes_once_in_batches_of_one_length(bs, shuffle):
     batches = list(dl)
     assert len(batches)==len(dl)==dl.n_whole
     seen = [(len(row), int(row[0,0])) for x,y in batches for row in x]
-    assert sorted(seen)==sorted((n, i) for i,n in enumerate(UNEQUAL)) and [n for n,_ in seen]==sorted(UNEQUAL)
+    assert sorted(seen)==sorted((n, i) for i,n in enumerate(UNEQUAL)) and [n for n,_ in seen]==sorted(UNEQUAL, reverse=True)
     assert all(len(x)<=bs and torch.equal(x, y) for x,y in batches)
 
 def test_what_a_loader_of_whole_sequences_cannot_do_is_refused():

@@ -41,9 +41,9 @@ class WholeDL(TbpttDL):
 # %% ../../nbs/loaders/02_whole.ipynb #e80f2a8f
 @patch
 def get_idxs(self:WholeDL):
-    "The numbers of the sequences, the shortest first"
+    "The numbers of the sequences, the longest first"
     idxs = np.asarray(super(WholeDL, self).get_idxs())
-    return idxs[np.argsort(self.dataset.lengths[idxs], kind='stable')]
+    return idxs[np.argsort(-self.dataset.lengths[idxs], kind='stable')]
 
 @patch
 def create_batches(self:WholeDL, samps):
