@@ -264,20 +264,29 @@ def _columns_of(preds, names, vocab):
     return dict(zip(names, columns.T if vocab is None else [pd.Index(list(vocab))[columns[:,0]]]))
 
 # %% ../nbs/learner.ipynb #522f43a7
+def _at_each_row(ds, preds):
+    "The prediction of a sequence is that of each of its rows, if there is one for each sequence"
+    n,what = (len(ds),'sequences') if ds.one_label else (len(ds.rows),'rows')
+    if len(preds)!=n: raise ValueError(
+        f"There are {len(preds)} predictions of shape {tuple(preds.shape)} for {n} {what}: expected one for each.")
+    return preds.repeat_interleave(torch.from_numpy(ds.lengths), 0) if ds.one_label else preds
+
 @patch
 def predict_df(self:SequenceLearner,
     df, # New data frame, with the inputs, and the columns of group and time, in any order; targets are not looked at
     names=None, # Name of the column of predictions, or a list of such; default: the target's name and '_pred'
     **kwargs # As for `test_df`
 )->pd.DataFrame: # A copy of the frame with a column for the prediction of each target
-    "Predict each row of a data frame, the rows of a group in the order of time; classes come back as labels"
+    """Predict each row of a data frame, the rows of a group in the order of time; classes come back as labels
+
+    If each group has one label, its rows have the prediction after its last row; with `max_gap`, each part between
+    two holes is a sequence of its own"""
     form = self.dls.form
     check_frame(df, [])
     names = _pred_names(df, names, form.y)
     dl = self.dls.test_df(df, **kwargs)
     preds = self.get_preds(dl=dl, with_decoded=True)[2]
-    if len(preds)!=len(df): raise ValueError(
-        f"There are {len(preds)} predictions of shape {tuple(preds.shape)} for {len(df)} rows: expected one for each step.")
+    preds = _at_each_row(dl.dataset, preds)
     out,order = df.copy(),np.argsort(dl.dataset.rows)
     for name,values in _columns_of(preds, names, self.dls.valid_ds.vocab).items(): out[name] = values[order]
     return out

@@ -205,12 +205,15 @@ def test_interpretation_counts_what_a_loop_counts(kind):
 def test_results_at_each_step_are_drawn_with_their_labels(kind):
     learn = RNNLearner(step_loaders(kind), hidden_size=8)
     with learn.no_bar(): learn.show_results(max_n=2)
+    def drawn(ax): return [set(np.ma.filled(o.get_array(), -1).ravel().astype(int).tolist()) for o in ax.collections]
+    def labels(): return [o.get_text() for o in plt.gcf().legends[0].get_texts()]
     ax = plt.gcf().axes[0]
-    assert [o.get_text() for o in ax.get_yticklabels()]==VOCAB
-    target,pred = (line.get_ydata() for line in ax.lines)
-    assert set(target)|set(pred)<={0,1,2} and len(target)==len(pred)
+    pred,target = ax.collections
+    assert [o.get_text() for o in ax.get_yticklabels()]==['prediction','target'] and len(pred.get_array()[0])==len(target.get_array()[0])
+    found = set.union(*(o for ax in plt.gcf().axes for o in drawn(ax)))
+    assert found<={0,1,2} and labels()==[VOCAB[i] for i in sorted(found)]
     learn.dls.show_batch(max_n=2)
-    assert [o.get_text() for o in plt.gcf().axes[0].get_yticklabels()]==VOCAB
+    assert labels()==VOCAB and len(plt.gcf().axes[0].collections)==1
 
 def test_results_of_sequences_are_written_above_them():
     learn = RNNLearner(sequence_loaders(), hidden_size=8)

@@ -1,4 +1,5 @@
 "What is drawn of a frame: every channel by its name, classes by their labels, groups by theirs"
+import subprocess, sys
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -74,12 +75,82 @@ def test_results_are_predictions_over_their_targets():
             assert target.get_color()==pred.get_color()==f'C{j}' and target.get_alpha()<1
     assert [o.get_text() for o in plt.gcf().legends[0].get_texts()]==['target','prediction']
 
-def test_classes_are_steps_with_labels():
+def bands(ax):
+    "Of an axis, from top to bottom: the numbers of classes, and the edges of the steps"
+    found = [(o.get_coordinates()[0,0,1], o) for o in ax.collections]
+    return [(np.ma.filled(o.get_array(), -1)[0].astype(int), o.get_coordinates()[0,:,0]) for _,o in sorted(found, key=lambda o: -o[0])]
+
+def colours(ax, steps=slice(None)):
+    "What is seen of each band"
+    fig = ax.figure
+    fig.canvas.draw()
+    return [o.get_facecolors().reshape(-1, 4)[steps] for o in ax.collections]
+
+def legend(): return {o.get_text():p.get_facecolor() for o,p in zip(plt.gcf().legends[0].get_texts(), plt.gcf().legends[0].get_patches())}
+
+def test_classes_are_bands_the_target_above_the_prediction():
     learn = RNNLearner(loaders('state'), hidden_size=4)
-    with learn.no_bar(): learn.show_results()
-    ax = axes()[0,0]
-    assert [o.get_text() for o in ax.get_yticklabels()]==['high','low'] and all(o.get_drawstyle()=='steps-mid' for o in ax.lines)
-    assert ax.get_ylabel()=='state' and len(ax.lines)==2
+    with learn.no_bar():
+        preds,targs,decoded = learn.get_preds(with_decoded=True)
+        learn.show_results()
+    ds,dl,axs = learn.dls.valid_ds,learn.dls.valid,axes()
+    assert [ax.get_ylabel() for ax in axs[:,0]]==['state','load','heat','mode'] and not axs[0,0].lines
+    bottom_up = [o.get_text() for o in axs[0,0].get_yticklabels()]
+    assert bottom_up==['prediction','target'] and axs[0,0].get_yticks().tolist()==[.5,1.5]
+    for ax in axs[0]:
+        i = ds.groups.index(ax.get_title())
+        (target,edges),(pred,_) = bands(ax)
+        np.testing.assert_array_equal(target, dl.by_sequence(targs)[i])
+        np.testing.assert_array_equal(pred, dl.by_sequence(decoded)[i])
+        np.testing.assert_allclose(edges, np.arange(len(target)+1)-.5)
+
+def test_a_class_has_one_colour_that_the_legend_names():
+    loaders('state').valid.show_batch()
+    axs,of = axes(),legend()
+    assert list(of)==['high','low'] and len(set(of.values()))==2
+    assert not axs[0,0].get_yticklabels() and axs[0,0].get_ylabel()=='state'
+    for ax in axs[0]:
+        (codes,_), = bands(ax)
+        seen, = colours(ax)
+        np.testing.assert_allclose(seen, [of[['high','low'][i]] for i in codes])
+
+def test_the_legend_of_classes_covers_no_axis_and_no_label_is_cut():
+    y = torch.arange(30).repeat_interleave(10)[None]
+    for names,shown in (([f'a rather long class of number {i}' for i in range(30)], 6), ([f'c{i}' for i in range(30)], 20)):
+        plot_windows(torch.randn(1, 300, 2), y, y.flip(1), vocab=names)
+        fig = plt.gcf()
+        fig.canvas.draw()
+        box,whole = fig.legends[0].get_window_extent(),fig.bbox
+        texts = [o.get_text() for o in fig.legends[0].get_texts()]
+        assert len(texts)<=shown and texts[-1]==f'(and {30-len(texts)+1} more)' and all(len(o)<=24 for o in texts)
+        for ax in fig.axes:
+            assert not box.overlaps(ax.get_window_extent()) and ax.get_window_extent().height>130
+            around = ax.get_tightbbox()
+            assert whole.x0<=around.x0 and around.x1<=whole.x1 and whole.y0<=around.y0 and around.y1<=whole.y1
+        assert whole.x0<=box.x0 and box.x1<=whole.x1 and whole.y0<=box.y0 and box.y1<=whole.y1
+
+def test_few_integers_are_classes_and_many_are_counts():
+    x,few = torch.randn(2, 40, 1),torch.tensor([7,3,7,-1]).repeat_interleave(10).expand(2, -1)
+    axs = plot_windows(x, few, few.flip(1))
+    assert list(legend())==['-1','3','7'] and axs[0,0].get_ylabel()=='class'
+    (target,_),(pred,_) = bands(axs[0,1])
+    np.testing.assert_array_equal(np.array([-1,3,7])[target], few[1])
+    np.testing.assert_array_equal(np.array([-1,3,7])[pred], few.flip(1)[1])
+    counts = torch.arange(80).reshape(2, 40)
+    axs = plot_windows(x, counts, counts.float()+.5)
+    assert [o.get_drawstyle() for o in axs[0,0].lines]==['steps-mid','default'] and axs[0,0].get_ylabel()=='output'
+    assert plot_windows(x, counts)[0,0].lines[0].get_drawstyle()=='steps-mid'
+
+def test_ignored_targets_are_left_white_and_ends_are_respected():
+    y = torch.tensor([[0,1,-100,1,0],[1,1,0,0,0]])
+    axs = plot_windows(torch.randn(2, 5, 1), y, vocab=['a','b'], dt=.5, lengths=[5,1])
+    (codes,edges), = bands(axs[0,0])
+    np.testing.assert_array_equal(codes, [0,1,-1,1,0])
+    np.testing.assert_allclose(edges, np.arange(6)*.5-.25)
+    assert colours(axs[0,0])[0][2,3]==0 and list(legend())==['a','b']
+    (codes,edges), = bands(axs[0,1])
+    assert codes.tolist()==[1] and len(edges)==2
+    np.testing.assert_allclose(colours(axs[0,1])[0][0], legend()['b'])
 
 def test_as_many_steps_and_sequences_are_drawn_as_are_asked_for():
     dls = loaders()
@@ -116,3 +187,11 @@ def test_sequences_are_drawn_in_their_order_whatever_their_lengths(bs, shuffle):
     for x,ax,name in zip(xs, axes()[0], 'abc'):
         assert ax.get_title()==name
         np.testing.assert_allclose(ax.lines[0].get_ydata(), x[:,0])
+
+def test_a_stream_shows_itself_without_the_loaders_of_frames():
+    code = ("import sys, torch; from tbptt_fastai.loaders.streams import StreamDL; from tbptt_fastai.sequences.windows import Sequences\n"
+            "assert not any('dataloaders' in o for o in sys.modules if o.startswith('tbptt_fastai'))\n"
+            "xs = [torch.randn(n, 1) for n in (20, 50)]; dl = StreamDL(Sequences(xs, xs), bs=2, sub_seq_len=5); dl.show_batch()\n"
+            "assert dl.few(1, steps=10).dataset.lengths.tolist()==[10]")
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
+    assert res.returncode==0, res.stderr

@@ -784,3 +784,15 @@ def test_a_model_of_several_inputs_that_forgets_is_refused(dim):
     window = Window((from_rows(x, dim), from_rows(torch.cat([x, x[...,:1]], -1), dim)), 2, None, dim)
     check_remembers(Both(False), window)
     with pytest.raises(ValueError, match='remembers nothing'): check_remembers(Both(True), window)
+
+@pytest.mark.parametrize('dim', [0, -1])
+def test_a_block_is_laid_out_as_a_copy(dim):
+    xs = [torch.randn(n, 2) for n in (9, 5)]
+    dl = StreamDL(Sequences(xs, xs), bs=2, sub_seq_len=4, time_dim=dim)
+    made = list(dl.layout(4))
+    kept = [vars(o).copy() for o in made]
+    for block,was in zip(made, kept):
+        there = block.laid_out(dim)
+        assert there.time_dim==dim and block.time_dim==1 and block.laid_out(1) is block and vars(block)==was
+    view = dl.sub_windows()
+    assert [view.segment.time_dim for _ in view]==[dim]*3

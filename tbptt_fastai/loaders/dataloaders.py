@@ -19,10 +19,10 @@ from ..sequences.arrays import FlatArrays, HDF5Array, named, one_or_many
 from ..sequences.forms import FrameForm, cut_at_gaps
 from ..sequences.frames import check_one_label, encode_column, rows_of_groups, split_groups, target_values
 from ..sequences.labels import are_labels, by_sequence, check_vocab, encode_sequences, find_vocab
+from .whole import WholeDL
 from .windows import TbpttDL
 from .streams import StreamDL
 from .warm_up import check_warm_up, warm_from
-from . import pictures # what a StreamDL shows
 from ..sequences.text import TextRows
 from ..truncation.plan import check_steps
 from ..sequences.windows import SequenceParts, SequenceWindows, Sequences, check_same_channels
@@ -365,6 +365,12 @@ def form(self:SequenceDataLoaders):
         "SequenceDataLoaders.from_df. For new arrays use dls.test_dl.")
     return form
 
+def _by_group(names, ys):
+    "The targets of all sequences of a group, as `group_sequences` has them"
+    of = {}
+    for name,y in zip(names, ys): of.setdefault(name, []).append(y)
+    return {name:(None, np.concatenate(o), None) for name,o in of.items()}
+
 @patch
 def test_df(self:SequenceDataLoaders,
     df, # New data frame, with the inputs, and the columns of group and time, in any order
@@ -374,18 +380,17 @@ def test_df(self:SequenceDataLoaders,
     """A loader for a new data frame, of any groups and lengths.
 
     Predictions come step by step; its `dataset.rows` says at which position of the frame each of them belongs.
-    `Learner.predict_df` puts them there"""
+    Where each group has one label, a prediction comes for each sequence, whole. `Learner.predict_df` puts them there"""
     form,like = self.form,self.valid_ds
-    if like.one_label: raise ValueError(
-        "The learner has one prediction for each window, not for each row of a frame: give windows of the length of the training "
-        "to dls.test_dl.")
     if with_labels: df,_ = encode_column(df, form.y, like.vocab and list(like.vocab))
     names,xs,ys,rows = form.sequences(df, with_labels)
+    if with_labels and like.one_label: check_one_label(_by_group(names, ys), like.vocab)
     kw = dict(dtype=like.dtype, x_names=form.x, y_names=form.y, dt=like.dt, check=like.dtype!=torch.float64)
     ds = self._with_classes(Sequences(xs, ys, groups=names, **kw))
     ds.form,ds.rows = form,np.concatenate(rows)
     ds.index = df.index[ds.rows]
-    return self.test_dl(ds, as_stream=True, **kwargs)
+    if not like.one_label: return self.test_dl(ds, as_stream=True, **kwargs)
+    return self.valid.new(ds, cls=WholeDL, **{**dict(sub_seq_len=None, num_workers=0), **kwargs})
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #10e86616
 def _files(files):

@@ -90,6 +90,15 @@ class Block(Segment):
         res.plan,res.ends_at_last = plan,plan.next_start==plan.stop
         return res
 
+    def laid_out(self,
+        time_dim:int, # Where the time axis of its batch is: 0, 1 or -1
+    )->'Block':
+        "The same block, whose batch has its time axis there"
+        if time_dim==self.time_dim: return self
+        res = copy(self)
+        res.time_dim = time_dim
+        return res
+
     def begins(self,
         last, # The block before, as the model has seen it; `None` at the start
     )->np.ndarray: # bool `(rows,)`

@@ -85,7 +85,7 @@ class StreamView(SubWindows):
         self.warm_up = []
         blocks = self.stream.read_blocks(self.layout, self.dl.device)
         for block,batch in blocks if self.runs is None else self._run(blocks):
-            block.time_dim = self.time_dim
+            block = block.laid_out(self.time_dim)
             if block.weight==0 and not self.evaluation:
                 n_inp = self.n_inputs(batch)
                 self.warm_up += [(o, self.laid_out(x)[:n_inp]) for o,x in self._carried_on(block, batch)]

@@ -20,6 +20,7 @@ from torch import Tensor
 from .counts import SequenceCounts
 from .layout import Block, Layout, VaryingLayout
 from .shared import Part, SharedLayout
+from .pictures import PicturesOfSequences
 from .stream_view import StreamView
 from .warm_up import WarmLayout
 from .windows import TbpttDL
@@ -98,7 +99,7 @@ def _check_reads_all(num_workers, drop_last, kwargs):
             "rows without a sequence are padding, which does not count.")
 
 # %% ../../nbs/loaders/05_streams.ipynb #e3c4801f
-class StreamDL(TbpttDL):
+class StreamDL(PicturesOfSequences, TbpttDL):
     """A loader that lays sequences end to end in `bs` rows and yields their sub-windows, read one step ahead
 
     It does so in training and in evaluation."""

@@ -6,46 +6,100 @@
 __all__ = ['plot_windows']
 
 # %% ../../nbs/sequences/02_plot.ipynb #040d0ee5
-import numpy as np, matplotlib.pyplot as plt
+import numpy as np, matplotlib.pyplot as plt, torch
+from fastcore.basics import patch
 from fastcore.foundation import L
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
 from torch import Tensor
 
-# %% ../../nbs/sequences/02_plot.ipynb #2383a87a
+# %% ../../nbs/sequences/02_plot.ipynb #86003998
+class _Lines:
+    "Curves on one axis; those of integers hold for a whole step"
+    def __init__(self, name, curves, labels=None):
+        self.name,self.curves,self.labels,self.height = name,curves,labels,1.
+
+    def draw(self, ax, j, time):
+        for values,style in self.curves: ax.plot(time, values[j,:len(time)], **style)
+
+    def describe(self, ax):
+        ax.set_ylabel(self.name)
+        if self.labels is None: return
+        shown = range(0, len(self.labels), -(-len(self.labels)//8))
+        ax.set_yticks(shown, [_short(self.labels[i]) for i in shown])
+
+    def entries(self, width): return [],1,1
+
+    def legend(self, fig, ax):
+        handles,names = ax.get_legend_handles_labels()
+        if names: fig.legend(handles, names, loc='outside upper right', ncols=2, frameon=False)
+
+def _short(label, most=24):
+    label = str(label)
+    return label if len(label)<=most else label[:most-1]+'…'
+
+# %% ../../nbs/sequences/02_plot.ipynb #27056063
+_most_classes = 20 # with a colour of their own that can be told from the others
+
+def _colours(n):
+    if n<=_most_classes: return plt.get_cmap('tab10' if n<=10 else 'tab20').colors[:n]
+    return plt.get_cmap('turbo')(np.linspace(0, 1, n))[:,:3]
+
+class _Bands:
+    "A class at each step, as bands one above the other; the last is at the bottom"
+    def __init__(self, name, bands, labels):
+        self.name,self.bands,self.labels = name,bands,labels
+        self.colours,self.height = _colours(len(labels)),.3+.3*len(bands)
+
+    def draw(self, ax, j, time):
+        dt = time[1]-time[0] if len(time)>1 else 1
+        edges,n = np.append(time-dt/2, time[-1]+dt/2),len(self.labels)
+        colours = dict(cmap=ListedColormap(self.colours), vmin=-.5, vmax=n-.5)
+        for place,codes in enumerate(reversed(self.bands.values())):
+            shown = np.ma.masked_outside(codes[j,None,:len(time)], 0, n-1)
+            ax.pcolormesh(edges, [place+.06,place+.94], shown, **colours)
+        ax.set_ylim(0, len(self.bands))
+
+# %% ../../nbs/sequences/02_plot.ipynb #dd5efc60
+@patch
+def describe(self:_Bands, ax):
+    ax.set_ylabel(self.name)
+    names = [*self.bands] if 'prediction' in self.bands else []
+    ax.set_yticks(np.arange(len(names))+.5, names[::-1])
+    ax.tick_params('y', length=0)
+
+@patch
+def entries(self:_Bands, width):
+    "What the legend of a picture of some inches has: patches, and their columns and rows"
+    drawn = np.unique(np.concatenate([o.ravel() for o in self.bands.values()]))
+    drawn = [i for i in drawn.tolist() if 0<=i<len(self.labels)]
+    patches = [Patch(color=self.colours[i], label=_short(self.labels[i])) for i in drawn]
+    longest = max([len(o.get_label()) for o in patches]+[14 if len(patches)>6 else 0])
+    columns = max(1, int(width/(.7+.09*longest)))
+    more = len(drawn)-min(6*columns, _most_classes)
+    if more>0: patches[-more-1:] = [Patch(alpha=0, label=f'(and {more+1} more)')]
+    return patches,columns,-(-len(patches)//columns)
+
+@patch
+def legend(self:_Bands, fig, ax):
+    patches,columns,_ = self.entries(fig.get_figwidth())
+    fig.legend(handles=patches, loc='outside upper right', ncols=max(1, min(columns, len(patches))), frameon=False)
+
+# %% ../../nbs/sequences/02_plot.ipynb #f36d05fa
 def _check_drawable(**arrays):
     for name,o in arrays.items():
         if o is not None and o.ndim not in (2,3): raise ValueError(
             f"{name} has shape {tuple(o.shape)}; expected (n, time, channels) or (n, time) to draw it.")
 
 def _channels(o):
-    "Curves of one window, `(time,)` each"
+    "Arrays `(n, time)` of the channels"
     if o is None: return []
-    return list((o.float() if o.is_floating_point() else o).reshape(len(o), -1).T)
+    o = (o.float() if o.is_floating_point() else o).detach().cpu()
+    return list(o.reshape(*o.shape[:2], -1).movedim(-1, 0).numpy())
 
-def _draw(ax, time, curve, is_class=False, **style):
-    "One curve; numbers of classes hold for a whole step"
-    if is_class: style['drawstyle'] = 'steps-mid'
-    return ax.plot(time, curve, **style)[0]
+def _step_style(o): return {} if o.dtype.kind=='f' else dict(drawstyle='steps-mid')
 
-# %% ../../nbs/sequences/02_plot.ipynb #29765924
-def _draw_outputs(axs, time, y, pred, is_class):
-    """Targets and predictions of one window, on an axis each, or on one; a target is pale under its prediction
-
-    The lines of the targets, and of the predictions"""
-    both,n = y is not None and pred is not None,max(map(len, (_channels(y), _channels(pred))))
-    ys,preds = (_channels(o)[:len(axs) if len(axs)>1 else None] for o in (y, pred))
-    def ax(i): return axs[i if len(axs)>1 else 0]
-    def pale(i): return dict(color='0.7') if n==1 else dict(color=f'C{i}', alpha=.35)
-    under = [dict(lw=2.5, **pale(i)) if both else dict(lw=1, color=f'C{i}') for i in range(len(ys))]
-    targets = [_draw(ax(i), time, o, is_class, **style) for i,(o,style) in enumerate(zip(ys, under))]
-    return targets,[_draw(ax(i), time, o, is_class, lw=1, color=f'C{i}') for i,o in enumerate(preds)]
-
-def _draw_inputs(axs, time, x, x_vocab):
-    "Inputs of one window, on an axis each, or on one"
-    several = len(axs)>1
-    for i,o in enumerate(_channels(x)[:len(axs) if several else None]):
-        _draw(axs[i if several else 0], time, o, i in x_vocab, lw=.8, color='0.4')
-
-# %% ../../nbs/sequences/02_plot.ipynb #892b6812
+# %% ../../nbs/sequences/02_plot.ipynb #fbf088a2
 _most = 8 # channels that are drawn on axes of their own
 
 def _named(names, n):
@@ -55,34 +109,77 @@ def _named(names, n):
     if n<=_most: return [*map(str, names)]
     return [*map(str, names[:_most-1]), f'{names[_most-1]} (and {n-_most} more)']
 
-def _width(o): return 0 if o is None else o.shape[2] if o.ndim>2 else 1
+def _on_axes(names, curves, n):
+    "The curves `(channel, (values, style))` on each axis"
+    names = _named(names, n)
+    if len(names)==1: return [(names[0], [o for _,o in curves])]
+    return [(name, [o for c,o in curves if c==i]) for i,name in enumerate(names)]
 
-def _name_axes(axs, names, vocabs):
-    "Labels of the first column; for classes, those of the classes"
-    for i,(ax,name) in enumerate(zip(axs, names)):
-        ax.set_ylabel(name)
-        vocab = vocabs(i)
-        if vocab is not None: ax.set_yticks(range(len(vocab)), map(str, vocab))
+# %% ../../nbs/sequences/02_plot.ipynb #4f6f8bf0
+def _output_lines(y, pred, names):
+    ys,preds = _channels(y),_channels(pred)
+    n,both = max(len(ys), len(preds)),y is not None and pred is not None
+    def pale(i): return dict(lw=2.5, color='0.7') if n==1 else dict(lw=2.5, color=f'C{i}', alpha=.35)
+    def thin(i): return dict(lw=1, color=f'C{i}')
+    def named(i, name): return dict(label=name) if both and i==0 else {}
+    targets = [(i, (o, (pale if both else thin)(i)|named(i, 'target')|_step_style(o))) for i,o in enumerate(ys)]
+    over = [(i, (o, thin(i)|named(i, 'prediction')|_step_style(o))) for i,o in enumerate(preds)]
+    default = 'output' if both else 'target' if pred is None else 'prediction'
+    return [_Lines(*o) for o in _on_axes(names or default, targets+over, n)]
 
-# %% ../../nbs/sequences/02_plot.ipynb #1d1145cc
-def _title(ax, vocab, y, pred):
-    "The label of one window, and the predicted one"
-    said = [f'{name}: {vocab[int(o)]}' for name,o in (('target',y), ('prediction',pred)) if o is not None]
-    ax.set_title('\n'.join(said), fontsize='medium')
+# %% ../../nbs/sequences/02_plot.ipynb #e75242f5
+def _class_labels(given, vocab):
+    "Labels of the classes that there are at each step, by their numbers; `None` if outputs are none"
+    if not given or any(o.is_floating_point() or o.ndim!=2 for o in given): return None
+    if vocab is not None: return dict(enumerate(vocab))
+    values = torch.cat([o.flatten() for o in given]).unique().tolist()
+    return dict(zip(values, values)) if len(values)<=_most_classes else None
 
+def _output_rows(y, pred, names, vocab):
+    "The rows of a picture for targets and predictions"
+    given = dict(target=y, prediction=pred)
+    given = {name:o for name,o in given.items() if o is not None}
+    labels = _class_labels(list(given.values()), vocab)
+    if not given: return []
+    if labels is None: return _output_lines(y, pred, names)
+    bands = {name:_channels(o)[0] for name,o in given.items()}
+    if vocab is None: bands = {name:np.searchsorted(list(labels), o) for name,o in bands.items()}
+    return [_Bands(', '.join(map(str, L(names))) or 'class', bands, list(labels.values()))]
 
-# %% ../../nbs/sequences/02_plot.ipynb #780d0705
-def _rows(arrays, j, n): return [None if o is None else o[j] if o.ndim<2 else o[j,:n] for o in arrays]
+# %% ../../nbs/sequences/02_plot.ipynb #604e5420
+def _input_rows(x, names, x_vocab):
+    "The rows of a picture for inputs; classes are steps, with their labels on the axis"
+    xs = _channels(x)
+    steps = dict(drawstyle='steps-mid')
+    curves = [(i, (o, dict(lw=.8, color='0.4')|(steps if i in x_vocab else _step_style(o)))) for i,o in enumerate(xs)]
+    on_axes = _on_axes(names or 'input', curves, len(xs))
+    alone = len(on_axes)==min(len(xs), _most)
+    return [_Lines(*o, x_vocab.get(i) if alone else None) for i,o in enumerate(on_axes)]
 
-def _legend(fig, targets, preds):
-    if targets and preds:
-        lines = [targets[0], preds[0]]
-        fig.legend(lines, ['target', 'prediction'], loc='outside upper right', ncols=2, frameon=False)
+# %% ../../nbs/sequences/02_plot.ipynb #05def4f2
+def _titles(n, y, pred, vocab, titles):
+    "The title of each window"
+    given = dict(target=y, prediction=pred)
+    one_each = {name:o for name,o in given.items() if vocab is not None and o is not None and o.ndim<2}
+    def said(j): return [f'{name}: {_short(vocab[int(o[j])])}' for name,o in one_each.items()]
+    groups = [[] if titles is None else [str(titles[j])] for j in range(n)]
+    return ['\n'.join(group+said(j)) for j,group in enumerate(groups)]
 
-# %% ../../nbs/sequences/02_plot.ipynb #47d7a093
+# %% ../../nbs/sequences/02_plot.ipynb #166c9aca
+def _first(n, *arrays): return [None if o is None else o[:n] for o in arrays]
+
+def _subplots(rows, n, figsize):
+    heights,width = [o.height for o in rows],min(4*n, 14)
+    high = max(1.7*min(sum(heights), 2), 1.2*sum(heights))+.8+.22*(rows[0].entries(width)[-1]-1)
+    fig,axs = plt.subplots(len(rows), n, sharex='col', sharey='row', squeeze=False, layout='constrained',
+        height_ratios=heights, figsize=figsize or (width, high))
+    fig.align_ylabels(axs[:,0])
+    return fig,axs
+
+# %% ../../nbs/sequences/02_plot.ipynb #3921c30b
 def plot_windows(
     x:Tensor, # Inputs `(n, time, channels)`
-    y:Tensor=None, # Targets `(n, time, channels)`
+    y:Tensor=None, # Targets `(n, time, channels)`; of classes `(n, time)`, or `(n,)` for one of each window
     pred:Tensor=None, # Predictions, shaped as the targets
     max_n:int=4, # Windows to draw
     x_names=None, # Names, with units, of the input channels; as many as there are: each has an axis of its own
@@ -95,25 +192,17 @@ def plot_windows(
     lengths=None, # Steps to draw of each window; default: all
 ): # Array of axes: rows for the targets and for the inputs, a column per window
     "Draw windows side by side: target and prediction above, inputs below, on one time axis"
-    labels = [None if vocab is None or o is None or o.ndim>1 else o for o in (y, pred)]
-    curves = y,pred = [o if label is None else None for o,label in zip((y,pred), labels)]
+    n = min(len(x), max_n)
+    over = _titles(n, y, pred, vocab, titles)
+    y,pred = (None if vocab is not None and o is not None and o.ndim<2 else o for o in (y, pred))
     _check_drawable(x=x, y=y, pred=pred)
-    n,n_out,x_vocab = min(len(x), max_n),max(_width(y), _width(pred)),x_vocab or {}
-    above = _named(y_names or ('target' if pred is None else 'prediction'), n_out) if n_out else []
-    below = _named(x_names or 'input', _width(x))
-    rows,n_above = len(above)+len(below),len(above)
-    fig,axs = plt.subplots(rows, n, sharex='col', sharey='row', squeeze=False, layout='constrained',
-        figsize=figsize or (min(4*n, 14), max(1.7*min(rows, 2), 1.2*rows)+.8))
-    is_class = vocab is not None or any(o is not None and not o.is_floating_point() for o in curves)
+    rows = [*_output_rows(*_first(n, y, pred), y_names, vocab), *_input_rows(*_first(n, x), x_names, x_vocab or {})]
+    fig,axs = _subplots(rows, n, figsize)
     for j,column in enumerate(axs.T):
         steps = x.shape[1] if lengths is None else int(lengths[j])
-        time,(inputs,) = np.arange(steps)*(dt or 1),_rows([x], j, steps)
-        drawn = _draw_outputs(column[:n_above], time, *_rows(curves, j, steps), is_class) if n_above else None
-        if j==0 and drawn: _legend(fig, *drawn)
-        _draw_inputs(column[n_above:], time, inputs, x_vocab)
+        for row,ax in zip(rows, column): row.draw(ax, j, np.arange(steps)*(dt or 1))
         column[-1].set_xlabel('time [s]' if dt else 'step')
-        if any(o is not None for o in labels): _title(column[0], vocab, *_rows(labels, j, None))
-        elif titles is not None: column[0].set_title(str(titles[j]), fontsize='medium')
-    _name_axes(axs[:n_above,0], above, lambda i: vocab)
-    _name_axes(axs[n_above:,0], below, x_vocab.get if len(below)==min(_width(x), _most) else lambda i: None)
+        column[0].set_title(over[j], fontsize='medium')
+    for row,ax in zip(rows, axs[:,0]): row.describe(ax)
+    rows[0].legend(fig, axs[0,0])
     return axs
