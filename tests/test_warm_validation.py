@@ -215,3 +215,17 @@ def test_a_sequence_has_a_step_that_is_evaluated(steps):
 
 def test_windows_have_no_warm_up_of_their_own():
     with pytest.raises(ValueError, match='each of which starts from the first state'): SequenceWindows(ARRAYS[0], ARRAYS[0], 10).with_warm_up([3])
+
+def test_results_are_drawn_from_the_end_of_the_warm_up(df):
+    import matplotlib.pyplot as plt
+    learn = learner(loaders(df, valid_warm_up=True, bs=3))
+    with learn.no_bar(): learn.show_results(max_n=3, shuffle=False, steps=20)
+    texts = {}
+    for ax in plt.gcf().axes:
+        for line in ax.get_lines():
+            if len(line.get_ydata())==20: texts.setdefault(ax.get_title() or None, []).append(np.asarray(line.get_ydata()))
+    plt.close('all')
+    _,pred,y = alone(learn, df, 'c')
+    lines = [o for group in texts.values() for o in group]
+    for expected in (y[148:168,0], pred[148:168,0]):
+        assert any(np.allclose(o, expected, atol=1e-6) for o in lines)
