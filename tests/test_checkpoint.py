@@ -8,13 +8,15 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.vision.augment import RandTransform
-from fastai.losses import L1LossFlat, MSELossFlat
+from fastai.data.core import DataLoaders
+from fastai.losses import CrossEntropyLossFlat, L1LossFlat, MSELossFlat
 from fastai.metrics import mae, mse
 from fastai.optimizer import Adam, OptimWrapper, RMSProp
 from fastai.torch_core import set_seed
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.models.sequence import SequenceRNN
+from tbptt_fastai.models.text import TextRNN
 from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.training.checkpoint import TbpttCheckpoint
 from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
@@ -213,3 +215,185 @@ def test_random_places(tmp_path):
     for i in range(6):
         kills = [(rng.choice(['after_batch', 'before_batch', 'after_pred', 'after_loss', 'after_step']), rng.randint(1, 40))]
         check_same(whole, results(killed_and_resumed(tmp_path/str(i), kills, make, 2, every=5)))
+
+
+# What cannot be gone on with
+
+def interrupted(path, seed=10, n=12, make=learner, **kwargs):
+    with pytest.raises(Killed): fit(make(path, seed, **kwargs), 3, [TbpttCheckpoint(every=7), KillAt('after_batch', n)])
+    return path/'checkpoint'
+
+def resumed(path, make=learner, n_epoch=3, cbs=(), **kwargs):
+    return fit(make(path, 99, **kwargs), n_epoch, [TbpttCheckpoint(every=7, resume=True), KillAt('after_fit', 10**9), *cbs])
+
+def names(folder): return sorted(o.name for o in folder.iterdir())
+
+@pytest.mark.parametrize('kwargs,message', [
+    (dict(model=gru), r'tensors.rnn.rnn.weight_ih_l0 was float32 \(20, 1\) and is float32 \(15, 1\)'),
+    (dict(data=partial(windows, bs=5)), 'data.0.bs was 4 and is 5'), (dict(data=partial(windows, sub_seq_len=30)), 'data.0.sub_seq_len was 20 and is 30'), (dict(truncation=Overlap(10, 20)), "truncation was 'dls' and is Overlap"),
+    (dict(data=stream), 'data.0.loader was TbpttDL and is StreamDL'), (dict(n_skip=3), 'n_skip was 0 and is 3'),
+    (dict(loss_func=L1LossFlat()), 'loss was .*MSELoss.* and is .*L1Loss'), (dict(metrics=mae), 'metrics.1 was mse and is -'),
+    (dict(opt_func=Adam), 'optimizer was FusedAdam and is Optimizer'), (dict(wd=.3), r'hypers.0.wd was 0.01 and is 0.3'),
+    (dict(grad_clip=1.), 'callbacks.GradientClip.max_norm was - and is 1.0'), (dict(n_epoch=4), 'epochs was 3 and is 4'),
+    (dict(cbs=[SaveModelCallback()]), 'callbacks.SaveModelCallback')])
+def test_another_training_is_refused_with_what_differs(tmp_path, kwargs, message):
+    folder = interrupted(tmp_path)
+    before = names(folder)
+    learn = learner(tmp_path, 99, **{k:v for k,v in kwargs.items() if k not in ('n_epoch', 'cbs')})
+    weights = [o.clone() for o in learn.model.state_dict().values()]
+    with pytest.raises(ValueError, match=message):
+        fit(learn, kwargs.get('n_epoch', 3), [TbpttCheckpoint(every=7, resume=True), KillAt('after_fit', 10**9), *kwargs.get('cbs', [])])
+    assert same(weights, list(learn.model.state_dict().values())) and names(folder)==before
+
+def test_other_data_is_refused(tmp_path):
+    interrupted(tmp_path)
+    def other(seed):
+        set_seed(seed)
+        return SequenceDataLoaders.from_arrays(U+1e-3, Y, win_sz=60, stp_sz=40, sub_seq_len=20, bs=4)
+    with pytest.raises(ValueError, match='data.0.first_item.0 was'): resumed(tmp_path, data=other)
+
+def test_an_interrupted_training_is_not_written_over(tmp_path):
+    folder = interrupted(tmp_path)
+    before = {o.name:o.read_bytes() for o in folder.iterdir()}
+    with pytest.raises(FileExistsError, match='interrupted in epoch 0 at step 7.*resume=True'): fit(learner(tmp_path, 1), 3, [TbpttCheckpoint()])
+    assert before=={o.name:o.read_bytes() for o in folder.iterdir()}
+
+def test_a_training_that_has_ended_is_written_over_or_left_as_it_is(tmp_path):
+    whole = fit(learner(tmp_path, 10), 2, [TbpttCheckpoint(every=7)])
+    again = fit(learner(tmp_path, 99), 2, [TbpttCheckpoint(every=7, resume=True)])
+    check_same(results(whole), results(again))
+    other = fit(learner(tmp_path, 11), 2, [TbpttCheckpoint(every=7)])
+    assert not same(results(whole)['params'], results(other)['params'])
+
+def test_the_last_two_are_kept(tmp_path):
+    folder = interrupted(tmp_path, n=25)
+    assert names(folder)==['epoch0-step14.pt', 'epoch0-step21.pt']
+    fit(learner(tmp_path/'b', 1), 3, [TbpttCheckpoint(every=7, keep=3)])
+    assert len(names(tmp_path/'b'/'checkpoint'))==3
+
+@pytest.mark.parametrize('damage', [lambda b: b[:len(b)//2], lambda b: b[:-20], lambda b: b'', lambda b: bytes(100)])
+def test_a_damaged_file_is_named_and_the_one_before_it_taken(tmp_path, damage):
+    folder = interrupted(tmp_path, n=25)
+    newest = folder/'epoch0-step21.pt'
+    newest.write_bytes(damage(newest.read_bytes()))
+    with pytest.warns(UserWarning, match='(?s)epoch0-step21.pt cannot be read: it is cut short.*An older checkpoint is taken.*epoch0-step14.pt'):
+        learn = resumed(tmp_path)
+    check_same(results(uninterrupted(tmp_path, learner)), results(learn))
+
+def test_files_that_are_no_checkpoints_are_refused(tmp_path):
+    folder = interrupted(tmp_path, n=25)
+    for o in folder.iterdir(): torch.save(dict(weights=torch.ones(2)), o)
+    with pytest.raises(ValueError, match='is a file of PyTorch, but no checkpoint'): resumed(tmp_path)
+    for o in folder.iterdir(): torch.save(dict(format='tbptt_fastai checkpoint', version=7), o)
+    with pytest.raises(ValueError, match='version 7'): resumed(tmp_path)
+
+class Runs:
+    "Runs code when it is read"
+    ran = []
+    def __reduce__(self): return Runs.ran.append,(1,)
+
+def test_a_file_that_would_run_code_does_not(tmp_path):
+    folder = interrupted(tmp_path, n=25)
+    for o in folder.iterdir(): torch.save(dict(format='tbptt_fastai checkpoint', version=1, code=Runs()), o)
+    with pytest.raises(ValueError, match='cannot be read'): resumed(tmp_path)
+    assert Runs.ran==[]
+
+def test_a_file_has_tensors_and_numbers_alone(tmp_path):
+    folder = interrupted(tmp_path)
+    for o in folder.iterdir(): assert torch.load(o, weights_only=True)['form']['epochs']==3
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_training(tmp_path, monkeypatch):
+    import os
+    def full(_): raise OSError(28, 'No space left on device')
+    whole = results(uninterrupted(tmp_path, learner))
+    learn = learner(tmp_path, 10)
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.warns(UserWarning, match='(?s)No checkpoint could be written.*No space left'): fit(learn, 3, [TbpttCheckpoint(every=7)])
+    check_same(whole, results(learn))
+    assert names(tmp_path/'checkpoint')==[]
+
+def test_a_kill_while_a_file_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    import os
+    whole,learn = results(uninterrupted(tmp_path, learner)),learner(tmp_path, 10)
+    replace,left = os.replace,iter(range(3))
+    def killed(*args):
+        if next(left, None) is None: raise Killed
+        return replace(*args)
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', killed)
+        with pytest.raises(Killed): fit(learn, 3, [TbpttCheckpoint(every=7), KillAt('after_fit', 10**9)])
+    assert names(tmp_path/'checkpoint')==['epoch0-step14.pt', 'epoch0-step7.pt']
+    check_same(whole, results(resumed(tmp_path)))
+
+def test_a_learner_that_was_interrupted_goes_on_itself(tmp_path):
+    learn = learner(tmp_path, 10)
+    with pytest.raises(Killed): fit(learn, 3, [TbpttCheckpoint(every=7), KillAt('after_batch', 30)])
+    fit(learn, 3, [TbpttCheckpoint(every=7, resume=True), KillAt('after_fit', 10**9)])
+    check_same(results(uninterrupted(tmp_path, learner)), results(learn))
+
+def test_an_evaluation_writes_nothing(tmp_path):
+    learn = learner(tmp_path, 10)
+    learn.add_cb(TbpttCheckpoint(every=1))
+    with learn.no_bar(), learn.no_logging():
+        learn.validate()
+        learn.get_preds()
+        learn.lr_find(num_it=6, show_plot=False, suggest_funcs=())
+    assert not (tmp_path/'checkpoint').exists()
+
+def test_a_learner_without_a_reset_is_refused(tmp_path):
+    from fastai.learner import Learner
+    learn = Learner(windows(1), plain(), loss_func=MSELossFlat(), path=tmp_path)
+    with pytest.raises(ValueError, match='this learner has none'): fit(learn, 1, [TbpttCheckpoint()])
+
+@pytest.mark.parametrize('kwargs', [dict(every=0), dict(every='10'), dict(keep=0), dict(every=1.5)])
+def test_settings_that_cannot_be_are_refused(kwargs):
+    with pytest.raises((ValueError,TypeError), match=next(iter(kwargs))): TbpttCheckpoint(**kwargs)
+
+
+# Other loaders
+
+def text(seed):
+    set_seed(seed)
+    return SequenceDataLoaders.from_text('all the world is a stage, and all the men and women merely players. '*20, bs=4, sub_seq_len=15)
+
+def language(seed):
+    from fastai.text.data import LMDataLoader
+    set_seed(seed)
+    docs = torch.randint(0, 20, (12, 90), generator=torch.Generator().manual_seed(1)).unbind()
+    return DataLoaders(LMDataLoader(docs[:9], bs=3, seq_len=15, shuffle=True), LMDataLoader(docs[9:], bs=3, seq_len=15))
+
+def pytorch(seed):
+    set_seed(seed)
+    data = torch.utils.data.TensorDataset(U[:1200].view(20, 60, 1), Y[:1200].view(20, 60, 2))
+    return DataLoaders(*(torch.utils.data.DataLoader(data, batch_size=4, shuffle=o) for o in (True, False)))
+
+def pytorch_generator(seed):
+    dls = pytorch(seed)
+    data = dls.train.dataset
+    train = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    return DataLoaders(train, dls.valid)
+
+def hdf5(folder, seed):
+    import h5py
+    for i,n in enumerate((230, 410, 300)):
+        if not (folder/f'{i}.h5').exists():
+            with h5py.File(folder/f'{i}.h5', 'w') as f: f['u'],f['y'] = U[:n].numpy(),Y[:n].numpy()
+    set_seed(seed)
+    return SequenceDataLoaders.from_hdf5(f'{folder}/*.h5', 'u', 'y', sub_seq_len=20, bs=2)
+
+@pytest.mark.parametrize('data', [text, language])
+def test_texts(tmp_path, data):
+    def make(path, seed):
+        dls = data(seed)
+        return TbpttLearner(dls, TextRNN(30, 8, 'lstm', 8, 1, 0.), path=path, sub_seq_len=15, loss_func=CrossEntropyLossFlat())
+    check_same(results(uninterrupted(tmp_path, make, 2, every=4)), results(killed_and_resumed(tmp_path, KILLS, make, 2, every=4)))
+
+@pytest.mark.parametrize('data', [pytorch, pytorch_generator])
+def test_loaders_of_pytorch(tmp_path, data):
+    def make(path, seed): return learner(path, seed, data, two_layers, sub_seq_len=20)
+    check_same(results(uninterrupted(tmp_path, make, 2, every=4)), results(killed_and_resumed(tmp_path, KILLS, make, 2, every=4)))
+
+def test_files_that_are_read_ahead(tmp_path):
+    pytest.importorskip('h5py')
+    make = partial(learner, data=partial(hdf5, tmp_path), model=two_layers)
+    check_same(results(uninterrupted(tmp_path, make, 2, every=4)), results(killed_and_resumed(tmp_path, KILLS, make, 2, every=4)))

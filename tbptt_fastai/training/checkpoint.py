@@ -9,6 +9,7 @@ __all__ = ['object_state', 'set_object_state', 'training_form', 'check_same_form
 import re, warnings
 from copy import deepcopy
 from functools import partial
+from zlib import crc32
 import numpy as np, torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.schedule import LRFinder, ParamScheduler
@@ -170,10 +171,10 @@ def _form_of_model(model):
     tensors = {name:f'{str(o.dtype)[6:]} {tuple(o.shape)}' for name,o in model.state_dict().items() if isinstance(o, Tensor)}
     return dict(model=type(model).__name__, tensors=tensors, frozen=[k for k,p in model.named_parameters() if not p.requires_grad])
 
-def _digest(item):
-    "Shapes and sums of the tensors of an item"
-    tensors = [torch.as_tensor(o) for o in tree_leaves(item) if isinstance(o, (Tensor,np.ndarray))]
-    return [f'{tuple(o.shape)} {o.double().nan_to_num().sum():.12g}' for o in tensors]
+def _digest(o):
+    "Shape and checksum of an array"
+    o = torch.as_tensor(o).as_subclass(Tensor).detach().cpu()
+    return f'{tuple(o.shape)} {crc32(o.contiguous().flatten().view(torch.uint8).numpy()):08x}'
 
 def _form_of_loader(dl):
     dl = inner_loader(dl)
@@ -181,7 +182,7 @@ def _form_of_loader(dl):
     settings = ('bs','batch_size','sub_seq_len','shuffle','drop_last')
     workers = getattr(getattr(dl, 'fake_l', dl), 'num_workers', 0)
     return dict(loader=type(dl).__name__, items=n, workers=workers, **{k:getattr(dl, k) for k in settings if hasattr(dl, k)},
-        first_item=None if item is None else _digest(item))
+        first_item=[_digest(o) for o in tree_leaves(item) if isinstance(o, (Tensor,np.ndarray))])
 
 # %% ../../nbs/training/12_checkpoint.ipynb #7d551630
 _at = [i/8 for i in range(9)] # shares of a training at which schedules are compared
