@@ -7,7 +7,7 @@ __all__ = ['scaling_from_data', 'ScaledL1Loss', 'default_loss', 'check_targets',
            'TbpttLearner', 'RNNLearner']
 
 # %% ../nbs/learner.ipynb #9d995426
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from fastai.callback.training import GradientClip
 from fastai.callback.schedule import ParamScheduler # with it come fit_flat_cos, fit_one_cycle and lr_find
@@ -19,7 +19,6 @@ from fastai.torch_core import no_random
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from fastcore.xtras import ContextManagers
 import numpy as np, pandas as pd, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -203,6 +202,14 @@ def kept_records(
     finally:
         had.update(kept)
 
+# %% ../nbs/learner.ipynb #d6614b4e
+@contextmanager
+def _entered(contexts):
+    "All of them; those that were entered are left, whatever happens"
+    with ExitStack() as stack:
+        for o in contexts: stack.enter_context(o)
+        yield
+
 # %% ../nbs/learner.ipynb #d2891243
 class SequenceLearner(LeanLearner):
     "A `LeanLearner` whose evaluations leave the records of the training as they are, on a number of threads of its own"
@@ -223,7 +230,7 @@ class SequenceLearner(LeanLearner):
 
     def validation_context(self, cbs=None, inner=False):
         contexts = super().validation_context(cbs, inner)
-        return ContextManagers([on_threads(self.num_threads), kept_records(self), *contexts.default])
+        return _entered([on_threads(self.num_threads), kept_records(self), *contexts.default])
 
 # %% ../nbs/learner.ipynb #cd0ca05d
 @patch

@@ -12,6 +12,7 @@ from inspect import signature
 from pathlib import Path
 import numpy as np, torch, warnings
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from fastcore.meta import delegates
@@ -24,6 +25,7 @@ from .streams import StreamDL
 from . import pictures # what a StreamDL shows
 from ..sequences.text import TextRows
 from ..truncation.plan import check_steps
+from ..truncation.settings import check_dense, check_device, check_names, check_number
 from ..sequences.windows import SequenceParts, SequenceWindows, Sequences, check_same_channels
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #2769f7c7
@@ -38,8 +40,7 @@ def split_by_time(
     valid_pct:float=.2, # Share of each sequence, at its end, that is held back
 )->tuple[list,list]: # Training and validation parts: views
     "Hold back the last part of every sequence for validation"
-    if not 0<valid_pct<1: raise ValueError(
-        f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
+    valid_pct = check_number('valid_pct', valid_pct, 'a share between 0 and 1, such as 0.2', above=0, below=1)
     if isinstance(seqs, FlatArrays): return _split_flat(seqs, valid_pct)
     seqs = one_or_many('seqs', seqs)
     cuts = [(s, len(s)-int(len(s)*valid_pct)) for s in seqs]
@@ -81,6 +82,7 @@ def _valid_pair(valid, train, win_sz):
 # %% ../../nbs/loaders/06_dataloaders.ipynb #2f162a5f
 def _as_xy(items, with_labels):
     "Inputs, and targets or `None`, of a list of sequences or of pairs"
+    if len(items)==0: raise ValueError("There are no test items: expected an array (time, ...), or a list of one or more.")
     x,*y = zip(*(o if isinstance(o, tuple) else (o,) for o in items))
     if any(isinstance(o, str) for o in x): raise TypeError(
         "Text is not predicted but gone on with: use sample_text(learn, prompt).")
@@ -110,6 +112,8 @@ class SequenceDataLoaders(DataLoaders):
         "A `StreamDL` if sequences are not windows in memory, else a `TbpttDL`"
         unknown = kwargs.keys()-signature(TbpttDL).parameters.keys()-set(TbpttDL._methods)
         if unknown: raise TypeError(f"SequenceDataLoaders got unexpected arguments {sorted(unknown)}.")
+        device = default_device() if device is None else check_device(device)
+        if not isinstance(path, (str,Path)): raise TypeError(f"path is {path!r}; expected the path of a folder, such as '.'.")
         _check_same_kind(train, valid)
         train,valid = copy(train),copy(valid)
         train.split_idx,valid.split_idx = 0,1 # random transforms are for training only
@@ -122,7 +126,7 @@ class SequenceDataLoaders(DataLoaders):
         whole = dict(sub_seq_len=None) if in_memory else {}
         val_bs = check_steps('val_bs', val_bs or bs)
         valid_dl = train_dl.new(valid, bs=val_bs, shuffle=False, drop_last=False, **whole)
-        return cls(train_dl, valid_dl, path=path, device=default_device() if device is None else device)
+        return cls(train_dl, valid_dl, path=path, device=device)
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #c02e9ab1
 def _check_windows(lengths, one_label):
@@ -242,6 +246,7 @@ def from_arrays(cls:SequenceDataLoaders,
     "Sequences of inputs and targets, whole or in windows, with the end of each held back for validation"
     if y is None: raise ValueError("y is None: training needs targets. For prediction alone use test_dl.")
     x = one_or_many('x', x, named(x_names), win_sz)
+    check_dense('y', y)
     y,valid,vocab,one_label = _as_classes(x, y, valid, vocab)
     y = one_or_many('y', y, named(y_names), win_sz)
     kw = dict(dtype=dtype, x_names=x_names, y_names=y_names, dt=dt)
@@ -369,7 +374,10 @@ def test_df(self:SequenceDataLoaders,
 # %% ../../nbs/loaders/06_dataloaders.ipynb #10e86616
 def _files(files):
     "Files of a pattern, sorted, or of a list"
-    found = sorted(glob(str(files), recursive=True)) if isinstance(files, (str,Path)) else list(files)
+    is_list = isinstance(files, (list,tuple,L)) and all(isinstance(o, (str,Path)) for o in files)
+    if not is_list and not isinstance(files, (str,Path)): raise TypeError(
+        f"The files are {files!r}; expected a pattern of file names such as 'runs/*.h5', or a list of files.")
+    found = list(files) if is_list else sorted(glob(str(files), recursive=True))
     if not found: raise FileNotFoundError(f"There is no file {str(files)!r}.")
     return found
 
@@ -388,10 +396,11 @@ def from_hdf5(cls:SequenceDataLoaders,
     x, # Name of the dataset with the inputs, `(time,)` or `(time, channels)`, or a list of names
     y, # The same for the targets
     valid_files=None, # Files of the validation set; default: the last `valid_pct` of each file
+    external:bool=False, # May values be those of any other files, which a file names? See `HDF5Array`
     **kwargs
 ):
     "Recordings in HDF5 files, one in each, which are read sub-window by sub-window"
-    def arrays(files): return tuple([HDF5Array(f, names) for f in files] for names in (x, y))
+    def arrays(files): return tuple([HDF5Array(f, names, external) for f in files] for names in (x, y))
     def groups(files): return list(map(str, files))
     files = _files(files)
     valid_files = None if valid_files is None else _files(valid_files)
@@ -400,6 +409,15 @@ def from_hdf5(cls:SequenceDataLoaders,
     kwargs = {**dict(x_names=x, y_names=y), **kwargs}
     for name,o in zip('xy', (xs,ys)): _check_hdf5(name, o, kwargs[f'{name}_names'])
     return cls.from_arrays(xs, ys, valid=valid, groups=groups(files), valid_groups=valid_groups, **kwargs)
+
+# %% ../../nbs/loaders/06_dataloaders.ipynb #842fdf08
+def _tokens_of(*texts):
+    "All tokens, sorted"
+    tokens = {o for text in texts for o in check_names('text', [*text], 'tokens')}
+    try: return sorted(tokens)
+    except TypeError: raise TypeError(
+        f"The text has tokens of several types, {sorted({type(o).__name__ for o in tokens})}, which have no order. "
+        "Give all of them in an order of your own by vocab=, or convert them by str.") from None
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #fa297919
 @patch(cls_method=True)
@@ -420,7 +438,7 @@ def from_text(cls:SequenceDataLoaders,
             f"The text is a {type(o).__name__}; expected a string or a list of tokens, "
             "such as Path('text.txt').read_text().")
     if valid is None: text,valid = (o[0] for o in split_by_time([text], valid_pct))
-    vocab = sorted({*text, *valid}) if vocab is None else list(vocab)
+    vocab = _tokens_of(text, valid) if vocab is None else check_names('vocab', list(vocab) if isinstance(vocab, str) else vocab, 'a list of all tokens')
     train = TextRows(text, vocab, bs)
     valid = TextRows(valid, vocab, val_bs or bs, name='text of the validation set')
     kw = dict(sub_seq_len=sub_seq_len, bs=bs, val_bs=val_bs, path=path, device=device)

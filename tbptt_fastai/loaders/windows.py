@@ -33,6 +33,8 @@ class TbpttDL(TfmdDL):
     ):
         self.ahead,self.time_dim = ahead,check_time_dim(time_dim)
         self.sub_seq_len = None if sub_seq_len is None else check_steps('sub_seq_len', sub_seq_len)
+        if bs is not None: check_steps('bs', bs)
+        if kwargs.get('num_workers') is not None: check_steps('num_workers', kwargs['num_workers'], least=0)
         super().__init__(dataset, bs=bs, **kwargs)
         if isinstance(dataset, Sequences): view_of(self, self.sub_seq_len).check()
 

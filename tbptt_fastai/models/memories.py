@@ -197,7 +197,8 @@ class LRU(nn.Module):
         while lag<x.shape[1]: # each pass doubles the number of steps that h sums up
             h = torch.cat([h[:,:lag], h[:,lag:]+(lag*rate).exp()*h[:,:-lag]], 1)
             lag *= 2
-        read = torch.view_as_real(h).flatten(-2).to(x.dtype)
+        # not `view_as_real`, which takes no gradient that begins at an odd number of its storage
+        read = torch.stack([h.real, h.imag], -1).flatten(-2).to(x.dtype)
         return self.out(torch.cat([x, read], -1)),h[:,-1]
 
 # %% ../../nbs/models/02_memories.ipynb #00b96ac7

@@ -16,6 +16,7 @@ from torch import Tensor
 from .arrays import FileArray, FlatArrays, check_finite, join_arrays, named, one_or_many, read_steps
 from .plot import plot_windows
 from ..truncation.plan import check_steps
+from ..truncation.settings import check_names, check_number
 
 # %% ../../nbs/sequences/01_windows.ipynb #51aa8fe5
 def _check_alike(name, seqs):
@@ -66,6 +67,12 @@ def check_same_channels(
             f"{name} has the channels {list(names)}, in training it had {list(trained)}. Select those of a frame by "
             "df[names]; for the same channels by other names, pass df.to_numpy().")
 
+# %% ../../nbs/sequences/01_windows.ipynb #a792ac98
+def _check_channel_names(name, names):
+    "A `TypeError` if they are neither a name nor several"
+    if names is None or isinstance(names, str) or hasattr(names, '__iter__') and hasattr(names, '__len__'): return
+    raise TypeError(f"{name} is {names!r}, a {type(names).__name__}; expected a name for each channel, such as ['force [N]'].")
+
 # %% ../../nbs/sequences/01_windows.ipynb #2e64595f
 class Sequences:
     "Sequences of inputs and targets, of any length, in memory or in files"
@@ -85,6 +92,8 @@ class Sequences:
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point): raise TypeError(
             f"dtype is {dtype!r}; expected a real torch.dtype such as torch.float32.")
         self.dtype,self.dt = dtype,dt
+        if dt is not None: check_number('dt', dt, 'seconds per step, above 0', above=0)
+        for name,o in (('x_names',x_names), ('y_names',y_names)): _check_channel_names(name, o)
         if x_names is None: x_names = channel_names('x', x)
         if y_names is None and y is not None: y_names = channel_names('y', y)
         self.x_names,self.y_names = ([o] if isinstance(o, str) else o for o in (x_names,y_names))
@@ -94,7 +103,7 @@ class Sequences:
         if y is not None: _check_pairs(*self.arrays)
         self.steps = _steps_of(self.arrays[0]) # of each sequence
         n = len(self.steps)
-        self._names = range(n) if groups is None else list(groups)
+        self._names = range(n) if groups is None else check_names('groups', groups)
         if len(self._names)!=n: raise ValueError(
             f"There are {n} sequences and {len(self._names)} groups: expected a name for each.")
         if not check: return

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .tree import batch_dims, check_state, detach_state, state_batch_size, state_leaves, where_state
+from ..truncation.settings import check_module, check_names
 
 # %% ../../nbs/state/01_stateful.ipynb #658cd22c
 def refuse_bidirectional(
@@ -96,7 +97,7 @@ class InitialState(nn.Module):
         super().__init__()
         leaves = state_leaves(state)
         self._dims = batch_dims(state, batch_dim)
-        self.rows = None if groups is None else {o:i for i,o in enumerate(groups)}
+        self.rows = None if groups is None else {o:i for i,o in enumerate(check_names('groups', groups))}
         self._numbers = tree_unflatten(range(len(leaves)), tree_flatten(state)[1])
         self.tensors = nn.ParameterList(map(_as_parameter, leaves))
         self._check_rows()
@@ -239,6 +240,9 @@ class StatefulRNN(nn.Module):
         batch_first:bool=None, # Is the batch the first dimension of its input, and not time? Default: as it says, else yes
     ):
         super().__init__()
+        check_module('StatefulRNN', rnn, 'a recurrent module, such as nn.GRU(1, 8, batch_first=True)')
+        if not (initial is None or callable(initial)): raise TypeError(
+            f"initial is {initial!r}; expected an InitialState, or another module that makes first states from groups.")
         refuse_cell(rnn)
         refuse_bidirectional(rnn)
         self.rnn,self.initial = rnn,initial

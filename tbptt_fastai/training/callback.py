@@ -41,6 +41,7 @@ class TbpttResetCB(CountedLoss):
     _is_new = False # is the first batch of a fit still to be looked at?
     _trained = None # channels of the inputs in the last training
     _search = None # of a learning rate, for the time of its fit
+    _refusal = None # of an evaluation that is about to begin
     _lrs = None # the schedule's learning rates, while a step has its own
     # after GatherPredsCallback (0), MixedPrecision (10), DistributedTrainer (11); before Recorder (50), ProgressCallback (60)
     order = 12
@@ -122,6 +123,14 @@ def broken_off(self:TbpttResetCB, error):
 # %% ../../nbs/training/04_callback.ipynb #6ec05001
 @patch
 def before_fit(self:TbpttResetCB):
+    self._refusal = None
+    try: self._begin_fit()
+    except BaseException as e:
+        if not self.learn.lock.locked(): raise
+        self._refusal = e
+
+@patch
+def _begin_fit(self:TbpttResetCB):
     self.check_settings()
     if self.carry is None: self._is_new = True # else the training goes on after it
     self._search = None
@@ -298,6 +307,8 @@ def _set_valid_loss(self:TbpttResetCB, kind):
 
 @patch
 def before_validate(self:TbpttResetCB):
+    refusal,self._refusal = self._refusal,None
+    if refusal is not None: raise refusal
     self._tried = False
     self._check_channels(self.dl)
     self.learn.dl = self.evaluation_view(self.dl)
