@@ -1279,6 +1279,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'tbptt_fastai/sequences/plot.py'),
                                              'tbptt_fastai.sequences.plot._width': ( 'sequences/plot.html#_width',
                                                                                      'tbptt_fastai/sequences/plot.py'),
+                                             'tbptt_fastai.sequences.plot.as_label': ( 'sequences/plot.html#as_label',
+                                                                                       'tbptt_fastai/sequences/plot.py'),
                                              'tbptt_fastai.sequences.plot.plot_windows': ( 'sequences/plot.html#plot_windows',
                                                                                            'tbptt_fastai/sequences/plot.py')},
             'tbptt_fastai.sequences.text': { 'tbptt_fastai.sequences.text.TextRows': ( 'sequences/text.html#textrows',
