@@ -15,7 +15,7 @@ from fastai.callback.progress import ProgressCallback # shown by default once im
 from fastai.data.core import TfmdDL
 from fastai.learner import Learner, Recorder
 from fastai.losses import BaseLoss
-from fastai.torch_core import no_random
+from fastai.torch_core import get_model, no_random
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -26,6 +26,7 @@ from .sequences.arrays import channel_stats
 from .sequences.frames import check_frame
 from .training.callback import TbpttResetCB
 from .speed.dispatch import LeanLearner
+from .state.turns import taking_turns, training_turn
 from .loaders.views import first_item, inner_loader, resolve_time_dim
 from .loaders.streams import StreamDL
 from .speed.optimizer import FusedAdam
@@ -226,11 +227,11 @@ class SequenceLearner(LeanLearner):
 
     @delegates(Learner.fit)
     def fit(self, n_epoch, *args, **kwargs):
-        with on_threads(self.num_threads): super().fit(n_epoch, *args, **kwargs)
+        with training_turn(get_model(self.model)), on_threads(self.num_threads): super().fit(n_epoch, *args, **kwargs)
 
     def validation_context(self, cbs=None, inner=False):
         contexts = super().validation_context(cbs, inner)
-        return _entered([on_threads(self.num_threads), kept_records(self), *contexts.default])
+        return _entered([taking_turns(get_model(self.model)), on_threads(self.num_threads), kept_records(self), *contexts.default])
 
 # %% ../nbs/learner.ipynb #cd0ca05d
 @patch

@@ -24,6 +24,7 @@ from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, p
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
 from ..state.own import check_reset
+from ..state.turns import refuse_beside_training
 from .parts import check_remembers, compare_parts, first_output
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss, TargetLoss
@@ -131,6 +132,7 @@ def before_fit(self:TbpttResetCB):
 
 @patch
 def _begin_fit(self:TbpttResetCB):
+    refuse_beside_training(get_model(self.learn.model))
     self.check_settings()
     if self.carry is None: self._is_new = True # else the training goes on after it
     self._search = None
