@@ -30,7 +30,6 @@ class FileArray:
     ):
         self.source,self.start = source,start
         self.stop = source.shape[0] if stop is None else stop
-        self._check_whole()
         self._native = np.dtype(source.dtype).newbyteorder('=') # torch knows no other byte order
         self._channels = tuple(source.shape[1:])
         if not self._channels and self.is_floating_point(): self._channels = (1,)
