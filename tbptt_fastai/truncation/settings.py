@@ -61,9 +61,10 @@ def check_device(
     device, # A `torch.device`, or what it is made of
 )->torch.device:
     "The device; a `TypeError` or `ValueError` if it is none, or not there"
+    expected = "expected the name of a device, such as 'cpu' or 'cuda:0'"
     try: found = torch.device(device)
-    except (TypeError,RuntimeError) as e: raise (TypeError if isinstance(e, TypeError) else ValueError)(
-        f"device is {device!r}; expected the name of a device, such as 'cpu' or 'cuda:0'.") from None
+    except TypeError: raise TypeError(f"device is {device!r}, a {type(device).__name__}; {expected}.") from None
+    except RuntimeError: raise ValueError(f"device is {device!r}; {expected}.") from None
     why = _lacks(found)
     if why: raise ValueError(f"device is {device!r}, which cannot be used here: {why}. The CPU always can: device='cpu'.")
     return found
