@@ -26,7 +26,7 @@ from ..state.tree import batch_dims, state_batch_size, state_leaves, where_state
 from ..sequences.axis import check_time_dim, from_rows
 from ..models.sequence import SequenceRNN
 from ..truncation.plan import check_steps
-from ..truncation.settings import check_dense, check_module, check_names
+from ..truncation.settings import check_bools, check_dense, check_module, check_names
 
 # %% ../../nbs/deploy/00_predictor.ipynb #96eb04fa
 @contextmanager
@@ -93,10 +93,6 @@ def _check_ndim(ndim):
     if ndim is None: return None
     return tuple(check_steps('ndim', o) for o in ndim) if isinstance(ndim, (tuple,list)) else check_steps('ndim', ndim)
 
-def _as_bools(timed):
-    if isinstance(timed, (tuple,list)) and all(isinstance(o, (bool,np.bool_)) for o in timed): return tuple(timed)
-    raise TypeError(f"timed is {timed!r}; expected a tuple with a bool for each input, such as (True, False).")
-
 # %% ../../nbs/deploy/00_predictor.ipynb #e2868d8b
 class StreamPredictor:
     "Run a model on sequences that come in chunks: each call goes on from where the last one ended"
@@ -112,11 +108,11 @@ class StreamPredictor:
         # default: as the learner or the model says, or 1
         time_dim:int=None,
     ):
-        if on_nan not in _policies: raise ValueError(f"on_nan is {on_nan!r}; expected one of {list(_policies)}.")
+        if not isinstance(on_nan, (str,type(None))) or on_nan not in _policies: raise ValueError(f"on_nan is {on_nan!r}; expected one of {list(_policies)}.")
         model = learn if isinstance(learn, nn.Module) else getattr(learn, 'model', learn)
         self.model = get_model(check_module('StreamPredictor', model, 'a learner, or a model'))
         self.ndim,self.on_nan = _check_ndim(ndim),on_nan
-        self.timed = _timed_in(learn) if timed is None else _as_bools(timed)
+        self.timed = _timed_in(learn) if timed is None else check_bools('timed', timed, several=True)
         self.time_dim = _time_dim_in(learn) if check_time_dim(time_dim) is None else time_dim
         self._trained,self._names = _channels_in(learn)
         self._form = _form_in(learn)

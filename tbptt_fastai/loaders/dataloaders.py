@@ -28,6 +28,11 @@ from ..truncation.plan import check_steps
 from ..truncation.settings import check_dense, check_device, check_names, check_number
 from ..sequences.windows import SequenceParts, SequenceWindows, Sequences, check_same_channels
 
+# %% ../../nbs/loaders/06_dataloaders.ipynb #eb196fb2
+def _check_length(i, seq):
+    try: len(seq)
+    except TypeError: raise TypeError(f"Sequence {i} is a {type(seq).__name__} without a time axis; expected (time, ...).") from None
+
 # %% ../../nbs/loaders/06_dataloaders.ipynb #2769f7c7
 def _split_flat(seqs, valid_pct):
     n = (seqs.lengths*valid_pct).astype(int)
@@ -43,6 +48,7 @@ def split_by_time(
     valid_pct = check_number('valid_pct', valid_pct, 'a share between 0 and 1, such as 0.2', above=0, below=1)
     if isinstance(seqs, FlatArrays): return _split_flat(seqs, valid_pct)
     seqs = one_or_many('seqs', seqs)
+    for i,s in enumerate(seqs): _check_length(i, s)
     cuts = [(s, len(s)-int(len(s)*valid_pct)) for s in seqs]
     for i,(s,n) in enumerate(cuts):
         if n==len(s): raise ValueError(
@@ -124,7 +130,7 @@ class SequenceDataLoaders(DataLoaders):
         kw = dict(bs=check_steps('bs', bs), sub_seq_len=sub_seq_len, shuffle=shuffle, num_workers=num_workers, **kwargs)
         train_dl = (TbpttDL if in_memory else StreamDL)(train, **kw)
         whole = dict(sub_seq_len=None) if in_memory else {}
-        val_bs = check_steps('val_bs', val_bs or bs)
+        val_bs = check_steps('val_bs', bs if val_bs is None else val_bs)
         valid_dl = train_dl.new(valid, bs=val_bs, shuffle=False, drop_last=False, **whole)
         return cls(train_dl, valid_dl, path=path, device=device)
 
@@ -440,6 +446,6 @@ def from_text(cls:SequenceDataLoaders,
     if valid is None: text,valid = (o[0] for o in split_by_time([text], valid_pct))
     vocab = _tokens_of(text, valid) if vocab is None else check_names('vocab', list(vocab) if isinstance(vocab, str) else vocab, 'a list of all tokens')
     train = TextRows(text, vocab, bs)
-    valid = TextRows(valid, vocab, val_bs or bs, name='text of the validation set')
+    valid = TextRows(valid, vocab, bs if val_bs is None else val_bs, name='text of the validation set')
     kw = dict(sub_seq_len=sub_seq_len, bs=bs, val_bs=val_bs, path=path, device=device)
     return cls.from_sequences(train, valid, shuffle=False, **kw)

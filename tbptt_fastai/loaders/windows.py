@@ -33,6 +33,8 @@ class TbpttDL(TfmdDL):
     ):
         self.ahead,self.time_dim = ahead,check_time_dim(time_dim)
         self.sub_seq_len = None if sub_seq_len is None else check_steps('sub_seq_len', sub_seq_len)
+        if not hasattr(dataset, '__getitem__') and not hasattr(dataset, '__iter__'): raise TypeError(
+            f"The dataset is a {type(dataset).__name__}; expected windows, such as SequenceWindows or a list of items.")
         if bs is not None: check_steps('bs', bs)
         if kwargs.get('num_workers') is not None: check_steps('num_workers', kwargs['num_workers'], least=0)
         super().__init__(dataset, bs=bs, **kwargs)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .tree import batch_dims, check_state, detach_state, state_batch_size, state_leaves, where_state
-from ..truncation.settings import check_module, check_names
+from ..truncation.settings import check_bools, check_module, check_names
 
 # %% ../../nbs/state/01_stateful.ipynb #658cd22c
 def refuse_bidirectional(
@@ -249,7 +249,7 @@ class StatefulRNN(nn.Module):
         if batch_dim is None: batch_dim = 1 if isinstance(rnn, nn.RNNBase) else 0
         self.batch_dim = batch_dim
         _check_dims(initial, batch_dim)
-        self.batch_first = getattr(rnn, 'batch_first', True) if batch_first is None else batch_first
+        self.batch_first = getattr(rnn, 'batch_first', True) if check_bools('batch_first', batch_first) is None else batch_first
         self.slot = Slot()
 
     def forward(self,

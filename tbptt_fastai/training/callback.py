@@ -33,6 +33,7 @@ from .rows import RowsFirst
 from .counting import CountedLoss
 from .resets import CarryingRun, StateResets, back_to_method, cancels
 from ..truncation.plan import Truncation, check_steps
+from ..truncation.settings import check_bools
 
 # %% ../../nbs/training/04_callback.ipynb #054d8ba4
 class TbpttResetCB(CountedLoss):
@@ -56,7 +57,8 @@ class TbpttResetCB(CountedLoss):
         counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
         continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
     ):
-        if truncation is not None and sub_seq_len!='dls':
+        is_said = not (isinstance(sub_seq_len, str) and sub_seq_len=='dls')
+        if truncation is not None and is_said:
             raise ValueError(
                 f"Two schemes are given: sub_seq_len={sub_seq_len} and truncation={truncation}. Leave one of them out.")
         if truncation is not None and not isinstance(truncation, Truncation):
@@ -64,13 +66,14 @@ class TbpttResetCB(CountedLoss):
                 f"truncation is {truncation!r}; expected a scheme, such as Overlap(k1=20, k2=100). "
                 "For sub-windows of one length: sub_seq_len.")
         self.sub_seq_len,self.truncation = sub_seq_len,truncation
-        self.n_skip,self.timed,self.check = check_steps('n_skip', n_skip, least=0),timed,check
+        self.n_skip,self.timed = check_steps('n_skip', n_skip, least=0),check_bools('timed', timed, several=True)
+        self.check = check
         self.time_dim = check_time_dim(time_dim)
         if not (counts is None or callable(counts)): raise TypeError(
             f"counts is {counts!r}; expected a function of the targets that says which of them count, such as "
             "lambda y: ~y.isnan().any(-1).")
         self.counts = counts
-        self.continuing = continuing
+        self.continuing = check_bools('continuing', continuing)
 
     @property
     def setting(self):
