@@ -73,7 +73,7 @@ def same(a, b, what):
 
 def plain(o):
     "An array `(time, ...)` in float32, or integers as they are"
-    a = o.float().numpy() if isinstance(o, torch.Tensor) and o.is_floating_point() else np.asarray(o.detach() if isinstance(o, torch.Tensor) else o)
+    a = o.detach().float().numpy() if isinstance(o, torch.Tensor) and o.is_floating_point() else np.asarray(o.detach() if isinstance(o, torch.Tensor) else o)
     if a.dtype.kind=='f': a = a.astype(np.float32)
     return a[:,None] if a.ndim==1 and a.dtype.kind=='f' else a
 
@@ -126,7 +126,7 @@ def check_stateful(m, rnn, **kw):
 
 def check_model(m, **kw):
     n = m.rnn.rnn.input_size if isinstance(m, SequenceRNN) else 1
-    x = torch.randint(5, (2,6)) if isinstance(m, TextRNN) else torch.randn(2, 6, n)
+    x = torch.randint(m.embedding.num_embeddings, (2,6)) if isinstance(m, TextRNN) else torch.randn(2, 6, n)
     if getattr(m, 'time_dim', 1)!=1: return
     m.eval()
     out = m(x)
@@ -302,3 +302,32 @@ def run(seed, n, out=None):
         bad.append(f"{seed},{i} {kind}: {name}({', '.join(f'{o}={shown(given[o])}' for o in names)}) {type(e).__name__} [{where}] {str(e)[:120]!r}")
         if out: print(bad[-1], file=out, flush=True)
     return counts,bad
+
+
+# --- the long form
+
+def table(counts):
+    "Markdown: a row for each that was called"
+    kinds = ['right','refused','raw','wrong','hangs']
+    rows = [[name, *(counts[name,k] for k in kinds)] for name in sorted({name for name,_ in counts})]
+    rows.append(['all', *(sum(o[i] for o in rows) for i in range(1, len(kinds)+1))])
+    lines = ['| called | calls | '+' | '.join(kinds)+' |', '| --- '+'| --: '*(len(kinds)+1)+'|']
+    return '\n'.join(lines+[f"| {name} | {sum(ns)} | {' | '.join(map(str, ns))} |" for name,*ns in rows])
+
+def main():
+    import argparse, os, tempfile
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--calls', type=int, default=10_000)
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as d:
+        os.chdir(d)
+        counts,bad = run(args.seed, args.calls, sys.stdout)
+        os.chdir('/')
+    print(table(counts))
+    print(f'{args.calls} calls in {time.perf_counter()-start:.0f} s, seed {args.seed}')
+    return bool(bad)
+
+if __name__=='__main__': sys.exit(main())

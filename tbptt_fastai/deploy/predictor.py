@@ -141,7 +141,10 @@ def _as_tensor(x):
 # %% ../../nbs/deploy/00_predictor.ipynb #40305bd4
 def _check_tokens(model, x):
     "Integers are for a model that reads tokens"
-    if x.is_floating_point() or x.is_complex(): return
+    if x.is_floating_point(): return
+    if x.is_complex() and any(p.is_complex() for p in model.parameters()): return
+    if x.is_complex(): raise TypeError(
+        f"The chunk is {x.dtype}, {type(model).__name__} has real parameters alone: give real and imaginary parts as channels.")
     if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in model.modules()): return
     raise TypeError(
         f"The chunk is {x.dtype}, {type(model).__name__} has no nn.Embedding: integers are taken for tokens. Convert a signal to "

@@ -34,10 +34,9 @@ class Adaptive(Truncation):
         step:int=None, # Resolution of the measurement, in steps; default: a hundredth of `k_max`
         scheme:Callable[[int],Truncation]=lambda k: Overlap(k, 2*k), # A length's scheme; default: k or more steps of gradient for a loss
     ):
-        self.delta = delta
         self.k_max,self.k_min = check_steps('k_max', k_max, 2),check_steps('k_min', k_min)
         self.every,self.n_batches = check_steps('every', every),check_steps('n_batches', n_batches)
-        check_number('delta', delta, 'a relative bias above 0, such as 0.1', above=0)
+        self.delta = check_number('delta', delta, 'a relative bias above 0, such as 0.1', above=0)
         if k_min>k_max: raise ValueError(f"k_min is {k_min}, k_max is {k_max}; expected a range of lengths.")
         self._step = max(k_max//100, 1) if step is None else check_steps('step', step)
         if not callable(scheme): raise TypeError(

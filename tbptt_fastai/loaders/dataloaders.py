@@ -25,7 +25,7 @@ from .streams import StreamDL
 from . import pictures # what a StreamDL shows
 from ..sequences.text import TextRows
 from ..truncation.plan import check_steps
-from ..truncation.settings import check_dense, check_device, check_names, check_number
+from ..truncation.settings import check_bools, check_dense, check_device, check_names, check_number
 from ..sequences.windows import SequenceParts, SequenceWindows, Sequences, check_same_channels
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #eb196fb2
@@ -120,6 +120,7 @@ class SequenceDataLoaders(DataLoaders):
         if unknown: raise TypeError(f"SequenceDataLoaders got unexpected arguments {sorted(unknown)}.")
         device = default_device() if device is None else check_device(device)
         if not isinstance(path, (str,Path)): raise TypeError(f"path is {path!r}; expected the path of a folder, such as '.'.")
+        check_bools('shuffle', shuffle)
         _check_same_kind(train, valid)
         train,valid = copy(train),copy(valid)
         train.split_idx,valid.split_idx = 0,1 # random transforms are for training only
@@ -156,6 +157,7 @@ def test_dl(self:SequenceDataLoaders,
     """A loader for new data, as `predict` and `Interpretation` ask for it
 
     One sequence that is not in a list is one whole window; several are windows, or read by a `StreamDL`."""
+    check_bools('as_stream', as_stream),check_bools('with_labels', with_labels)
     encoded = kwargs.pop('process', None) is not None # items of a dataset, as `Interpretation` gives them
     of_streams,given,like = isinstance(self.valid, StreamDL),isinstance(test_items, Sequences),self.valid_ds
     xy = None if given else self._new_pair(test_items, with_labels, encoded)
@@ -251,6 +253,7 @@ def from_arrays(cls:SequenceDataLoaders,
 ):
     "Sequences of inputs and targets, whole or in windows, with the end of each held back for validation"
     if y is None: raise ValueError("y is None: training needs targets. For prediction alone use test_dl.")
+    if win_sz is not None: win_sz = check_steps('win_sz', win_sz)
     x = one_or_many('x', x, named(x_names), win_sz)
     check_dense('y', y)
     y,valid,vocab,one_label = _as_classes(x, y, valid, vocab)
@@ -331,7 +334,7 @@ def from_df(cls:SequenceDataLoaders,
     form = FrameForm(x, y, group, time, max_gap, x_vocab, on_unknown)
     index,(df,groups) = getattr(df, 'index', None),form.open(df)
     df,vocab = encode_column(df, y, vocab)
-    if one_label: _check_one_label(vocab, valid_groups)
+    if check_bools('one_label', one_label): _check_one_label(vocab, valid_groups)
     parts,ys = rows_of_groups(df, groups, time, max_gap),target_values(df, form.y, groups)
     if one_label: check_one_label({name:(None, ys[rows], None) for name,(rows,_) in parts.items()}, vocab)
     parts = split_groups(parts, valid_pct, valid_groups)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
-from ..truncation.settings import check_dense
+from ..truncation.settings import check_bools, check_dense
 
 # %% ../../nbs/sequences/00_arrays.ipynb #12c4cb28
 def _is_mapped(o):
@@ -152,7 +152,7 @@ class HDF5Array:
         try: import h5py
         except ImportError: raise ImportError("HDF5 files need h5py: pip install 'tbptt_fastai[hdf5]'.") from None
         self.path,self.names = _as_path(path),_dataset_names(names)
-        self._data,self._external = None,external # the datasets, while their file is open
+        self._data,self._external = None,check_bools('external', external) # the datasets, while their file is open
         with self._open(h5py) as f: self._kind = shapes,dtypes = self._kind_of(f)
         _check_shapes(shapes, self.names, self.path)
         self.dtype = np.result_type(*dtypes)

@@ -201,4 +201,4 @@ def split_groups(
 )->tuple[dict,dict]: # For training and for validation
     "Hold back the end of every group, or whole groups. A group too short to give up a step is in training only"
     if valid_groups is None: return _hold_back_ends(sequences, valid_pct)
-    return _hold_back_groups(sequences, as_list(valid_groups))
+    return _hold_back_groups(sequences, check_names('valid_groups', as_list(valid_groups)))

@@ -225,6 +225,13 @@ class Slot:
         self.state = state if self.owner is not None and self.owner.keep_graph else detach_state(state)
         self.rows = self.groups = None
 
+# %% ../../nbs/state/01_stateful.ipynb #379ad5d2
+def _check_initial(initial):
+    "A `TypeError` if it cannot make first states"
+    makes = callable(initial) and not isinstance(initial, (type,nn.RNNBase,nn.Linear))
+    if initial is None or makes: return
+    raise TypeError(f"initial is {initial!r}; expected an InitialState, or another module that makes first states from groups.")
+
 # %% ../../nbs/state/01_stateful.ipynb #91a38870
 class StatefulRNN(nn.Module):
     """Wrap a recurrent module so that, in training, each call starts from the state the last one ended in, detached
@@ -241,8 +248,7 @@ class StatefulRNN(nn.Module):
     ):
         super().__init__()
         check_module('StatefulRNN', rnn, 'a recurrent module, such as nn.GRU(1, 8, batch_first=True)')
-        if not (initial is None or callable(initial)): raise TypeError(
-            f"initial is {initial!r}; expected an InitialState, or another module that makes first states from groups.")
+        _check_initial(initial)
         refuse_cell(rnn)
         refuse_bidirectional(rnn)
         self.rnn,self.initial = rnn,initial

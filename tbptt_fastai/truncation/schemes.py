@@ -21,7 +21,7 @@ class Overlap(Truncation):
         self.k1,self.k2,self.losses = check_steps('k1', k1),check_steps('k2', k2),losses
         if k2<k1: raise ValueError(
             f"k2 is {k2}, k1 is {k1}: steps between them would have no gradient. Use a k2 of at least k1.")
-        if losses not in ('last', 'all'): raise ValueError(f"losses is {losses!r}; expected 'last' or 'all'.")
+        if not isinstance(losses, str) or losses not in ('last', 'all'): raise ValueError(f"losses is {losses!r}; expected 'last' or 'all'.")
 
     @property
     def sub_seq_len(self): return self.k2
@@ -54,10 +54,11 @@ class Jittered(Truncation):
     ):
         self.k,self.least = check_steps('k', k),check_steps('least', least)
         self.longest = longest if longest is None else check_steps('longest', longest, least)
-        self.half,self.std,self.rescale = half,std,rescale
-        check_number('half', half, 'a share from 0 to 1', least=0, most=1)
-        check_number('std', std, 'a number of steps that is not negative, nor infinite', least=0)
-        if rescale not in ('loss', 'lr'): raise ValueError(f"rescale is {rescale!r}; expected 'loss' or 'lr'.")
+        self.rescale = rescale
+        self.half = check_number('half', half, 'a share from 0 to 1', least=0, most=1)
+        self.std = check_number('std', std, 'a number of steps that is not negative, nor infinite', least=0)
+        if not isinstance(rescale, str) or rescale not in ('loss', 'lr'): raise ValueError(
+            f"rescale is {rescale!r}; expected 'loss' or 'lr'.")
 
     @property
     def sub_seq_len(self): return self.k
@@ -97,10 +98,10 @@ class RandomUnbiased(Truncation):
         alpha:float=None,
         block:int=1, # Steps from one boundary, where a cut is possible, to the next: larger blocks are faster
     ):
-        self.mean,self.alpha,self.block = mean,alpha,check_steps('block', block)
-        check_number('mean', mean, f'a mean length above that of a block, block={block}', above=block)
+        self.alpha,self.block = alpha,check_steps('block', block)
+        self.mean = check_number('mean', mean, f'a mean length above that of a block, block={block}', above=block)
         if alpha is None: return
-        check_number('alpha', alpha, 'an exponent above 2, as the mean length is infinite otherwise', above=2)
+        self.alpha = check_number('alpha', alpha, 'an exponent above 2, as the mean length is infinite otherwise', above=2)
 
     @property
     def sub_seq_len(self): return round(self.mean)

@@ -30,7 +30,7 @@ def check_number(
     n = _real(o)
     if n is None: raise TypeError(f"{name} is {o!r}, a {type(o).__name__}; expected {expected}.")
     if not (above<n<below and least<=n<=most): raise ValueError(f"{name} is {o}; expected {expected}.")
-    return n
+    return o if isinstance(o, (int,float)) else n
 
 # %% ../../nbs/truncation/02_settings.ipynb #8a73a4b2
 def check_sizes(
@@ -64,14 +64,15 @@ def check_names(
     expected:str='a list with a name for each sequence', # What it has to be, in words
 )->list:
     "The names; a `TypeError` if they are no list, or if one of them cannot be looked up"
-    if isinstance(names, (str,bytes)) or not hasattr(names, '__iter__'): raise TypeError(
-        f"{name} is {names!r}, a {type(names).__name__}; expected {expected}.")
-    names = list(names)
-    for i,o in enumerate(names):
+    check_dense(name, names)
+    try: listed = None if isinstance(names, (str,bytes)) else list(names)
+    except TypeError: listed = None # it cannot be iterated
+    if listed is None: raise TypeError(f"{name} is {names!r}, a {type(names).__name__}; expected {expected}.")
+    for i,o in enumerate(listed):
         try: hash(o)
         except TypeError: raise TypeError(
             f"{name}[{i}] is {o!r}: a {type(o).__name__} cannot be looked up. For a name of several parts: a tuple.") from None
-    return names
+    return listed
 
 # %% ../../nbs/truncation/02_settings.ipynb #61daabb5
 def _lacks(device):
@@ -90,7 +91,7 @@ def check_device(
     expected = "expected the name of a device, such as 'cpu' or 'cuda:0'"
     try: found = torch.device(device)
     except TypeError: raise TypeError(f"device is {device!r}, a {type(device).__name__}; {expected}.") from None
-    except RuntimeError: raise ValueError(f"device is {device!r}; {expected}.") from None
+    except (RuntimeError,ValueError): raise ValueError(f"device is {device!r}; {expected}.") from None
     why = _lacks(found)
     if why: raise ValueError(f"device is {device!r}, which cannot be used here: {why}. The CPU always can: device='cpu'.")
     return found
