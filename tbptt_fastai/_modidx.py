@@ -1727,6 +1727,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'tbptt_fastai/state/stateful.py'),
                                              'tbptt_fastai.state.stateful.StatefulRNN._begin': ( 'state/stateful.html#statefulrnn._begin',
                                                                                                  'tbptt_fastai/state/stateful.py'),
+                                             'tbptt_fastai.state.stateful.StatefulRNN._made_from_groups': ( 'state/stateful.html#statefulrnn._made_from_groups',
+                                                                                                            'tbptt_fastai/state/stateful.py'),
                                              'tbptt_fastai.state.stateful.StatefulRNN._own_first': ( 'state/stateful.html#statefulrnn._own_first',
                                                                                                      'tbptt_fastai/state/stateful.py'),
                                              'tbptt_fastai.state.stateful.StatefulRNN._two': ( 'state/stateful.html#statefulrnn._two',

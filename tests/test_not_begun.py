@@ -278,7 +278,8 @@ kinds = dict(fixed=dict(sub_seq_len=10), ragged=dict(sub_seq_len=7), whole=dict(
 def test_models_of_any_precision_train_and_are_evaluated(dtype, kind):
     given = dict(kinds[kind])
     dls = loaders(dtype=dtype, sub_seq_len=None, bs=4)
-    learn = quiet(RNNLearner(dls, hidden_size=4, metrics=fun_rmse, **{**dict(sub_seq_len='dls' if 'truncation' in given else None), **given}))
+    if 'truncation' in given: given['sub_seq_len'] = 'dls'
+    learn = quiet(RNNLearner(dls, hidden_size=4, metrics=fun_rmse, **given))
     fit(learn, 2)
     assert all(p.dtype==dtype and p.isfinite().all() for p in learn.model.parameters())
     assert np.isfinite(learn.validate()).all() and learn.get_preds()[0].dtype==dtype

@@ -87,7 +87,9 @@ def test_the_scheme_of_a_length_is_a_scheme():
     assert Adaptive(scheme=lambda k: Overlap(k, k)).sub_seq_len==400
 
 
-@pytest.mark.parametrize('given,what', [(None,'got None'), ('gru',"got 'gru'"), (nn.GRU,'got the class GRU'), (nn.GRUCell,'got the class GRUCell')])
+no_modules = [(None,'got None'), ('gru',"got 'gru'"), (nn.GRU,'got the class GRU'), (nn.GRUCell,'got the class GRUCell')]
+
+@pytest.mark.parametrize('given,what', no_modules)
 def test_what_is_no_module_is_not_wrapped(given, what):
     refused(TypeError, f'^StatefulRNN {what}.*expected a recurrent module', StatefulRNN, given)
     refused(TypeError, f'^StreamPredictor {what}.*expected a learner, or a model', StreamPredictor, given)
@@ -125,8 +127,9 @@ def test_no_test_items_are_refused(items): refused(ValueError, '^There are no te
     ('num_workers',1.5,TypeError,'num_workers is 1.5'), ('dt','a',TypeError,"dt is 'a'"), ('dt',0,ValueError,'dt is 0'),
     ('dt',NAN,ValueError,'dt is nan'), ('x_names',5,TypeError,'x_names is 5'), ('y_names',5,TypeError,'y_names is 5'),
     ('device','gpu',ValueError,"device is 'gpu'; expected"), ('device',[1],TypeError,r'device is \[1\]'),
-    ('device','meta',ValueError,"device is 'meta', which cannot be used"), ('device','cuda:99',ValueError,"device is 'cuda:99', which cannot"),
-    ('device','xpu:99',ValueError,"device is 'xpu:99', which cannot"), ('path',None,TypeError,'path is None'), ('vocab',5,TypeError,'vocab is 5')])
+    ('device','meta',ValueError,"device is 'meta', which cannot"), ('device','cuda:99',ValueError,"device is 'cuda:99', which cannot"),
+    ('device','xpu:99',ValueError,"device is 'xpu:99', which cannot"), ('path',None,TypeError,'path is None'),
+    ('vocab',5,TypeError,'vocab is 5')])
 def test_a_setting_of_loaders_that_cannot_be_is_refused(name, value, error, words):
     refused(error, f'^{words}', loaders, **{name: value})
 

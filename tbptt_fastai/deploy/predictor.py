@@ -108,7 +108,8 @@ class StreamPredictor:
         # default: as the learner or the model says, or 1
         time_dim:int=None,
     ):
-        if not isinstance(on_nan, (str,type(None))) or on_nan not in _policies: raise ValueError(f"on_nan is {on_nan!r}; expected one of {list(_policies)}.")
+        if not isinstance(on_nan, (str,type(None))) or on_nan not in _policies: raise ValueError(
+            f"on_nan is {on_nan!r}; expected one of {list(_policies)}.")
         model = learn if isinstance(learn, nn.Module) else getattr(learn, 'model', learn)
         self.model = get_model(check_module('StreamPredictor', model, 'a learner, or a model'))
         self.ndim,self.on_nan = _check_ndim(ndim),on_nan

@@ -447,7 +447,8 @@ def from_text(cls:SequenceDataLoaders,
             f"The text is a {type(o).__name__}; expected a string or a list of tokens, "
             "such as Path('text.txt').read_text().")
     if valid is None: text,valid = (o[0] for o in split_by_time([text], valid_pct))
-    vocab = _tokens_of(text, valid) if vocab is None else check_names('vocab', list(vocab) if isinstance(vocab, str) else vocab, 'a list of all tokens')
+    if isinstance(vocab, str): vocab = list(vocab)
+    vocab = _tokens_of(text, valid) if vocab is None else check_names('vocab', vocab, 'a list of all tokens')
     train = TextRows(text, vocab, bs)
     valid = TextRows(valid, vocab, bs if val_bs is None else val_bs, name='text of the validation set')
     kw = dict(sub_seq_len=sub_seq_len, bs=bs, val_bs=val_bs, path=path, device=device)

@@ -22,7 +22,7 @@ from ..truncation.plan import check_steps
 # %% ../../nbs/loaders/02_windows.ipynb #49d9ad55
 def _check_items(dataset):
     "A `TypeError` if there is nothing in it"
-    has_items = hasattr(dataset, '__getitem__') or hasattr(dataset, '__iter__')
+    has_items = hasattr(dataset, '__getitem__') or hasattr(dataset, '__iter__') and not hasattr(dataset, '__next__')
     if has_items and not (isinstance(dataset, (Tensor,np.ndarray,np.generic)) and dataset.ndim==0): return
     raise TypeError(f"The dataset is a {type(dataset).__name__}; expected windows, such as SequenceWindows or a list of items.")
 

@@ -308,6 +308,14 @@ def _two(self:StatefulRNN, res):
     given = 'no state' if is_pair else f'a {type(res).__name__}'
     raise TypeError(f"{type(self.rnn).__name__} returned {given}; expected (out, state).")
 
+# %% ../../nbs/state/01_stateful.ipynb #0c39193a
+@patch
+def _made_from_groups(self:StatefulRNN, bs):
+    "What `initial` gives; a `TypeError` if it cannot be the state of a layer of `torch.nn`"
+    first = self.initial(self.slot.groups or [None]*bs)
+    if not isinstance(self.rnn, nn.RNNBase) or all(isinstance(o, Tensor) for o in state_leaves(first)): return first
+    raise TypeError(f"initial gives {first!r} for {bs} rows; expected the first state of {type(self.rnn).__name__}, tensors alone.")
+
 # %% ../../nbs/state/01_stateful.ipynb #3edffa96
 def state_dtype(
     module:nn.Module, # Recurrent module
@@ -335,7 +343,7 @@ def _begin(self:StatefulRNN, x, state):
     "The first state, in all rows or in those that begin anew"
     x = first_tensor(x)
     bs,make,initial = x.shape[0 if self.batch_first else 1],first_state_of(self.rnn),None
-    if self.initial is not None: initial = self.initial(self.slot.groups or [None]*bs)
+    if self.initial is not None: initial = self._made_from_groups(bs)
     elif make is not None: initial = self._own_first(make, bs, x, state is not None)
     return initial if state is None else where_state(self.slot.rows, initial, state, self.batch_dim)
 

@@ -40,7 +40,9 @@ class StreamingRMSE(Metric):
 
 # %% ../../nbs/training/00_metrics.ipynb #5625e0e3
 class fun_rmse(StreamingRMSE):
-    "The root mean squared error over every step of every window: a `StreamingRMSE` of its own for each learner; of one batch, if it is given one"
+    """The root mean squared error over every step of every window
+
+    Each learner has a `StreamingRMSE` of its own; with predictions and targets, that of one batch"""
     def __new__(cls,
         *batch # Predictions and targets of the same shape, or nothing
     ): return StreamingRMSE()(*batch) if batch else StreamingRMSE()

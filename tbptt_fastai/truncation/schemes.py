@@ -21,7 +21,8 @@ class Overlap(Truncation):
         self.k1,self.k2,self.losses = check_steps('k1', k1),check_steps('k2', k2),losses
         if k2<k1: raise ValueError(
             f"k2 is {k2}, k1 is {k1}: steps between them would have no gradient. Use a k2 of at least k1.")
-        if not isinstance(losses, str) or losses not in ('last', 'all'): raise ValueError(f"losses is {losses!r}; expected 'last' or 'all'.")
+        if not isinstance(losses, str) or losses not in ('last', 'all'): raise ValueError(
+            f"losses is {losses!r}; expected 'last' or 'all'.")
 
     @property
     def sub_seq_len(self): return self.k2
