@@ -70,7 +70,7 @@ def wild(rng):
 
 def same(a, b, what):
     a,b = (np.asarray(o.detach() if isinstance(o, torch.Tensor) else o, dtype=float) for o in (a, b))
-    assert a.shape==b.shape and np.allclose(a, b, rtol=1e-3, atol=1e-4), f'{what}: {a.shape}, {b.shape}'
+    assert a.shape==b.shape and np.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True), f'{what}: {a.shape}, {b.shape}'
 
 def plain(o):
     "An array `(time, ...)` in float32, or integers as they are"

@@ -76,6 +76,7 @@ def _check_same_kind(train, valid):
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #30c556f4
 def _check_pair(valid):
+    check_dense('valid', valid)
     is_pair = isinstance(valid, (tuple,list)) and len(valid)==2
     if not is_pair: raise ValueError(f"valid is {_kind(valid)}; expected a pair (x, y).")
 
