@@ -1,5 +1,5 @@
 "What could not begin, or was broken off, leaves nothing behind: no lock, no hook, no memory, no sums of another learner"
-import gc, linecache, sys, threading, weakref
+import gc, linecache, sys, threading
 import numpy as np
 import pytest
 import torch
@@ -11,6 +11,7 @@ from fastcore.imports import noop
 from torch import nn
 from helpers import fit, sgd
 from tbptt_fastai.instruments.activation import activation_memory
+from tbptt_fastai.instruments.lags import unchanged
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.models.memories import LRU, CachedAttention, CausalConv, FastWeights, WorkingMemory
@@ -192,20 +193,24 @@ def test_many_losses_are_as_many_as_there_are_blocks():
     assert np.array_equal(many.phi, all_of_them.phi)
 
 
-@pytest.mark.parametrize('rnn', [nn.LSTM, nn.GRU, nn.RNN])
-def test_what_activation_memory_has_counted_is_free_again(rnn):
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn,self.head = rnn(1, 8, batch_first=True),nn.Linear(8, 1)
-        def forward(self, x):
-            h = self.rnn(x)[0]
-            kept.append(weakref.ref(h))
-            return self.head(h).sigmoid()
-    kept,model,x = [],Model(),torch.randn(4, 20, 1)
-    sizes = {activation_memory(model, x) for _ in range(3)}
+def test_activation_memory_frees_what_it_has_counted():
+    model,x = SequenceRNN(1, 1, hidden_size=64),torch.randn(16, 200, 1)
+    def resident(): return int(open('/proc/self/statm').read().split()[1])*4096
+    for _ in range(3): size = activation_memory(model, x)
+    before = resident()
+    for _ in range(40): assert activation_memory(model, x)==size
     gc.collect()
-    assert len(sizes)==1 and len(kept)==3 and all(o() is None for o in kept)
+    assert resident()-before<10*size # it was more than that of 40 calls
+
+def test_what_is_hooked_while_a_learner_is_measured_is_gone_afterwards():
+    learn = library_learner()
+    before = hooks(learn.model)
+    with pytest.raises(KeyboardInterrupt), unchanged(learn):
+        for m in learn.model.modules():
+            m.register_forward_hook(lambda *_: None)
+            m.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+        raise KeyboardInterrupt('stop')
+    assert hooks(learn.model)==before
 
 def test_activation_memory_of_a_model_that_takes_a_gradient_inside():
     class Slope(nn.Module):
