@@ -226,7 +226,7 @@ def targets(rng):
     of_cb = dict(sub_seq_len='dls', n_skip=0, timed=None, truncation=None, time_dim=None, counts=None, continuing=None)
     yield 'TbpttResetCB',TbpttResetCB,of_cb,right,3
     yield 'SubWindowEvalCB',SubWindowEvalCB,dict(sub_seq_len=7),right,1
-    of_cb.update(grad_clip=None, num_threads=None)
+    of_cb = dict(of_cb, grad_clip=None, num_threads=None)
     of_rnn = dict(dls=dls, rnn_type='gru', hidden_size=3, num_layers=1, dropout=0., **of_cb)
     yield 'RNNLearner',fit(RNNLearner),of_rnn,check_trained,6
     yield 'TbpttLearner',fit(TbpttLearner),dict(dls=dls, model=SequenceRNN(1, 1, hidden_size=3), **of_cb),check_trained,4

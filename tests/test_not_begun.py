@@ -1,5 +1,6 @@
 "What could not begin, or was broken off, leaves nothing behind: no lock, no hook, no memory, no sums of another learner"
 import gc, linecache, sys, threading
+from pathlib import Path
 import numpy as np
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_many_losses_are_as_many_as_there_are_blocks():
 
 def test_activation_memory_frees_what_it_has_counted():
     model,x = SequenceRNN(1, 1, hidden_size=64),torch.randn(16, 200, 1)
-    def resident(): return int(open('/proc/self/statm').read().split()[1])*4096
+    def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*4096
     for _ in range(3): size = activation_memory(model, x)
     before = resident()
     for _ in range(40): assert activation_memory(model, x)==size
