@@ -36,7 +36,7 @@ def check_frame(
     has = df.columns
     if not has.is_unique: raise ValueError(
         f"The data frame has columns of the same name: {list(has[has.duplicated()])}. Rename them.")
-    unknown = [c for c in dict.fromkeys(check_names('columns', columns)) if c not in has and c not in df.index.names]
+    unknown = [c for c in dict.fromkeys(check_names('columns', columns)) if c not in has and (c is None or c not in df.index.names)]
     if unknown: raise KeyError(
         f"The data frame has no column{'s' if len(unknown)>1 else ''} {', '.join(map(repr, unknown))}; it has {list(has)}.")
     if len(df)==0: raise ValueError("The data frame has no rows.")
