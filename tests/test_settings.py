@@ -47,7 +47,7 @@ def test_a_tensor_without_a_number_at_each_place_is_refused_wherever_it_comes_in
                         (loaders().test_dl, (bad,), 'test_items'), (split_by_time, (bad,), 'seqs'),
                         (StreamPredictor(SequenceRNN(1, 1)), (bad,), 'The chunk')):
         refused(TypeError, f'^{name} is a tensor that is {what}', f, *args)
-    refused(TypeError, f'^valid_x is a tensor that is {what}', loaders, valid=(bad, x))
+    refused(TypeError, rf'^valid\[0\] is a tensor that is {what}', loaders, valid=(bad, x))
 
 
 @pytest.mark.parametrize('value', ['a', None, [.2], 1j, True, np.array([.1,.2])])
