@@ -7,15 +7,15 @@ __all__ = ['scaling_from_data', 'ScaledL1Loss', 'default_loss', 'check_targets',
            'TbpttLearner', 'RNNLearner']
 
 # %% ../nbs/learner.ipynb #9d995426
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from fastai.callback.training import GradientClip
 from fastai.callback.schedule import ParamScheduler # with it come fit_flat_cos, fit_one_cycle and lr_find
 from fastai.callback.progress import ProgressCallback # shown by default once imported
-from fastai.data.core import TfmdDL
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner, Recorder
 from fastai.losses import BaseLoss
-from fastai.torch_core import no_random
+from fastai.torch_core import get_model, no_random
 from fastcore.basics import first, patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
@@ -27,6 +27,7 @@ from .sequences.arrays import channel_stats
 from .sequences.frames import check_frame
 from .training.callback import TbpttResetCB
 from .speed.dispatch import LeanLearner
+from .state.turns import taking_turns, training_turn
 from .loaders.views import first_item, inner_loader, resolve_time_dim
 from .loaders.streams import StreamDL
 from .speed.optimizer import FusedAdam
@@ -36,6 +37,7 @@ from .models.text import TextRNN
 from .training.length import LengthHintCB
 from .training.threads import ThreadHintCB, on_threads
 from .truncation.plan import Truncation, check_steps
+from .truncation.settings import check_module, check_number
 from .sequences.windows import Sequences
 
 # %% ../nbs/learner.ipynb #01f6bc67
@@ -203,6 +205,14 @@ def kept_records(
     finally:
         had.update(kept)
 
+# %% ../nbs/learner.ipynb #d6614b4e
+class _Contexts(ContextManagers):
+    "All of them; those that were entered are left if another one cannot be"
+    def __enter__(self):
+        with ExitStack() as entered:
+            for o in self.default: entered.enter_context(o)
+            self.stack = entered.pop_all()
+
 # %% ../nbs/learner.ipynb #d2891243
 class SequenceLearner(LeanLearner):
     "A `LeanLearner` whose evaluations leave the records of the training as they are, on a number of threads of its own"
@@ -219,11 +229,11 @@ class SequenceLearner(LeanLearner):
 
     @delegates(Learner.fit)
     def fit(self, n_epoch, *args, **kwargs):
-        with on_threads(self.num_threads): super().fit(n_epoch, *args, **kwargs)
+        with training_turn(get_model(self.model)), on_threads(self.num_threads): super().fit(n_epoch, *args, **kwargs)
 
     def validation_context(self, cbs=None, inner=False):
         contexts = super().validation_context(cbs, inner)
-        return ContextManagers([on_threads(self.num_threads), kept_records(self), *contexts.default])
+        return _Contexts([taking_turns(get_model(self.model)), on_threads(self.num_threads), kept_records(self), *contexts.default])
 
 # %% ../nbs/learner.ipynb #cd0ca05d
 @patch
@@ -291,13 +301,17 @@ def predict_df(self:SequenceLearner,
     for name,values in _columns_of(preds, names, self.dls.valid_ds.vocab).items(): out[name] = values[order]
     return out
 
+# %% ../nbs/learner.ipynb #f09697fe
+def _check_loaders(dls):
+    if isinstance(dls, DataLoaders): return
+    raise TypeError(f"dls is a {type(dls).__name__}; expected DataLoaders, such as those of SequenceDataLoaders.from_arrays.")
+
 # %% ../nbs/learner.ipynb #79a9ef7a
 def clipping(
     grad_clip:float, # Largest norm of the gradient
 )->GradientClip:
     "The callback that clips"
-    if not grad_clip>0:
-        raise ValueError(f"grad_clip is {grad_clip}; expected the largest norm of the gradient, above 0, or None.")
+    check_number('grad_clip', grad_clip, 'the largest norm of the gradient, above 0, or None', above=0)
     return GradientClip(grad_clip)
 
 # %% ../nbs/learner.ipynb #7081e7a1
@@ -321,11 +335,13 @@ def TbpttLearner(
     **kwargs
 )->SequenceLearner:
     "A `Learner` that trains by truncated backpropagation through time; its methods do what fastai's do"
+    _check_loaders(dls)
     own = dict(loss_func=loss_func, opt_func=opt_func, num_threads=num_threads)
     if model is None:
         settings = dict(sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, timed=timed, check=check)
         settings.update(time_dim=time_dim, counts=counts, continuing=continuing)
         return RNNLearner(dls, grad_clip=grad_clip, cbs=cbs, **settings, **own, **kwargs)
+    check_module('TbpttLearner', model, 'a model, such as SequenceRNN(1, 1)')
     own['loss_func'] = default_loss(dls, time_dim=time_dim) if loss_func is None else loss_func
     check_targets(dls, own['loss_func'])
     cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check, time_dim, counts, continuing)
@@ -345,6 +361,7 @@ def RNNLearner(
     **kwargs
 )->SequenceLearner:
     "A `TbpttLearner` with a `SequenceRNN`, sized and scaled by the training data, or with a `TextRNN`"
+    _check_loaders(dls)
     sizes = rnn_type,hidden_size,num_layers,dropout
     time_dim = resolve_time_dim(kwargs.get('time_dim'), dls.train)
     if isinstance(dls.train.dataset, TextRows) and time_dim!=1: raise ValueError(

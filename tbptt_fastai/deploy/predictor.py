@@ -8,7 +8,7 @@ __all__ = ['StreamPredictor']
 # %% ../../nbs/deploy/00_predictor.ipynb #7d3f7d68
 import copy
 from contextlib import contextmanager
-import torch
+import numpy as np, torch
 from fastai.torch_core import get_model
 from fastcore.basics import first, patch
 from torch import Tensor, nn
@@ -21,9 +21,12 @@ from ..training.callback import TbpttResetCB
 from ..training.checks import channels_explained, check_states
 from ..state.own import resets_state
 from ..state.stateful import StatefulRNN, learned_state
+from ..state.turns import taking_turns
 from ..state.tree import batch_dims, state_batch_size, state_leaves, where_state
 from ..sequences.axis import check_time_dim, from_rows
 from ..models.sequence import SequenceRNN
+from ..truncation.plan import check_steps
+from ..truncation.settings import check_bools, check_dense, check_module, check_names
 
 # %% ../../nbs/deploy/00_predictor.ipynb #96eb04fa
 @contextmanager
@@ -84,6 +87,12 @@ def _form_in(learn):
     "How the frame of the training was read, or `None`"
     return getattr(getattr(inner_loader(learn.dls.train), 'dataset', None), 'form', None) if hasattr(learn, 'dls') else None
 
+# %% ../../nbs/deploy/00_predictor.ipynb #b8f0b19b
+def _check_ndim(ndim):
+    "Dimensions of one input, or a tuple with those of several; `None`: not said"
+    if ndim is None: return None
+    return tuple(check_steps('ndim', o) for o in ndim) if isinstance(ndim, (tuple,list)) else check_steps('ndim', ndim)
+
 # %% ../../nbs/deploy/00_predictor.ipynb #e2868d8b
 class StreamPredictor:
     "Run a model on sequences that come in chunks: each call goes on from where the last one ended"
@@ -99,20 +108,44 @@ class StreamPredictor:
         # default: as the learner or the model says, or 1
         time_dim:int=None,
     ):
-        if on_nan not in _policies: raise ValueError(f"on_nan is {on_nan!r}; expected one of {list(_policies)}.")
-        self.model = get_model(learn if isinstance(learn, nn.Module) else learn.model)
-        self.ndim,self.on_nan = ndim,on_nan
-        self.timed = _timed_in(learn) if timed is None else tuple(timed)
+        if not isinstance(on_nan, (str,type(None))) or on_nan not in _policies: raise ValueError(
+            f"on_nan is {on_nan!r}; expected one of {list(_policies)}.")
+        model = learn if isinstance(learn, nn.Module) else getattr(learn, 'model', learn)
+        self.model = get_model(check_module('StreamPredictor', model, 'a learner, or a model'))
+        self.ndim,self.on_nan = _check_ndim(ndim),on_nan
+        self.timed = _timed_in(learn) if timed is None else check_bools('timed', timed, several=True)
         self.time_dim = _time_dim_in(learn) if check_time_dim(time_dim) is None else time_dim
         self._trained,self._names = _channels_in(learn)
         self._form = _form_in(learn)
         _check_model(self.model)
-        self.reset()
+        self._forget()
+
+# %% ../../nbs/deploy/00_predictor.ipynb #e8d867ad
+def _shareable(x):
+    "An array of this machine's byte order that does not run backwards"
+    if isinstance(x, np.ma.MaskedArray): raise TypeError(
+        "The chunk is a masked array, whose mask would be lost. Fill what is masked: by NaN, if on_nan is to take care of it.")
+    native = x.dtype.newbyteorder('=')
+    return x if native==x.dtype and all(o>=0 for o in x.strides) else np.asarray(x, dtype=native, order='C').copy()
+
+def _as_tensor(x):
+    "A tensor of a chunk; a `TypeError` if it has no numbers"
+    check_dense('The chunk', [x])
+    if hasattr(x, 'to_numpy'): x = x.to_numpy()
+    if isinstance(x, np.ndarray): x = _shareable(x)
+    try: return torch.as_tensor(x).as_subclass(Tensor)
+    except (TypeError,ValueError,RuntimeError):
+        what = f'an array of {x.dtype}' if isinstance(x, np.ndarray) else f'a {type(x).__name__}'
+        raise TypeError(
+            f"The chunk is {what}; expected a tensor or an array of numbers, one for each input of the model.") from None
 
 # %% ../../nbs/deploy/00_predictor.ipynb #40305bd4
 def _check_tokens(model, x):
     "Integers are for a model that reads tokens"
-    if x.is_floating_point() or x.is_complex(): return
+    if x.is_floating_point(): return
+    if x.is_complex() and any(p.is_complex() for p in model.parameters()): return
+    if x.is_complex(): raise TypeError(
+        f"The chunk is {x.dtype}, {type(model).__name__} has real parameters alone: give real and imaginary parts as channels.")
     if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in model.modules()): return
     raise TypeError(
         f"The chunk is {x.dtype}, {type(model).__name__} has no nn.Embedding: integers are taken for tokens. Convert a signal to "
@@ -121,9 +154,7 @@ def _check_tokens(model, x):
 @patch
 def _tensor(self:StreamPredictor, x):
     "A tensor of the model's type and on its device"
-    if isinstance(x, (dict,str)): raise TypeError(
-        f"The chunk is a {type(x).__name__}; expected a tensor or an array, one for each input of the model.")
-    x = torch.as_tensor(x.to_numpy() if hasattr(x, 'to_numpy') else x).as_subclass(Tensor)
+    x = _as_tensor(x)
     like = next((p for p in self.model.parameters() if p.is_floating_point()), None)
     if like is not None: x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
     if self.ndim is None: _check_tokens(self.model, x)
@@ -251,6 +282,11 @@ def __call__(self:StreamPredictor,
     *x_chunk,
 ): # The model's output for the chunk, on its device, or arrays for an array; no activation or decoding of a learner is applied
     "Predict the next chunk of every stream"
+    if not x_chunk: raise TypeError("There is no chunk; expected a tensor or an array for each input of the model.")
+    with taking_turns(self.model): return self._next(x_chunk)
+
+@patch
+def _next(self:StreamPredictor, x_chunk):
     x_chunk = (self._with_codes(x_chunk[0]), *x_chunk[1:])
     xs,timed,one = self._inputs(x_chunk)
     self._check_streams(len(xs[0]))
@@ -405,6 +441,9 @@ def _check_groups(groups, n):
 
 @patch
 def _check_rows(self:StreamPredictor, rows):
+    try: rows = torch.as_tensor(rows)
+    except (TypeError,ValueError,RuntimeError): raise TypeError(
+        f"rows is {rows!r}; expected bool with one value for each of {self.n_streams or 0} streams.") from None
     if rows.dtype!=torch.bool or rows.shape!=(self.n_streams,): raise ValueError(
         f"rows is {rows.dtype} with shape {tuple(rows.shape)}; expected bool with one value for each of {self.n_streams or 0} streams.")
 
@@ -414,12 +453,20 @@ def reset(self:StreamPredictor,
     groups:list=None, # The group of each stream, for the first state of a `StatefulRNN`; default: with `rows` as before, else not known
 ):
     "Forget the state: the next chunk starts a sequence, in all streams or in some"
-    if rows is None:
-        self._states,self._begins,self._groups,self.n_streams = {},None,groups,None
-        self._channels,self._last = None,{} # of each input: what it had, and the last finite values
-        return
-    rows = torch.as_tensor(rows).cpu()
+    if groups is not None: groups = check_names('groups', groups, 'a list with the group of each stream')
+    with taking_turns(self.model):
+        if rows is None: self._forget(groups)
+        else: self._begin_rows(rows, groups)
+
+@patch
+def _forget(self:StreamPredictor, groups=None):
+    self._states,self._begins,self._groups,self.n_streams = {},None,groups,None
+    self._channels,self._last = None,{} # of each input: what it had, and the last finite values
+
+@patch
+def _begin_rows(self:StreamPredictor, rows, groups):
     self._check_rows(rows)
+    rows = torch.as_tensor(rows).cpu()
     _check_groups(groups, self.n_streams)
     for m in Carry(self.model).stateful.values(): m.check_rows()
     if groups is not None:
@@ -433,6 +480,10 @@ def reset(self:StreamPredictor,
 @patch
 def state_dict(self:StreamPredictor)->dict: # Copies on the CPU, for `torch.save`
     "Where the streams are"
+    with taking_turns(self.model): return self._saved()
+
+@patch
+def _saved(self:StreamPredictor):
     states = {name:self._states.get(name) for name in Carry(self.model).modules}
     states,begins,last = tree_map_only(Tensor, lambda o: o.to('cpu', copy=True), (states, self._begins, self._last))
     held = dict(last=last) if self.on_nan=='hold' else {}
@@ -460,6 +511,10 @@ def load_state_dict(self:StreamPredictor,
     state:dict, # From `state_dict`, of a predictor with the same layers
 ):
     "Go on from there"
+    with taking_turns(self.model): self._load(state)
+
+@patch
+def _load(self:StreamPredictor, state):
     _check_saved(state)
     state = copy.deepcopy(state)
     states,n = state['states'],state['n_streams']
@@ -472,5 +527,5 @@ def load_state_dict(self:StreamPredictor,
     loaded = copy.copy(self) # so that nothing has changed if the rows are refused
     loaded._states,loaded.n_streams,loaded._begins,loaded._groups = states,n,None,state['groups']
     loaded._last = state.get('last', {}) # from before the reset
-    if state['begins'] is not None: loaded.reset(state['begins'])
+    if state['begins'] is not None: loaded._begin_rows(state['begins'], None)
     vars(self).update(vars(loaded))

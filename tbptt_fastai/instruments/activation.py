@@ -28,8 +28,8 @@ def activation_memory(
     def pack(t):
         if t.untyped_storage().data_ptr() not in params:
             saved[t.data_ptr()] = max(t.nbytes, saved.get(t.data_ptr(), 0))
-            keep.append(t)
-        return t
+            keep.append(t.detach())
+        return t.detach() # the tensor itself would hold the graph, and the graph the tensor, for ever
     training = model.training
     _forget(model, groups)
     try:

@@ -17,6 +17,7 @@ import tbptt_fastai.instruments.find # it adds tbptt_find to Learner
 from ..loaders.views import given_n_inp, inner_loader, view_of
 from ..truncation.schemes import Overlap
 from ..truncation.plan import Truncation, check_steps
+from ..truncation.settings import check_number
 from ..training.callback import TbpttResetCB
 
 # %% ../../nbs/instruments/05_adaptive.ipynb #0da2fa2c
@@ -33,16 +34,21 @@ class Adaptive(Truncation):
         step:int=None, # Resolution of the measurement, in steps; default: a hundredth of `k_max`
         scheme:Callable[[int],Truncation]=lambda k: Overlap(k, 2*k), # A length's scheme; default: k or more steps of gradient for a loss
     ):
-        self.delta = delta
         self.k_max,self.k_min = check_steps('k_max', k_max, 2),check_steps('k_min', k_min)
         self.every,self.n_batches = check_steps('every', every),check_steps('n_batches', n_batches)
-        if not delta>0: raise ValueError(f"delta is {delta}; expected a relative bias above 0, such as 0.1.")
+        self.delta = check_number('delta', delta, 'a relative bias above 0, such as 0.1', above=0)
         if k_min>k_max: raise ValueError(f"k_min is {k_min}, k_max is {k_max}; expected a range of lengths.")
         self._step = max(k_max//100, 1) if step is None else check_steps('step', step)
+        if not callable(scheme): raise TypeError(
+            f"scheme is {scheme!r}; expected a function of a length, such as lambda k: Overlap(k, 2*k).")
         self._make,self.trace = scheme,[]
         self._use(k_max)
 
-    def _use(self, k): self._k,self._scheme = k,self._make(k)
+    def _use(self, k):
+        scheme = self._make(k)
+        if not isinstance(scheme, Truncation): raise TypeError(
+            f"scheme gives {scheme!r} for a length of {k}; expected a Truncation, such as Overlap(k, 2*k).")
+        self._k,self._scheme = k,scheme
 
     def state_dict(self):
         "What was measured, for a checkpoint"

@@ -8,7 +8,6 @@ __all__ = ['decay_rate', 'relative_bias', 'TbpttFind']
 # %% ../../nbs/instruments/03_find.ipynb #6e238bcb
 import time, warnings
 from dataclasses import dataclass, field
-from numbers import Real
 import numpy as np
 import torch
 import matplotlib.pyplot as plt
@@ -22,6 +21,7 @@ from ..state.carry import Carry
 from ..state.tree import state_leaves
 from ..training.checks import check_carries
 from ..truncation.plan import check_steps
+from ..truncation.settings import check_number
 
 # %% ../../nbs/instruments/03_find.ipynb #efafbd64
 def decay_rate(
@@ -150,9 +150,7 @@ def _cost(model, window, groups, steps):
 
 # %% ../../nbs/instruments/03_find.ipynb #65def689
 def _check_settings(bias, max_lag, step, tau):
-    if not isinstance(bias, Real): raise TypeError(
-        f"bias is {bias!r}, a {type(bias).__name__}; expected a number above 0, such as 0.1.")
-    if not bias>0: raise ValueError(f"bias is {bias}; expected a relative bias above 0, such as 0.1.")
+    check_number('bias', bias, 'a relative bias above 0, such as 0.1', above=0)
     if max_lag is not None and check_steps('max_lag', max_lag)<2*step: raise ValueError(
         f"max_lag is {max_lag}, with step={step}: expected two lags or more to see a decay, that is at least {2*step}.")
     if tau is not None: check_steps('tau', tau)

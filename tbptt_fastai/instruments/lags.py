@@ -35,6 +35,9 @@ def _views(state):
     "Views of the state: nothing but the next block uses them, so their gradient is that of the state"
     return tree_map_only(Tensor, lambda o: o.view_as(o), state)
 
+# %% ../../nbs/instruments/02_lags.ipynb #bc3a1564
+def _hooks_of(module): return [o for name,o in vars(module).items() if 'hooks' in name and isinstance(o, dict)]
+
 # %% ../../nbs/instruments/02_lags.ipynb #d7a6b711
 @contextmanager
 def unchanged(
@@ -42,14 +45,14 @@ def unchanged(
 ):
     "Whatever happens, model, loader and random generators are afterwards as before"
     model = learn.model
-    attributes = [(d, dict(d)) for m in model.modules() for d in (vars(m), m._buffers)]
+    attributes = [(d, dict(d)) for m in model.modules() for d in (vars(m), m._buffers, *_hooks_of(m))]
     buffers = [(b, b.clone()) for b in model.buffers()]
     with unread(learn.dls.train), out_of_reach(model):
         try: yield
         finally:
             for d,before in attributes:
-                d.clear()
                 d.update(before)
+                for name in d.keys()-before.keys(): del d[name]
             with torch.no_grad():
                 for b,value in buffers: b.copy_(value)
 
@@ -80,7 +83,7 @@ def _blocks_with_loss(n_blocks, n_lags, step, n_losses, n_skip, timed):
     least = max(n_lags, -(-(n_skip+1)//step)-1)
     if least>=n_blocks: return set()
     if not timed: return {n_blocks-1}
-    return {int(o) for o in np.linspace(least, n_blocks-1, n_losses).round()}
+    return {int(o) for o in np.linspace(least, n_blocks-1, min(n_losses, n_blocks-least)).round()}
 
 # %% ../../nbs/instruments/02_lags.ipynb #5b8399a0
 def _last_loss(loss_func, pred, yb, step, timed, window, flat):

@@ -12,6 +12,7 @@ from inspect import signature
 from pathlib import Path
 import numpy as np, torch, warnings
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastai.data.core import DataLoaders
 from fastai.torch_core import default_device
 from fastcore.meta import delegates
@@ -25,7 +26,13 @@ from .streams import StreamDL
 from .warm_up import check_warm_up, warm_from
 from ..sequences.text import TextRows
 from ..truncation.plan import check_steps
+from ..truncation.settings import check_bools, check_dense, check_device, check_names, check_number
 from ..sequences.windows import SequenceParts, SequenceWindows, Sequences, check_same_channels
+
+# %% ../../nbs/loaders/06_dataloaders.ipynb #eb196fb2
+def _check_length(i, seq):
+    try: len(seq)
+    except TypeError: raise TypeError(f"Sequence {i} is a {type(seq).__name__} without a time axis; expected (time, ...).") from None
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #2769f7c7
 def _cuts(lengths, valid_pct):
@@ -43,12 +50,12 @@ def split_by_time(
     warm_up:int=0, # Most steps before it that are in the validation part too
 )->tuple[list,list]: # Training and validation parts: views
     "Hold back the last part of every sequence for validation"
-    if not 0<valid_pct<1: raise ValueError(
-        f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
+    valid_pct = check_number('valid_pct', valid_pct, 'a share between 0 and 1, such as 0.2', above=0, below=1)
     if isinstance(seqs, FlatArrays):
         cuts = _cuts(seqs.lengths, valid_pct)
         return seqs.cut(cuts)[0],seqs.cut(np.maximum(cuts-warm_up, 0))[1]
     seqs = one_or_many('seqs', seqs)
+    for i,s in enumerate(seqs): _check_length(i, s)
     cuts = _cuts(np.array([len(s) for s in seqs]), valid_pct).tolist()
     return [_part(s, 0, n) for s,n in zip(seqs, cuts)],[_part(s, max(n-warm_up, 0), len(s)) for s,n in zip(seqs, cuts)]
 
@@ -72,6 +79,7 @@ def _check_same_kind(train, valid):
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #30c556f4
 def _check_pair(valid):
+    check_dense('valid', valid)
     is_pair = isinstance(valid, (tuple,list)) and len(valid)==2
     if not is_pair: raise ValueError(f"valid is {_kind(valid)}; expected a pair (x, y).")
 
@@ -84,6 +92,7 @@ def _valid_pair(valid, train, win_sz):
 # %% ../../nbs/loaders/06_dataloaders.ipynb #2f162a5f
 def _as_xy(items, with_labels):
     "Inputs, and targets or `None`, of a list of sequences or of pairs"
+    if len(items)==0: raise ValueError("There are no test items: expected an array (time, ...), or a list of one or more.")
     x,*y = zip(*(o if isinstance(o, tuple) else (o,) for o in items))
     if any(isinstance(o, str) for o in x): raise TypeError(
         "Text is not predicted but gone on with: use sample_text(learn, prompt).")
@@ -113,6 +122,9 @@ class SequenceDataLoaders(DataLoaders):
         "A `StreamDL` if sequences are not windows in memory, else a `TbpttDL`"
         unknown = kwargs.keys()-signature(TbpttDL).parameters.keys()-set(TbpttDL._methods)
         if unknown: raise TypeError(f"SequenceDataLoaders got unexpected arguments {sorted(unknown)}.")
+        device = default_device() if device is None else check_device(device)
+        if not isinstance(path, (str,Path)): raise TypeError(f"path is {path!r}; expected the path of a folder, such as '.'.")
+        check_bools('shuffle', shuffle)
         _check_same_kind(train, valid)
         train,valid = copy(train),copy(valid)
         train.split_idx,valid.split_idx = 0,1 # random transforms are for training only
@@ -123,9 +135,9 @@ class SequenceDataLoaders(DataLoaders):
         kw = dict(bs=check_steps('bs', bs), sub_seq_len=sub_seq_len, shuffle=shuffle, num_workers=num_workers, **kwargs)
         train_dl = (TbpttDL if in_memory else StreamDL)(train, **kw)
         whole = dict(sub_seq_len=None) if in_memory else {}
-        val_bs = check_steps('val_bs', val_bs or bs)
+        val_bs = check_steps('val_bs', bs if val_bs is None else val_bs)
         valid_dl = train_dl.new(valid, bs=val_bs, shuffle=False, drop_last=False, **whole)
-        return cls(train_dl, valid_dl, path=path, device=default_device() if device is None else device)
+        return cls(train_dl, valid_dl, path=path, device=device)
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #c02e9ab1
 def _check_windows(lengths, one_label):
@@ -149,6 +161,7 @@ def test_dl(self:SequenceDataLoaders,
     """A loader for new data, as `predict` and `Interpretation` ask for it
 
     One sequence that is not in a list is one whole window; several are windows, or read by a `StreamDL`."""
+    check_bools('as_stream', as_stream),check_bools('with_labels', with_labels)
     encoded = kwargs.pop('process', None) is not None # items of a dataset, as `Interpretation` gives them
     of_streams,given,like = isinstance(self.valid, StreamDL),isinstance(test_items, Sequences),self.valid_ds
     xy = None if given else self._new_pair(test_items, with_labels, encoded)
@@ -245,8 +258,10 @@ def from_arrays(cls:SequenceDataLoaders,
 ):
     "Sequences of inputs and targets, whole or in windows, with the end of each held back for validation"
     if y is None: raise ValueError("y is None: training needs targets. For prediction alone use test_dl.")
+    if win_sz is not None: win_sz = check_steps('win_sz', win_sz)
     most = check_warm_up(valid_warm_up, valid is not None, win_sz)
     x = one_or_many('x', x, named(x_names), win_sz)
+    check_dense('y', y)
     y,valid,vocab,one_label = _as_classes(x, y, valid, vocab)
     y = one_or_many('y', y, named(y_names), win_sz)
     kw = dict(dtype=dtype, x_names=x_names, y_names=y_names, dt=dt)
@@ -339,7 +354,7 @@ def from_df(cls:SequenceDataLoaders,
     most = check_warm_up(valid_warm_up, valid_groups is not None, win_sz)
     index,(df,groups) = getattr(df, 'index', None),form.open(df)
     df,vocab = encode_column(df, y, vocab)
-    if one_label: _check_one_label(vocab, valid_groups)
+    if check_bools('one_label', one_label): _check_one_label(vocab, valid_groups)
     parts,ys = rows_of_groups(df, groups, time, max_gap),target_values(df, form.y, groups)
     if one_label: check_one_label({name:(None, ys[rows], None) for name,(rows,_) in parts.items()}, vocab)
     train,valid = split_groups(parts, valid_pct, valid_groups)
@@ -395,7 +410,10 @@ def test_df(self:SequenceDataLoaders,
 # %% ../../nbs/loaders/06_dataloaders.ipynb #10e86616
 def _files(files):
     "Files of a pattern, sorted, or of a list"
-    found = sorted(glob(str(files), recursive=True)) if isinstance(files, (str,Path)) else list(files)
+    is_list = isinstance(files, (list,tuple,L)) and all(isinstance(o, (str,Path)) for o in files)
+    if not is_list and not isinstance(files, (str,Path)): raise TypeError(
+        f"The files are {files!r}; expected a pattern of file names such as 'runs/*.h5', or a list of files.")
+    found = list(files) if is_list else sorted(glob(str(files), recursive=True))
     if not found: raise FileNotFoundError(f"There is no file {str(files)!r}.")
     return found
 
@@ -414,10 +432,11 @@ def from_hdf5(cls:SequenceDataLoaders,
     x, # Name of the dataset with the inputs, `(time,)` or `(time, channels)`, or a list of names
     y, # The same for the targets
     valid_files=None, # Files of the validation set; default: the last `valid_pct` of each file
+    external:bool=False, # May values be those of any other files, which a file names? See `HDF5Array`
     **kwargs
 ):
     "Recordings in HDF5 files, one in each, which are read sub-window by sub-window"
-    def arrays(files): return tuple([HDF5Array(f, names) for f in files] for names in (x, y))
+    def arrays(files): return tuple([HDF5Array(f, names, external) for f in files] for names in (x, y))
     def groups(files): return list(map(str, files))
     files = _files(files)
     valid_files = None if valid_files is None else _files(valid_files)
@@ -426,6 +445,15 @@ def from_hdf5(cls:SequenceDataLoaders,
     kwargs = {**dict(x_names=x, y_names=y), **kwargs}
     for name,o in zip('xy', (xs,ys)): _check_hdf5(name, o, kwargs[f'{name}_names'])
     return cls.from_arrays(xs, ys, valid=valid, groups=groups(files), valid_groups=valid_groups, **kwargs)
+
+# %% ../../nbs/loaders/06_dataloaders.ipynb #842fdf08
+def _tokens_of(*texts):
+    "All tokens, sorted"
+    tokens = {o for text in texts for o in check_names('text', [*text], 'tokens')}
+    try: return sorted(tokens)
+    except TypeError: raise TypeError(
+        f"The text has tokens of several types, {sorted({type(o).__name__ for o in tokens})}, which have no order. "
+        "Give all of them in an order of your own by vocab=, or convert them by str.") from None
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #fa297919
 @patch(cls_method=True)
@@ -446,8 +474,9 @@ def from_text(cls:SequenceDataLoaders,
             f"The text is a {type(o).__name__}; expected a string or a list of tokens, "
             "such as Path('text.txt').read_text().")
     if valid is None: text,valid = (o[0] for o in split_by_time([text], valid_pct))
-    vocab = sorted({*text, *valid}) if vocab is None else list(vocab)
+    if isinstance(vocab, str): vocab = list(vocab)
+    vocab = _tokens_of(text, valid) if vocab is None else check_names('vocab', vocab, 'a list of all tokens')
     train = TextRows(text, vocab, bs)
-    valid = TextRows(valid, vocab, val_bs or bs, name='text of the validation set')
+    valid = TextRows(valid, vocab, bs if val_bs is None else val_bs, name='text of the validation set')
     kw = dict(sub_seq_len=sub_seq_len, bs=bs, val_bs=val_bs, path=path, device=device)
     return cls.from_sequences(train, valid, shuffle=False, **kw)

@@ -25,6 +25,7 @@ from .stream_view import StreamView
 from .warm_up import WarmLayout
 from .windows import TbpttDL
 from ..truncation.plan import check_steps
+from ..truncation.settings import check_bools
 from ..sequences.windows import Sequences
 
 # %% ../../nbs/loaders/05_streams.ipynb #ac3dad8a
@@ -91,9 +92,9 @@ def _check_reads_all(num_workers, drop_last, kwargs):
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"{name} is given, but a StreamDL reads all steps of all sequences, in an order of its own.")
-    if num_workers:
+    if num_workers is not None and check_steps('num_workers', num_workers, least=0):
         raise ValueError(f"num_workers is {num_workers}: a StreamDL reads by a thread of its own. Leave it 0.")
-    if drop_last:
+    if check_bools('drop_last', drop_last):
         raise ValueError(
             "drop_last is True, but a StreamDL leaves no step out: "
             "rows without a sequence are padding, which does not count.")

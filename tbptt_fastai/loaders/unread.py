@@ -37,7 +37,7 @@ def unread(
     finally:
         set_random_states(**random_states)
         if own:
-            vars(dl).clear()
             vars(dl).update(own)
+            for name in vars(dl).keys()-own.keys(): del vars(dl)[name]
         if rng: rng.setstate(drawn)
         for g,state in states.items(): g.set_state(state)

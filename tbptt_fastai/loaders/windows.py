@@ -6,6 +6,7 @@
 __all__ = ['TbpttDL']
 
 # %% ../../nbs/loaders/02_windows.ipynb #3dcf0e5c
+import sys
 import numpy as np, torch
 from fastai.data.core import TfmdDL
 from fastcore.basics import first, patch
@@ -17,6 +18,13 @@ from .views import SubWindows, view_of
 from ..sequences.axis import check_time_dim, from_rows, to_rows
 from ..sequences.windows import SequenceWindows, Sequences
 from ..truncation.plan import check_steps
+
+# %% ../../nbs/loaders/02_windows.ipynb #49d9ad55
+def _check_items(dataset):
+    "A `TypeError` if there is nothing in it"
+    has_items = hasattr(dataset, '__getitem__') or hasattr(dataset, '__iter__') and not hasattr(dataset, '__next__')
+    if has_items and not (isinstance(dataset, (Tensor,np.ndarray,np.generic)) and dataset.ndim==0): return
+    raise TypeError(f"The dataset is a {type(dataset).__name__}; expected windows, such as SequenceWindows or a list of items.")
 
 # %% ../../nbs/loaders/02_windows.ipynb #deb983ba
 class TbpttDL(TfmdDL):
@@ -33,6 +41,9 @@ class TbpttDL(TfmdDL):
     ):
         self.ahead,self.time_dim = ahead,check_time_dim(time_dim)
         self.sub_seq_len = None if sub_seq_len is None else check_steps('sub_seq_len', sub_seq_len)
+        _check_items(dataset)
+        if bs is not None and check_steps('bs', bs)>sys.maxsize: raise ValueError(f"bs is {bs}; expected at most {sys.maxsize}.")
+        if kwargs.get('num_workers') is not None: check_steps('num_workers', kwargs['num_workers'], least=0)
         super().__init__(dataset, bs=bs, **kwargs)
         if isinstance(dataset, Sequences): view_of(self, self.sub_seq_len).check()
 

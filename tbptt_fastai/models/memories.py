@@ -10,6 +10,7 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional as F
+from ..truncation.settings import check_number, check_sizes
 
 # %% ../../nbs/models/02_memories.ipynb #2e236261
 class WorkingMemory(nn.Module):
@@ -25,6 +26,7 @@ class WorkingMemory(nn.Module):
         n_mem:int=16, # Channels of a slot
     ):
         super().__init__()
+        n_in,n_out,slots,n_mem = check_sizes(n_in=n_in, n_out=n_out, slots=slots, n_mem=n_mem)
         self.slots,self.n_mem = slots,n_mem
         self.address = nn.Parameter(torch.randn(slots, n_mem))
         self.turn = nn.Parameter(torch.tensor(1.))
@@ -70,7 +72,8 @@ class FastWeights(nn.Module):
         decay:float=.99, # What is left of it after a step, at first; learned
     ):
         super().__init__()
-        if not 0<decay<1: raise ValueError(f"decay is {decay}; expected a share between 0 and 1, such as 0.99.")
+        n_in,n_out,n_mem = check_sizes(n_in=n_in, n_out=n_out, n_mem=n_mem)
+        decay = check_number('decay', decay, 'a share between 0 and 1, such as 0.99', above=0, below=1)
         self.n_mem = n_mem
         self.decay = nn.Parameter(torch.tensor(math.log(decay/(1-decay))))
         self.query = nn.Linear(n_in, n_mem)
@@ -114,7 +117,8 @@ class CachedAttention(nn.Module):
         heads:int=2, # Heads
     ):
         super().__init__()
-        if mem_len<1: raise ValueError(f"mem_len is {mem_len}; expected at least 1 step.")
+        n_in,n_out,mem_len = check_sizes(n_in=n_in, n_out=n_out, mem_len=mem_len)
+        n_mem,heads = check_sizes(n_mem=n_mem, heads=heads)
         if n_mem%heads: raise ValueError(f"n_mem is {n_mem}; expected a multiple of heads={heads}.")
         self.mem_len,self.n_mem,self.heads = mem_len,n_mem,heads
         self.query = nn.Linear(n_in, n_mem)
@@ -169,6 +173,9 @@ class LRU(nn.Module):
         max_phase:float=math.pi/10, # Greatest angle of an eigenvalue per step, at first
     ):
         super().__init__()
+        n_in,n_out,n_mem = check_sizes(n_in=n_in, n_out=n_out, n_mem=n_mem)
+        r_min,r_max = check_number('r_min', r_min, 'a modulus'),check_number('r_max', r_max, 'a modulus')
+        max_phase = check_number('max_phase', max_phase, 'an angle above 0', above=0)
         if not 0<=r_min<r_max<1: raise ValueError(f"r_min is {r_min}, r_max {r_max}; expected 0<=r_min<r_max<1.")
         self.n_mem = n_mem
         modulus2 = r_min**2+torch.rand(n_mem)*(r_max**2-r_min**2)
@@ -197,7 +204,8 @@ class LRU(nn.Module):
         while lag<x.shape[1]: # each pass doubles the number of steps that h sums up
             h = torch.cat([h[:,:lag], h[:,lag:]+(lag*rate).exp()*h[:,:-lag]], 1)
             lag *= 2
-        read = torch.view_as_real(h).flatten(-2).to(x.dtype)
+        # not `view_as_real`, which takes no gradient that begins at an odd number of its storage
+        read = torch.stack([h.real, h.imag], -1).flatten(-2).to(x.dtype)
         return self.out(torch.cat([x, read], -1)),h[:,-1]
 
 # %% ../../nbs/models/02_memories.ipynb #00b96ac7
@@ -214,6 +222,10 @@ class CausalConv(nn.Module):
         dilations:tuple=(1,2,4), # Distance between them, in steps, for each layer
     ):
         super().__init__()
+        n_in,n_out,n_mem,kernel_size = check_sizes(n_in=n_in, n_out=n_out, n_mem=n_mem, kernel_size=kernel_size)
+        is_several = isinstance(dilations, (tuple,list)) and len(dilations)>0
+        if not is_several: raise TypeError(f"dilations is {dilations!r}; expected a tuple of distances, one for each layer.")
+        dilations = [check_sizes(dilations=o)[0] for o in dilations]
         self.lift = nn.Linear(n_in, n_mem)
         self.out = nn.Linear(n_mem, n_out)
         self.convs = nn.ModuleList(nn.Conv1d(n_mem, n_mem, kernel_size, dilation=d) for d in dilations)

@@ -8,10 +8,11 @@ __all__ = ['TextRNN', 'sample_text']
 # %% ../../nbs/models/01_text.ipynb #3d3a366b
 import torch
 from torch import nn
-from .sequence import rnn_types
+from .sequence import check_rnn_type, rnn_types
 from ..state.carry import Carry
 from ..state.stateful import StatefulRNN
 from ..truncation.plan import check_steps
+from ..truncation.settings import check_number, check_sizes
 
 # %% ../../nbs/models/01_text.ipynb #bf100807
 class TextRNN(nn.Module):
@@ -25,8 +26,10 @@ class TextRNN(nn.Module):
         dropout:float=.1, # Dropout between recurrent layers and after the last
     ):
         super().__init__()
-        if rnn_type not in rnn_types: raise ValueError(
-            f"rnn_type is {rnn_type!r}; expected one of {list(rnn_types)}.")
+        check_rnn_type(rnn_type)
+        n_vocab,emb_sz = check_sizes(n_vocab=n_vocab, emb_sz=emb_sz)
+        hidden_size,num_layers = check_sizes(hidden_size=hidden_size, num_layers=num_layers)
+        dropout = check_number('dropout', dropout, 'a share from 0 to 1', least=0, most=1)
         between = dropout if num_layers>1 else 0.
         self.embedding = nn.Embedding(n_vocab, emb_sz)
         rnn = rnn_types[rnn_type](emb_sz, hidden_size, num_layers, batch_first=True, dropout=between)
@@ -57,7 +60,7 @@ def _check_prompt(prompt, number):
     raise ValueError(f"The prompt {prompt!r} {problem}.")
 
 def _check_temperature(temperature):
-    if not temperature>=0: raise ValueError(f"temperature is {temperature}; expected 0 or more.")
+    check_number('temperature', temperature, '0 or more', least=0)
 
 # %% ../../nbs/models/01_text.ipynb #a4b66141
 def _draw(

@@ -7,12 +7,14 @@ __all__ = ['FileArray', 'HDF5Array', 'as_sequences', 'FlatArrays', 'read_steps',
            'check_finite', 'channel_stats']
 
 # %% ../../nbs/sequences/00_arrays.ipynb #40167f20
-import mmap, warnings, weakref
+import mmap, os, warnings, weakref
 from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor
+from ..truncation.settings import check_bools, check_dense
 
 # %% ../../nbs/sequences/00_arrays.ipynb #12c4cb28
 def _is_mapped(o):
@@ -46,6 +48,7 @@ class FileArray:
     )->Tensor: # `(steps, ...)`, in memory of its own
         start,stop,by = steps.indices(len(self))
         if by!=1: raise IndexError(f"A FileArray is read in consecutive steps, not every {by}.")
+        self._check_whole()
         read = np.array(self.source[self.start+start:self.start+stop], dtype=self._native)
         if _is_mapped(self.source) and self.source.mode!='c' and hasattr(mmap, 'MADV_DONTNEED'):
             self.source._mmap.madvise(mmap.MADV_DONTNEED) # pages that were read count as resident until then
@@ -53,6 +56,21 @@ class FileArray:
 
     def __deepcopy__(self, memo): return self # a deep copy of a memory map would be in memory
     def __repr__(self): return f'{type(self).__name__} {tuple(self.shape)} {self.dtype}'
+
+# %% ../../nbs/sequences/00_arrays.ipynb #d3e2e1ff
+def _check_size(path, now, needed, when='it was opened'):
+    "An `OSError` if a file has become shorter"
+    if now<needed: raise OSError(
+        f"{path} has {now} bytes, and had {needed} or more when {when}: it was cut while it was in use, and what is left is not "
+        "what was asked for. Write the file again as a whole, and make the array anew.")
+
+@patch
+def _check_whole(self:FileArray):
+    "An `OSError` if the file of a memory map has become shorter than what is mapped"
+    if not _is_mapped(self.source): return
+    mapped = self.source._mmap
+    begins = self.source.offset//mmap.ALLOCATIONGRANULARITY*mmap.ALLOCATIONGRANULARITY
+    _check_size(getattr(self.source, 'filename', 'The mapped file'), mapped.size(), begins+len(mapped))
 
 # %% ../../nbs/sequences/00_arrays.ipynb #e383b213
 @patch
@@ -83,35 +101,80 @@ def _check_shapes(shapes, names, path):
         f"The datasets {names} of {path} have shapes {list(shapes)}; "
         "expected (time,) or (time, channels) with one length.")
 
+# %% ../../nbs/sequences/00_arrays.ipynb #7a97b0a2
+def _as_path(path):
+    "A path; a `TypeError` if it is none"
+    try: return Path(path)
+    except TypeError: raise TypeError(
+        f"The file is {path!r}, a {type(path).__name__}; expected the path of an HDF5 file.") from None
+
+def _size_of(dataset):
+    "Bytes of the open file of a dataset; 0 where the system does not say"
+    try: return os.fstat(dataset.file.id.get_vfd_handle()).st_size
+    except (OSError,NotImplementedError,ValueError,TypeError): return 0
+
+@contextmanager
+def _file_named(path):
+    "In it, an error of HDF5 says of which file it is"
+    try: yield
+    except OSError as e: raise type(e)(f"{path}: {e}") from None # h5py names it only if it is missing
+
+# %% ../../nbs/sequences/00_arrays.ipynb #89a611e9
+def _kept_elsewhere(f, o):
+    "Where a dataset of the open file `f` has its values from, if not from HDF5 files in its folder"
+    if o.external: return [file for file,*_ in o.external]
+    if o.is_virtual: return [v.file_name for v in o.virtual_sources()]
+    folder,file = (Path(name).resolve() for name in (Path(f.filename).parent, o.file.filename))
+    return [] if file.is_relative_to(folder) else [str(file)]
+
+def _check_own(f, names, path):
+    "A `ValueError` if datasets of the open file `f` have their values from somewhere else"
+    for name in names:
+        others = _kept_elsewhere(f, f[name])
+        if others: raise ValueError(
+            f"The dataset {name!r} of {path} has its values from somewhere else: {', '.join(map(str, others[:5]))}. "
+            "If the file is to be trusted: external=True.")
+
+def _dataset_names(names):
+    "A list of names; a `TypeError` if it is none"
+    listed = [names] if isinstance(names, str) else list(names) if isinstance(names, (list,tuple)) else []
+    if listed and all(isinstance(o, str) for o in listed): return listed
+    raise TypeError(f"The datasets are {names!r}; expected the name of a dataset, or a list of such.")
+
 # %% ../../nbs/sequences/00_arrays.ipynb #1d7436dd
 class HDF5Array:
     "One or several datasets of an HDF5 file as the channels of one array"
     def __init__(self,
         path, # The file
         names, # Name of a dataset `(time,)` or `(time, channels)`, or a list of such names
+        external:bool=False, # May its values be those of any other files, which it names?
     ):
         try: import h5py
         except ImportError: raise ImportError("HDF5 files need h5py: pip install 'tbptt_fastai[hdf5]'.") from None
-        self.path,self.names = Path(path),[names] if isinstance(names, str) else list(names)
-        self._data = None # the datasets, while their file is open
-        with self._open(h5py) as f:
-            _check_names(f, self.names, self.path)
-            shapes,dtypes = zip(*((f[o].shape,f[o].dtype) for o in self.names))
+        self.path,self.names = _as_path(path),_dataset_names(names)
+        self._data,self._external = None,check_bools('external', external) # the datasets, while their file is open
+        with self._open(h5py) as f: self._kind = shapes,dtypes = self._kind_of(f)
         _check_shapes(shapes, self.names, self.path)
         self.dtype = np.result_type(*dtypes)
         channels = sum(s[1] if len(s)>1 else 1 for s in shapes)
         self.shape = shapes[0] if len(shapes)==1 else (shapes[0][0], channels)
 
+    def _kind_of(self, f):
+        "Shapes and types of the datasets of an open file"
+        _check_names(f, self.names, self.path)
+        if not self._external: _check_own(f, self.names, self.path)
+        return tuple(zip(*((f[o].shape,f[o].dtype) for o in self.names)))
+
     def _open(self, h5py):
-        try: return h5py.File(self.path, 'r')
-        except OSError as e: raise type(e)(f"{self.path}: {e}") from None # h5py names it only if it is missing
+        with _file_named(self.path): return h5py.File(self.path, 'r')
 
     def __len__(self): return self.shape[0]
 
     def __getitem__(self, steps):
         data = self._data
         if data is None: data = self._open_data()
-        parts = [o[steps] for o in data]
+        _check_size(self.path, _size_of(data[0]), self._size)
+        with _file_named(self.path): parts = [o[steps] for o in data]
         return parts[0] if len(parts)==1 else np.concatenate([o.reshape(len(o), -1) for o in parts], axis=1)
 
     def __getstate__(self): return {**self.__dict__, '_data': None}
@@ -125,7 +188,12 @@ def _open_data(self:HDF5Array):
     "The datasets of the file, which they keep open; they are kept themselves, for what HDF5 decompresses is theirs"
     import h5py
     f = self._open(h5py)
-    data = self._data = [f[o] for o in self.names]
+    kind = self._kind_of(f)
+    if kind!=self._kind: raise ValueError(
+        f"The datasets {self.names} of {self.path} have shapes and types {kind}; they had {self._kind} before: it is another file. "
+        "Make the array anew.")
+    data = [f[o] for o in self.names]
+    self._data,self._size = data,_size_of(data[0])
     _opened.append(weakref.ref(self))
     while len(_opened)>_MAX_OPEN:
         oldest = _opened.popleft()()
@@ -172,6 +240,7 @@ def as_sequences(
 )->list: # Tensors and `FileArray`s `(time, ...)`; one-dimensional real signals become `(time, 1)`
     "Arrays of any kind as a list of tensors that share their memory, or of arrays that are read from files"
     seqs = seqs if isinstance(seqs, (list,tuple)) else [seqs]
+    check_dense(name, seqs)
     if len(seqs)==0: raise ValueError(f"{name} is empty: expected at least one sequence.")
     for i,s in enumerate(seqs):
         if not getattr(s, 'shape', None): raise TypeError(
@@ -248,6 +317,7 @@ def join_arrays(
 ): # `FlatArrays`; a list as `as_sequences` has it, if one is in a file, or if they are of different kinds
     "Sequences in memory, end to end"
     if isinstance(seqs, FlatArrays): return seqs
+    check_dense(name, seqs)
     if _at_once(seqs):
         _as_sequence(f'{name}[0]', seqs[0]) # refuses types
         lengths = np.fromiter(map(len, seqs), np.int64, len(seqs))
@@ -284,6 +354,7 @@ def one_or_many(
     win_sz:int=None, # Steps of a window; an axis that is shorter is not time
 )->list: # Arrays
     "A list of sequences, if it is certain which axis is time; else a `ValueError` or a warning"
+    check_dense(name, seqs)
     if isinstance(seqs, (list,tuple)): return seqs
     shape = tuple(getattr(seqs, 'shape', ()))
     if len(shape)<2 or 0 in shape: return [seqs]

@@ -15,7 +15,8 @@ NA = '#na#' # as fastai calls it
 _policies = 'raise','class'
 
 def check_on_unknown(on_unknown):
-    if on_unknown not in _policies: raise ValueError(f"on_unknown is {on_unknown!r}; expected one of {list(_policies)}.")
+    if not isinstance(on_unknown, str) or on_unknown not in _policies: raise ValueError(
+        f"on_unknown is {on_unknown!r}; expected one of {list(_policies)}.")
 
 def learn_vocab(
     col:pd.Series, # Column of the training rows

@@ -26,6 +26,9 @@ class FrameForm:
         on_unknown:str='raise', # An input of an unknown class is refused; 'class': all such are one more class
     ):
         self.x,self.y,self.group,self.time,self.max_gap = as_list(x),as_list(y),as_list(group),time,max_gap
+        if isinstance(time, (list,tuple)): raise TypeError(f"time is {time!r}; expected the name of one column.")
+        if not isinstance(x_vocab, (dict,type(None))): raise TypeError(
+            f"x_vocab is {x_vocab!r}, a {type(x_vocab).__name__}; expected a dict with the classes of each column that has them.")
         self.given,self.on_unknown = dict(x_vocab or {}),on_unknown
         check_on_unknown(on_unknown)
         check_xy(self.x, self.y)

@@ -11,7 +11,7 @@ import numpy as np, pandas as pd
 from pandas.api import types
 from .labels import are_labels, check_vocab, encode, find_vocab
 from .times import as_list, begins_anew, check_gap, plain, read_times, refuse_row, refuse_twice
-
+from ..truncation.settings import check_names, check_number
 
 # %% ../../nbs/sequences/03_frames.ipynb #b494d709
 def with_levels(
@@ -36,13 +36,24 @@ def check_frame(
     has = df.columns
     if not has.is_unique: raise ValueError(
         f"The data frame has columns of the same name: {list(has[has.duplicated()])}. Rename them.")
-    unknown = [c for c in dict.fromkeys(columns) if c not in has and c not in df.index.names]
+    unknown = [c for c in dict.fromkeys(check_names('columns', columns)) if c not in has and (c is None or c not in df.index.names)]
     if unknown: raise KeyError(
         f"The data frame has no column{'s' if len(unknown)>1 else ''} {', '.join(map(repr, unknown))}; it has {list(has)}.")
     if len(df)==0: raise ValueError("The data frame has no rows.")
 
 def check_xy(x, y):
     if not x or not y: raise ValueError(f"x is {x} and y is {y}: expected at least one column for each.")
+
+# %% ../../nbs/sequences/03_frames.ipynb #636fe47a
+_MOST = 2**63-1 # of an int64
+
+def _check_whole_numbers(df, columns, groups):
+    "A `ValueError` if an unsigned number is too large for a signed one, which would be negative"
+    for c in columns:
+        if not types.is_unsigned_integer_dtype(df[c]): continue
+        refuse_row(df[c]>_MOST, df, groups, lambda i: (
+            f"has {df[c].iloc[i]} in column {c!r}, above the largest of an int64, {_MOST}. Whole numbers are taken for "
+            "classes: for a regression convert them by .astype(float)."))
 
 # %% ../../nbs/sequences/03_frames.ipynb #89079fac
 def real_values(df, columns, groups):
@@ -62,6 +73,7 @@ def target_values(df, columns, groups):
     "... integers as int64; one column of them has no axis of channels"
     values = real_values(df, columns, groups)
     if not all(types.is_integer_dtype(df[c]) for c in columns): return values
+    _check_whole_numbers(df, columns, groups)
     classes = df[columns].to_numpy(np.int64)
     return classes[:,0] if len(columns)==1 else classes
 
@@ -171,8 +183,7 @@ def _hold_back_groups(sequences, names):
     return train,{k:sequences[k] for k in names}
 
 def _hold_back_ends(sequences, valid_pct):
-    if not 0<valid_pct<1: raise ValueError(
-        f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
+    valid_pct = check_number('valid_pct', valid_pct, 'a share between 0 and 1, such as 0.2', above=0, below=1)
     steps = {k:len(o[0]) for k,o in sequences.items()}
     cut = {k:n-int(n*valid_pct) for k,n in steps.items()}
     train = {k:tuple(part[:cut[k]] for part in o) for k,o in sequences.items()}
@@ -190,4 +201,4 @@ def split_groups(
 )->tuple[dict,dict]: # For training and for validation
     "Hold back the end of every group, or whole groups. A group too short to give up a step is in training only"
     if valid_groups is None: return _hold_back_ends(sequences, valid_pct)
-    return _hold_back_groups(sequences, as_list(valid_groups))
+    return _hold_back_groups(sequences, check_names('valid_groups', as_list(valid_groups)))

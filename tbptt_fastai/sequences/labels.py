@@ -7,7 +7,7 @@ __all__ = ['are_labels', 'find_vocab', 'check_vocab', 'encode', 'by_sequence', '
 
 # %% ../../nbs/sequences/05_labels.ipynb #ea26ab28
 import numpy as np, pandas as pd, torch
-
+from ..truncation.settings import check_names
 
 # %% ../../nbs/sequences/05_labels.ipynb #2313bd4c
 def _values(o):
@@ -40,7 +40,7 @@ def check_vocab(
     vocab, # Labels, each once
 )->list:
     "A `ValueError` if there are less than two, or one more than once"
-    vocab = list(vocab)
+    vocab = check_names('vocab', list(vocab) if isinstance(vocab, str) else vocab, 'a list of all labels')
     if len(set(vocab))!=len(vocab) or len(vocab)<2: raise ValueError(
         f"The vocabulary is {vocab[:10]}; expected two labels or more, each of them once.")
     return vocab

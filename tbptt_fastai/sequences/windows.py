@@ -16,6 +16,7 @@ from torch import Tensor
 from .arrays import FileArray, FlatArrays, check_finite, join_arrays, named, one_or_many, read_steps
 from .plot import plot_windows
 from ..truncation.plan import check_steps
+from ..truncation.settings import check_names, check_number
 
 # %% ../../nbs/sequences/01_windows.ipynb #51aa8fe5
 def _check_alike(name, seqs):
@@ -66,6 +67,12 @@ def check_same_channels(
             f"{name} has the channels {list(names)}, in training it had {list(trained)}. Select those of a frame by "
             "df[names]; for the same channels by other names, pass df.to_numpy().")
 
+# %% ../../nbs/sequences/01_windows.ipynb #a792ac98
+def _as_names(name, names):
+    "Names of channels as a list; a `TypeError` if they are neither a name nor several"
+    if names is None: return None
+    return [names] if isinstance(names, str) else check_names(name, names, "a name for each channel, such as ['force [N]']")
+
 # %% ../../nbs/sequences/01_windows.ipynb #2e64595f
 class Sequences:
     "Sequences of inputs and targets, of any length, in memory or in files"
@@ -86,16 +93,18 @@ class Sequences:
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point): raise TypeError(
             f"dtype is {dtype!r}; expected a real torch.dtype such as torch.float32.")
         self.dtype,self.dt = dtype,dt
+        if dt is not None: check_number('dt', dt, 'seconds per step, above 0', above=0)
+        x_names,y_names = _as_names('x_names', x_names),_as_names('y_names', y_names)
         if x_names is None: x_names = channel_names('x', x)
         if y_names is None and y is not None: y_names = channel_names('y', y)
-        self.x_names,self.y_names = ([o] if isinstance(o, str) else o for o in (x_names,y_names))
+        self.x_names,self.y_names = x_names,y_names
         given = zip('xy', (x,y), (x_names,y_names))
         self.arrays = [self._sequences(*o) for o in given if o[1] is not None or o[0]=='x']
         for name,seqs in zip('xy', self.arrays): _check_alike(name, seqs)
         if y is not None: _check_pairs(*self.arrays)
         self.steps = _steps_of(self.arrays[0]) # of each sequence
         n = len(self.steps)
-        self._names = range(n) if groups is None else list(groups)
+        self._names = range(n) if groups is None else check_names('groups', groups)
         if len(self._names)!=n: raise ValueError(
             f"There are {n} sequences and {len(self._names)} groups: expected a name for each.")
         if not check: return
@@ -317,7 +326,7 @@ class SequenceParts(_Pieces):
     ):
         self.win_sz = win_sz # says which axis of an array cannot be time
         super().__init__(x, y, **kwargs)
-        self.win_sz = self.stp_sz = check_steps('win_sz', win_sz)
+        self.win_sz = self.stp_sz = min(check_steps('win_sz', win_sz), np.iinfo(np.int64).max)
         self._count(-(-self.steps//self.win_sz))
         self._lengths = np.full(len(self), self.win_sz)
         self._lengths[self._ends-1] -= self._counts*self.win_sz-self.steps

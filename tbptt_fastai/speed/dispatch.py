@@ -6,6 +6,7 @@
 __all__ = ['fastai_code', 'LeanLearner']
 
 # %% ../../nbs/speed/02_dispatch.ipynb #e8b30b89
+from contextlib import contextmanager
 import fastai.callback.schedule, fastai.learner
 from fastai.callback.core import Callback, _inner_loop
 from fastai.callback.schedule import ParamScheduler
@@ -42,6 +43,17 @@ def _short_way(cb, event_name):
     if hasattr(cls, 'training') or 'training' in vars(cb): return None
     return shortcuts.get((cls, event_name), '')
 
+# %% ../../nbs/speed/02_dispatch.ipynb #1a7f24db
+@contextmanager
+def _worded(event_name):
+    "In it, an exception of a callback that has no message gets one"
+    try: yield
+    except IndexError as e:
+        without = e.__context__ # what fastai has looked for the message of
+        if without is None or without.args: raise
+        words = f'{type(without).__name__}, without a message, when calling event `{event_name}`'
+        raise modify_exception(without, words, replace=True) from None
+
 # %% ../../nbs/speed/02_dispatch.ipynb #02184ddd
 class LeanLearner(Learner):
     "fastai's `Learner`, in which callbacks that do not have an event cost nothing"
@@ -52,7 +64,7 @@ class LeanLearner(Learner):
         self._having,self._kept = {},{} # whatever has changed is looked at again
         for cb in self.cbs:
             if type(cb) is Recorder: read_losses(cb) # which its shortcut leaves on the device
-        super().__call__(event_name)
+        with _worded(event_name): super().__call__(event_name)
 
     def _split(self, b):
         n = self._keep('n_inp', self.dls, lambda: getattr(self.dls, 'n_inp', None)) if self._lean else None
@@ -90,7 +102,8 @@ def _offer(self:LeanLearner, event_name):
     cbs,having = self._having.get(event_name, (None,None))
     if cbs!=self.cbs.items: having = self._look_up(event_name)
     for cb,run in having:
-        if run is None or cb.learn is not self: cb(event_name)
+        if run is None or cb.learn is not self:
+            with _worded(event_name): cb(event_name)
         elif cb.run and (cb.run_train if self.training else cb.run_valid):
             try:
                 if run and event_name not in vars(cb): run(cb)
@@ -100,4 +113,4 @@ def _offer(self:LeanLearner, event_name):
 
 def _explained(cb, event_name, e):
     "The words of `Callback.__call__`"
-    return f'Exception occured in `{type(cb).__name__}` when calling event `{event_name}`:\n\t{e.args[0]}'
+    return f'Exception occured in `{type(cb).__name__}` when calling event `{event_name}`:\n\t{e.args[0] if e.args else type(e).__name__}'

@@ -186,12 +186,29 @@ def out_of_reach(
     modules = set(model.modules())
     stateful = {m:m.slot for m in modules if isinstance(m, StatefulRNN)}
     others = [o for o in Carry.entered if not modules.isdisjoint(o.modules.values())]
-    for m in stateful: m.slot = Slot()
-    for o in others: o._covered += 1
-    try: yield
+    covered = [(o, o._covered) for o in others]
+    try:
+        for m in stateful: m.slot = Slot()
+        for o in others: o._covered += 1
+        yield
     finally:
-        for o in others: o._covered -= 1
+        for o,before in covered: o._covered = before
         for m,slot in stateful.items(): m.slot = slot
+
+# %% ../../nbs/state/02_carry.ipynb #4b0b22a7
+def _give_back(slot, owner):
+    "To its owner, empty"
+    slot.reset()
+    slot.owner = owner
+
+@patch
+def _leave(self:Carry):
+    if self in Carry.entered: Carry.entered.remove(self)
+
+@patch
+def _let_go(self:Carry):
+    stack,self._stack = self._stack,None
+    stack.close()
 
 # %% ../../nbs/state/02_carry.ipynb #6e089598
 @patch
@@ -200,31 +217,37 @@ def check(self:Carry):
     for name,m in self.layers.items(): refuse_bidirectional(m, name)
 
 @patch
+def _take_over(self:Carry, stack):
+    "Own the states of the model until `stack` is closed, whatever part of this was done by then"
+    stack.callback(self._leave)
+    if self.evaluation: stack.enter_context(out_of_reach(self.inner))
+    self._owned = list(self.slots.values())
+    for slot in self._owned:
+        stack.callback(_give_back, slot, slot.owner)
+        slot.owner = self
+    self._begin_pass()
+    def until_closed(hook): stack.callback(hook.remove)
+    until_closed(self.model.register_forward_pre_hook(self._begin_pass))
+    for name,m in self.layers.items():
+        slot = self._slots[name]
+        until_closed(m.register_forward_pre_hook(partial(self._give, slot), with_kwargs=True))
+        until_closed(m.register_forward_hook(partial(self._take, slot)))
+    Carry.entered.append(self)
+
+@patch
 def __enter__(self:Carry):
     self.check()
     self._stack = ExitStack()
-    if self.evaluation: self._stack.enter_context(out_of_reach(self.inner))
-    self._owned = list(self.slots.values())
-    self._owners = [o.owner for o in self._owned]
-    for slot in self._owned: slot.owner = self
-    self._begin_pass()
-    hooks = [self.model.register_forward_pre_hook(self._begin_pass)]
-    for name,m in self.layers.items():
-        slot = self._slots[name]
-        hooks.append(m.register_forward_pre_hook(partial(self._give, slot), with_kwargs=True))
-        hooks.append(m.register_forward_hook(partial(self._take, slot)))
-    for o in hooks: self._stack.callback(o.remove)
-    Carry.entered.append(self)
-    return self
+    try:
+        self._take_over(self._stack)
+        return self
+    except BaseException:
+        self._let_go()
+        raise
 
 @patch
-def __exit__(self:Carry, *exc):
-    Carry.entered.remove(self)
-    for slot,owner in zip(self._owned, self._owners):
-        slot.reset()
-        slot.owner = owner
-    self._stack.close()
-    self._stack = None
+def __exit__(self:Carry, *exc): self._let_go()
+
 
 # %% ../../nbs/state/02_carry.ipynb #4f77d9cc
 @patch

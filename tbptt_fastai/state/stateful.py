@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .tree import batch_dims, check_state, detach_state, state_batch_size, state_leaves, where_state
+from ..truncation.settings import check_bools, check_module, check_names
 
 # %% ../../nbs/state/01_stateful.ipynb #658cd22c
 def refuse_bidirectional(
@@ -96,7 +97,7 @@ class InitialState(nn.Module):
         super().__init__()
         leaves = state_leaves(state)
         self._dims = batch_dims(state, batch_dim)
-        self.rows = None if groups is None else {o:i for i,o in enumerate(groups)}
+        self.rows = None if groups is None else {o:i for i,o in enumerate(check_names('groups', groups))}
         self._numbers = tree_unflatten(range(len(leaves)), tree_flatten(state)[1])
         self.tensors = nn.ParameterList(map(_as_parameter, leaves))
         self._check_rows()
@@ -224,6 +225,13 @@ class Slot:
         self.state = state if self.owner is not None and self.owner.keep_graph else detach_state(state)
         self.rows = self.groups = None
 
+# %% ../../nbs/state/01_stateful.ipynb #379ad5d2
+def _check_initial(initial):
+    "A `TypeError` if it cannot make first states"
+    makes = callable(initial) and not isinstance(initial, (type,nn.RNNBase,nn.Linear))
+    if initial is None or makes: return
+    raise TypeError(f"initial is {initial!r}; expected an InitialState, or another module that makes first states from groups.")
+
 # %% ../../nbs/state/01_stateful.ipynb #91a38870
 class StatefulRNN(nn.Module):
     """Wrap a recurrent module so that, in training, each call starts from the state the last one ended in, detached
@@ -239,13 +247,15 @@ class StatefulRNN(nn.Module):
         batch_first:bool=None, # Is the batch the first dimension of its input, and not time? Default: as it says, else yes
     ):
         super().__init__()
+        check_module('StatefulRNN', rnn, 'a recurrent module, such as nn.GRU(1, 8, batch_first=True)')
+        _check_initial(initial)
         refuse_cell(rnn)
         refuse_bidirectional(rnn)
         self.rnn,self.initial = rnn,initial
         if batch_dim is None: batch_dim = 1 if isinstance(rnn, nn.RNNBase) else 0
         self.batch_dim = batch_dim
         _check_dims(initial, batch_dim)
-        self.batch_first = getattr(rnn, 'batch_first', True) if batch_first is None else batch_first
+        self.batch_first = getattr(rnn, 'batch_first', True) if check_bools('batch_first', batch_first) is None else batch_first
         self.slot = Slot()
 
     def forward(self,
@@ -298,6 +308,14 @@ def _two(self:StatefulRNN, res):
     given = 'no state' if is_pair else f'a {type(res).__name__}'
     raise TypeError(f"{type(self.rnn).__name__} returned {given}; expected (out, state).")
 
+# %% ../../nbs/state/01_stateful.ipynb #0c39193a
+@patch
+def _made_from_groups(self:StatefulRNN, bs):
+    "What `initial` gives; a `TypeError` if it cannot be the state of a layer of `torch.nn`"
+    first = self.initial(self.slot.groups or [None]*bs)
+    if not isinstance(self.rnn, nn.RNNBase) or all(isinstance(o, Tensor) for o in state_leaves(first)): return first
+    raise TypeError(f"initial gives {first!r} for {bs} rows; expected the first state of {type(self.rnn).__name__}, tensors alone.")
+
 # %% ../../nbs/state/01_stateful.ipynb #3edffa96
 def state_dtype(
     module:nn.Module, # Recurrent module
@@ -325,7 +343,7 @@ def _begin(self:StatefulRNN, x, state):
     "The first state, in all rows or in those that begin anew"
     x = first_tensor(x)
     bs,make,initial = x.shape[0 if self.batch_first else 1],first_state_of(self.rnn),None
-    if self.initial is not None: initial = self.initial(self.slot.groups or [None]*bs)
+    if self.initial is not None: initial = self._made_from_groups(bs)
     elif make is not None: initial = self._own_first(make, bs, x, state is not None)
     return initial if state is None else where_state(self.slot.rows, initial, state, self.batch_dim)
 

@@ -24,6 +24,7 @@ from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, p
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
 from ..state.own import check_reset
+from ..state.turns import refuse_beside_training
 from .parts import check_remembers, compare_parts, first_output
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss, TargetLoss
@@ -32,6 +33,7 @@ from .rows import RowsFirst
 from .counting import CountedLoss
 from .resets import CarryingRun, StateResets, back_to_method, cancels
 from ..truncation.plan import Truncation, check_steps
+from ..truncation.settings import check_bools
 
 # %% ../../nbs/training/04_callback.ipynb #054d8ba4
 class TbpttResetCB(CountedLoss):
@@ -41,6 +43,7 @@ class TbpttResetCB(CountedLoss):
     _is_new = False # is the first batch of a fit still to be looked at?
     _trained = None # channels of the inputs in the last training
     _search = None # of a learning rate, for the time of its fit
+    _refusal = None # of an evaluation that is about to begin
     _lrs = None # the schedule's learning rates, while a step has its own
     # after GatherPredsCallback (0), MixedPrecision (10), DistributedTrainer (11); before Recorder (50), ProgressCallback (60)
     order = 12
@@ -54,7 +57,8 @@ class TbpttResetCB(CountedLoss):
         counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
         continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
     ):
-        if truncation is not None and sub_seq_len!='dls':
+        is_said = not (isinstance(sub_seq_len, str) and sub_seq_len=='dls')
+        if truncation is not None and is_said:
             raise ValueError(
                 f"Two schemes are given: sub_seq_len={sub_seq_len} and truncation={truncation}. Leave one of them out.")
         if truncation is not None and not isinstance(truncation, Truncation):
@@ -62,13 +66,14 @@ class TbpttResetCB(CountedLoss):
                 f"truncation is {truncation!r}; expected a scheme, such as Overlap(k1=20, k2=100). "
                 "For sub-windows of one length: sub_seq_len.")
         self.sub_seq_len,self.truncation = sub_seq_len,truncation
-        self.n_skip,self.timed,self.check = check_steps('n_skip', n_skip, least=0),timed,check
+        self.n_skip,self.timed = check_steps('n_skip', n_skip, least=0),check_bools('timed', timed, several=True)
+        self.check = check
         self.time_dim = check_time_dim(time_dim)
         if not (counts is None or callable(counts)): raise TypeError(
             f"counts is {counts!r}; expected a function of the targets that says which of them count, such as "
             "lambda y: ~y.isnan().any(-1).")
         self.counts = counts
-        self.continuing = continuing
+        self.continuing = check_bools('continuing', continuing)
 
     @property
     def setting(self):
@@ -122,6 +127,15 @@ def broken_off(self:TbpttResetCB, error):
 # %% ../../nbs/training/04_callback.ipynb #6ec05001
 @patch
 def before_fit(self:TbpttResetCB):
+    self._refusal = None
+    try: self._begin_fit()
+    except BaseException as e:
+        if not self.learn.lock.locked(): raise
+        self._refusal = e
+
+@patch
+def _begin_fit(self:TbpttResetCB):
+    refuse_beside_training(get_model(self.learn.model))
     self.check_settings()
     if self.carry is None: self._is_new = True # else the training goes on after it
     self._search = None
@@ -298,6 +312,8 @@ def _set_valid_loss(self:TbpttResetCB, kind):
 
 @patch
 def before_validate(self:TbpttResetCB):
+    refusal,self._refusal = self._refusal,None
+    if refusal is not None: raise refusal.with_traceback(refusal.__traceback__)
     self._tried = False
     self._check_channels(self.dl)
     self.learn.dl = self.evaluation_view(self.dl)

@@ -37,7 +37,7 @@ def resolve_truncation(
     if isinstance(sub_seq_len, Truncation): return sub_seq_len
     dl = inner_loader(dl)
     of_dl = dl.sub_seq_len if isinstance(dl, TbpttDL) else None
-    if sub_seq_len=='dls':
+    if isinstance(sub_seq_len, str) and sub_seq_len=='dls':
         if not isinstance(dl, TbpttDL):
             raise ValueError(
                 f"sub_seq_len is given neither to the learner nor to its {type(dl).__name__}: "

@@ -169,7 +169,7 @@ def _run_whole(model, window, groups):
     except Exception as e:
         layer = _watched(model, window, n, groups)[1] or type(model).__name__
         raise ValueError(
-            f"{layer} cannot be run on {n} steps: {e}\nA layer that is made for another number of steps, "
+            f"{layer} cannot be run on {n} steps: {e if e.args else type(e).__name__}\nA layer that is made for another number of steps, "
             "such as a normalization over time, has no place in sub-windows.") from e
 
 # %% ../../nbs/training/02_parts.ipynb #6f2f4390

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException,
                                   CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
-from fastai.torch_core import find_device
+from fastai.torch_core import find_device, get_model
 from fastcore.basics import patch
 from ..loaders.views import SubWindows, plain_batch
 from ..loaders.segment import Segment
@@ -18,6 +18,7 @@ from ..state.carry import out_of_reach
 from .checks import channels_explained
 from ..state.own import own_attributes, put_back
 from ..state.pieces import PieceCarry
+from ..state.turns import taking_turns, training_turn
 
 # %% ../../nbs/training/02_resets.ipynb #7f7ed874
 # what ends a part of a fit as it is meant to end
@@ -29,6 +30,8 @@ class CarryingRun:
 
     The same, with an owner of the states, and within it if sub-windows are run."""
     def __init__(self, cb): self.cb,self.learn = cb,cb.learn
+    @property
+    def _turn(self): return training_turn if self.learn.training else taking_turns
 
     def __call__(self):
         cb,learn = self.cb,self.learn
@@ -36,7 +39,8 @@ class CarryingRun:
         outer = cb.carry
         try:
             cb.carry = PieceCarry(learn.model, evaluation=not learn.training)
-            with cb.within(), channels_explained(learn.model): type(learn).all_batches(learn)
+            with self._turn(get_model(learn.model)), cb.within(), channels_explained(learn.model):
+                type(learn).all_batches(learn)
         except BaseException as e:
             back_to_method(learn, 'all_batches')
             cb.broken_off(e)

@@ -8,6 +8,7 @@ __all__ = ['Overlap', 'Jittered', 'RandomUnbiased', 'Exact']
 # %% ../../nbs/truncation/01_schemes.ipynb #a95c3e04
 from math import ceil
 from .plan import SubWindow, Truncation, check_steps
+from .settings import check_number
 
 # %% ../../nbs/truncation/01_schemes.ipynb #ae5298be
 class Overlap(Truncation):
@@ -20,7 +21,8 @@ class Overlap(Truncation):
         self.k1,self.k2,self.losses = check_steps('k1', k1),check_steps('k2', k2),losses
         if k2<k1: raise ValueError(
             f"k2 is {k2}, k1 is {k1}: steps between them would have no gradient. Use a k2 of at least k1.")
-        if losses not in ('last', 'all'): raise ValueError(f"losses is {losses!r}; expected 'last' or 'all'.")
+        if not isinstance(losses, str) or losses not in ('last', 'all'): raise ValueError(
+            f"losses is {losses!r}; expected 'last' or 'all'.")
 
     @property
     def sub_seq_len(self): return self.k2
@@ -53,10 +55,11 @@ class Jittered(Truncation):
     ):
         self.k,self.least = check_steps('k', k),check_steps('least', least)
         self.longest = longest if longest is None else check_steps('longest', longest, least)
-        self.half,self.std,self.rescale = half,std,rescale
-        if not 0<=half<=1 or not std>=0: raise ValueError(
-            f"half is {half}, std is {std}; expected a share, and a number of steps that is not negative.")
-        if rescale not in ('loss', 'lr'): raise ValueError(f"rescale is {rescale!r}; expected 'loss' or 'lr'.")
+        self.rescale = rescale
+        self.half = check_number('half', half, 'a share from 0 to 1', least=0, most=1)
+        self.std = check_number('std', std, 'a number of steps that is not negative, nor infinite', least=0)
+        if not isinstance(rescale, str) or rescale not in ('loss', 'lr'): raise ValueError(
+            f"rescale is {rescale!r}; expected 'loss' or 'lr'.")
 
     @property
     def sub_seq_len(self): return self.k
@@ -96,11 +99,10 @@ class RandomUnbiased(Truncation):
         alpha:float=None,
         block:int=1, # Steps from one boundary, where a cut is possible, to the next: larger blocks are faster
     ):
-        self.mean,self.alpha,self.block = mean,alpha,check_steps('block', block)
-        if not mean>block: raise ValueError(
-            f"mean is {mean}, block is {block}: a mean length above that of a block is needed.")
-        if alpha is not None and not alpha>2: raise ValueError(
-            f"alpha is {alpha}; expected an exponent above 2, as the mean length is infinite otherwise.")
+        self.alpha,self.block = alpha,check_steps('block', block)
+        self.mean = check_number('mean', mean, f'a mean length above that of a block, block={block}', above=block)
+        if alpha is None: return
+        self.alpha = check_number('alpha', alpha, 'an exponent above 2, as the mean length is infinite otherwise', above=2)
 
     @property
     def sub_seq_len(self): return round(self.mean)
