@@ -13,7 +13,7 @@ from zlib import crc32
 import numpy as np, torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.schedule import LRFinder, ParamScheduler
-from fastai.learner import Metric, Recorder
+from fastai.learner import Metric
 from fastai.optimizer import Optimizer
 from fastai.torch_core import get_model, num_distrib, rank_distrib, to_device
 from fastcore.basics import first, patch
@@ -25,7 +25,7 @@ from .callback import TbpttResetCB
 from .length import LengthHintCB
 from .threads import ThreadHintCB
 from .files import CheckpointFolder, newest
-from tbptt_fastai.training.plain import (NotPlain, decode, encode, encode_random, plain_attributes, random_state, set_attributes,
+from tbptt_fastai.training.plain import (NotPlain, changed, decode, encode, encode_random, plain_attributes, random_state, set_attributes,
     set_random)
 from ..truncation.plan import Truncation, check_steps
 
@@ -39,11 +39,14 @@ def _stateful(o):
 
 def object_state(
     o, # A callback, a scheme or a metric
+    before:dict=None, # The same at the beginning of the fit
+    always=(), # Names of attributes that are kept in any case
 )->dict:
-    "What it is now"
+    "What it is now, or what of it has changed since then"
     if _has_dict(type(o)): return dict(own=encode(o.state_dict()))
     metrics = {k:plain_attributes(v) for k,v in vars(o).items() if isinstance(v, Metric)}
-    return dict(plain=plain_attributes(o), metrics=metrics, dicts={k:encode(v.state_dict()) for k,v in _stateful(o).items()})
+    plain = plain_attributes(o) if before is None else changed(plain_attributes(o), before['plain'], always)
+    return dict(plain=plain, metrics=metrics, dicts={k:encode(v.state_dict()) for k,v in _stateful(o).items()})
 
 def set_object_state(
     o, # As for `object_state`
@@ -90,9 +93,9 @@ def _set_generator(generator, state):
     else: generator.setstate(state)
 
 # %% ../../nbs/training/12_checkpoint.ipynb #9f21b82b
-def _around(learn):
+def _around(learn, parts):
     "The state of all but model, optimizer and carry"
-    return dict(parts={k:object_state(o) for k,o in _parts(learn).items()}, random=encode_random(random_state()),
+    return dict(parts=parts, random=encode_random(random_state()),
         loaders=[{k:_state_of(o) for k,o in found.items()} for found in _generators(learn)])
 
 def _set_around(learn, stored):
@@ -259,6 +262,8 @@ class TbpttCheckpoint(Callback):
         path = self.learn.path/self.path
         self._folder = CheckpointFolder(path/f'process{rank_distrib()}' if num_distrib()>1 else path, self.keep)
         self._form = training_form(self.learn)
+        self._first = deepcopy({k:object_state(o) for k,o in _parts(self.learn).items()})
+        self._stored = {} # names of the attributes in the checkpoint that is gone on with
         self._find()
         self._begin_epoch(0)
         if self._resumed is None: self._write(0, 0)
@@ -280,6 +285,7 @@ def _find(self:TbpttCheckpoint):
     if self.resume:
         check_same_form(self._form, found['form'], self._folder.folder)
         self._resumed = found
+        self._stored = {k:o.get('plain', {}).keys() for k,o in found['now']['parts'].items()}
     elif found['finished']: self._folder.clear()
     else: raise FileExistsError(
         f"{self._folder.folder} has checkpoints of a training that was interrupted in epoch {found['epoch']} at step {found['step']}. "
@@ -313,9 +319,14 @@ def _begin_epoch(self:TbpttCheckpoint, epoch):
     else: self._go_back(found)
 
 @patch
+def _around(self:TbpttCheckpoint):
+    parts = {k: object_state(o, self._first.get(k), self._stored.get(k, ())) for k,o in _parts(self.learn).items()}
+    return _around(self.learn, parts)
+
+@patch
 def _at_start(self:TbpttCheckpoint):
     "All that decides about an epoch; for a scheme that measures gradients, that is the model too"
-    start,scheme = deepcopy(_around(self.learn)),self._reset_cb.truncation
+    start,scheme = deepcopy(self._around()),self._reset_cb.truncation
     if scheme is None or type(scheme).before_epoch is Truncation.before_epoch: return start
     return dict(start, model=deepcopy(encode(get_model(self.learn.model).state_dict())))
 
@@ -390,7 +401,7 @@ def _write(self:TbpttCheckpoint, epoch, step, finished=False):
     self._reset_cb.go_on() # from the states of the training, if there was an evaluation in between
     at_window = encode_random(self._at_window) if isinstance(self._at_window, tuple) else self._at_window
     content = dict(form=self._form, epoch=epoch, step=step, finished=finished, window=self._window, at_window=at_window, n_parts=self._n_parts, start=self._start,
-        now=_around(self.learn), trained=_trained(self.learn), carried=_carried(self._reset_cb.owner) if step else None)
+        now=self._around(), trained=_trained(self.learn), carried=_carried(self._reset_cb.owner) if step else None)
     try: self._folder.write((epoch, step), content)
     except OSError as e: warnings.warn(
         f"No checkpoint could be written to {self._folder.folder}: {e}. The training goes on without it.", stacklevel=2)
