@@ -50,7 +50,7 @@ def shared_learner(kind, path, seed):
     if kind=='windows': dls = SequenceDataLoaders.from_arrays(u, y, win_sz=60, sub_seq_len=20, bs=2, device='cpu')
     else: dls = SequenceDataLoaders.from_arrays(*(list(o.split([170, 330, 210, 290, 600])) for o in (u, y)), sub_seq_len=20, bs=2, device='cpu')
     model = nn.Sequential(StatefulRNN(nn.LSTM(1, 5, batch_first=True)), nn.Dropout(.2), nn.Linear(5, 1))
-    how = dict(truncation=RandomUnbiased(15)) if kind=='unbiased' else {}
+    how = dict(truncation=RandomUnbiased(15)) if kind=='stream' else {} # draws the same lengths in both
     return TbpttLearner(dls, model, loss_func=MSELossFlat(), metrics=mae, path=path, **how)
 
 def main(kind, folder, seed, rank_to_kill, step):

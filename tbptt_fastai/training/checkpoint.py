@@ -93,7 +93,7 @@ def _set_generator(generator, state):
     else: generator.setstate(state)
 
 # %% ../../nbs/training/12_checkpoint.ipynb #9f21b82b
-def _around(learn, parts):
+def _all_around(learn, parts):
     "The state of all but model, optimizer and carry"
     return dict(parts=parts, random=encode_random(random_state()),
         loaders=[{k:_state_of(o) for k,o in found.items()} for found in _generators(learn)])
@@ -234,6 +234,11 @@ def check_same_form(
         "model, data and settings, or give a folder of its own to this training.")
 
 # %% ../../nbs/training/12_checkpoint.ipynb #72f3785f
+def _is_fit(learn):
+    "Is it no evaluation, and no search of a learning rate? fastai locks a learner while it evaluates"
+    lock = vars(learn).get('lock')
+    return not (lock is not None and lock.locked()) and not learn._grab_cbs(LRFinder)
+
 class TbpttCheckpoint(Callback):
     """Write, every so many training steps, all that a training is; and go on from there
 
@@ -252,9 +257,8 @@ class TbpttCheckpoint(Callback):
 
     def before_fit(self):
         self._unmute()
-        is_fit = not self.learn.lock.locked() and not self.learn._grab_cbs(LRFinder)
-        self._resumed,self._active,self._offset = None,is_fit,0
-        if not is_fit: return
+        self._resumed,self._active,self._offset = None,_is_fit(self.learn),0
+        if not self._active: return
         self._reset_cb = first(self.learn._grab_cbs(TbpttResetCB))
         if self._reset_cb is None: raise ValueError(
             "A TbpttCheckpoint stores what a TbpttResetCB carries, but this learner has none: "
@@ -321,7 +325,7 @@ def _begin_epoch(self:TbpttCheckpoint, epoch):
 @patch
 def _around(self:TbpttCheckpoint):
     parts = {k: object_state(o, self._first.get(k), self._stored.get(k, ())) for k,o in _parts(self.learn).items()}
-    return _around(self.learn, parts)
+    return _all_around(self.learn, parts)
 
 @patch
 def _at_start(self:TbpttCheckpoint):
@@ -400,8 +404,8 @@ def after_batch(self:TbpttCheckpoint):
 def _write(self:TbpttCheckpoint, epoch, step, finished=False):
     self._reset_cb.go_on() # from the states of the training, if there was an evaluation in between
     at_window = encode_random(self._at_window) if isinstance(self._at_window, tuple) else self._at_window
-    content = dict(form=self._form, epoch=epoch, step=step, finished=finished, window=self._window, at_window=at_window, n_parts=self._n_parts, start=self._start,
-        now=self._around(), trained=_trained(self.learn), carried=_carried(self._reset_cb.owner) if step else None)
+    content = dict(form=self._form, epoch=epoch, step=step, finished=finished, window=self._window, at_window=at_window,
+        n_parts=self._n_parts, start=self._start, now=self._around(), trained=_trained(self.learn), carried=_carried(self._reset_cb.owner) if step else None)
     try: self._folder.write((epoch, step), content)
     except OSError as e: warnings.warn(
         f"No checkpoint could be written to {self._folder.folder}: {e}. The training goes on without it.", stacklevel=2)

@@ -21,7 +21,9 @@ class NotPlain(TypeError): "Something is not made of tensors, numbers, strings, 
 
 def _encode_tensor(o):
     if isinstance(o, nn.Parameter): raise NotPlain("A parameter belongs to its module.")
-    return o.detach().as_subclass(Tensor)
+    o = o.detach().as_subclass(Tensor)
+    is_part = o.layout is torch.strided and o.untyped_storage().nbytes()>o.numel()*o.element_size()
+    return o.clone() if is_part else o # else a file has all of what it is a part of
 
 def _are_numbers(items):
     "Are they many tensors without axes, of one kind?"
