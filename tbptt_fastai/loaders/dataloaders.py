@@ -338,9 +338,9 @@ def from_df(cls:SequenceDataLoaders,
     form = FrameForm(x, y, group, time, max_gap, x_vocab, on_unknown)
     most = check_warm_up(valid_warm_up, valid_groups is not None, win_sz)
     index,(df,groups) = getattr(df, 'index', None),form.open(df)
-    df,vocab = encode_column(df, y, vocab)
+    labelled,vocab = encode_column(df, y, vocab) # the column may be an input, or the group, too
     if one_label: _check_one_label(vocab, valid_groups)
-    parts,ys = rows_of_groups(df, groups, time, max_gap),target_values(df, form.y, groups)
+    parts,ys = rows_of_groups(df, groups, time, max_gap),target_values(labelled, form.y, groups)
     if one_label: check_one_label({name:(None, ys[rows], None) for name,(rows,_) in parts.items()}, vocab)
     train,valid = split_groups(parts, valid_pct, valid_groups)
     form.learn_classes(df, np.concatenate([rows for rows,_ in train.values()]))
@@ -382,8 +382,7 @@ def test_df(self:SequenceDataLoaders,
     Predictions come step by step; its `dataset.rows` says at which position of the frame each of them belongs.
     Where each group has one label, a prediction comes for each sequence, whole. `Learner.predict_df` puts them there"""
     form,like = self.form,self.valid_ds
-    if with_labels: df,_ = encode_column(df, form.y, like.vocab and list(like.vocab))
-    names,xs,ys,rows = form.sequences(df, with_labels)
+    names,xs,ys,rows = form.sequences(df, with_labels, like.vocab and list(like.vocab))
     if with_labels and like.one_label: check_one_label(_by_group(names, ys), like.vocab)
     kw = dict(dtype=like.dtype, x_names=form.x, y_names=form.y, dt=like.dt, check=like.dtype!=torch.float64)
     ds = self._with_classes(Sequences(xs, ys, groups=names, **kw))

@@ -9,8 +9,8 @@ __all__ = ['FrameForm', 'cut_at_gaps']
 import numpy as np
 from fastcore.basics import patch
 from .categories import check_on_unknown, encode_input, learn_vocab
-from tbptt_fastai.sequences.frames import (check_frame, check_xy, groups_of, real_values, rows_of_groups,
-    target_values, with_levels)
+from .frames import (check_frame, check_xy, encode_column, groups_of, real_values,
+    rows_of_groups, target_values, with_levels)
 from .times import as_list
 
 # %% ../../nbs/sequences/07_forms.ipynb #41d2a395
@@ -89,9 +89,11 @@ def cut_at_gaps(
 def sequences(self:FrameForm,
     df, # Data frame with inputs, group and time, and targets if it is asked for them
     with_y:bool=False, # Targets too?
+    vocab:list=None, # Labels of the targets, if these are classes
 )->tuple[list,list,list,list]: # Groups, inputs, targets or `None`, and positions of the rows, for each sequence
     "A new frame as sequences"
     df,groups = self.open(df, with_y)
-    xs,ys = self.inputs(df, groups),target_values(df, self.y, groups) if with_y else None
+    xs,ys = self.inputs(df, groups),None
+    if with_y: ys = target_values(encode_column(df, self.y, vocab)[0], self.y, groups)
     names,rows = cut_at_gaps(rows_of_groups(df, groups, self.time, self.max_gap))
     return names,[xs[o] for o in rows],[ys[o] for o in rows] if with_y else None,rows
