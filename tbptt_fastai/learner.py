@@ -32,6 +32,7 @@ from .loaders.streams import StreamDL
 from .speed.optimizer import FusedAdam
 from .models.sequence import SequenceRNN, Standardize
 from .sequences.text import TextRows
+from .sequences.times import as_list
 from .models.text import TextRNN
 from .training.length import LengthHintCB
 from .training.threads import ThreadHintCB, on_threads
@@ -245,8 +246,12 @@ def show_results(self:SequenceLearner,
     few.show_whole(preds[0] if isinstance(preds, (tuple,list)) else preds, **kwargs)
 
 # %% ../nbs/learner.ipynb #540646d0
+def _pred_name(target):
+    "Of the column of its predictions; a name in several levels has the ending in the last of them"
+    return (*target[:-1], f'{target[-1]}_pred') if isinstance(target, tuple) else f'{target}_pred'
+
 def _pred_names(df, names, targets):
-    names = [f'{o}_pred' for o in targets] if names is None else [names] if isinstance(names, str) else list(names)
+    names = list(map(_pred_name, targets)) if names is None else as_list(names)
     if len(names)!=len(targets) or len(set(names))!=len(names): raise ValueError(
         f"names is {names}; expected a name of its own for the prediction of each of {list(targets)}.")
     there = [o for o in names if o in df.columns]

@@ -31,3 +31,82 @@ def test_a_group_that_is_the_target_keeps_its_name():
     learn = make(y='pump')
     ds = learn.dls.test_df(frame([20, 30]), with_labels=True).dataset
     assert set(ds.groups)=={'a','b'} and set(torch.cat([y for _,y in ds]).tolist())=={0,1}
+
+
+# --- Names of columns
+
+@pytest.mark.parametrize('kind', [list, tuple, np.array, pd.Index, pd.Series, dict.fromkeys], ids=lambda o: o.__name__)
+def test_names_come_in_any_kind_of_list(kind):
+    learn = make(x=kind(['u','v']), y=kind(['y']), group=kind(['pump']), time=['hour'], valid_groups=kind(['b']))
+    assert learn.dls.form.x==['u','v'] and type(learn.dls.form.x[0]) is str and list(learn.dls.valid_ds.groups)==['b']
+    np.testing.assert_allclose(predict(learn, new_frame())[['y_pred']], by_hand(learn, new_frame()), atol=1e-5)
+
+def test_a_set_of_names_has_no_order_and_is_refused():
+    for kw in (dict(x={'u','v'}), dict(y={'y','z'}), dict(group={'pump'}), dict(valid_groups={'a','b'})):
+        with pytest.raises(TypeError, match='is a set, which has no order: expected a list'): from_df(frame([40, 25]), **{**dict(x='u', y='y', group='pump', time='hour'), **kw})
+
+def test_inputs_and_targets_may_be_levels_of_the_index():
+    df,new = frame([40, 25, 31]),new_frame()
+    expected = predict(make(df=df), new).y_pred
+    for levels in (['u'], ['v','y'], ['hour','u','pump','y']):
+        learn = make(df=df.set_index(levels))
+        np.testing.assert_allclose(predict(learn, new.set_index([o for o in levels if o!='y'])).y_pred, expected, atol=1e-6)
+    labelled = make(df=df.set_index('state'), y='state').dls
+    assert list(labelled.vocab)==['high','low'] and len(labelled.test_df(df.set_index('state'), with_labels=True).dataset[0])==2
+
+def test_a_frame_whose_columns_are_tuples():
+    df = frame([40, 25])
+    expected = predict(make(df=df), df).y_pred
+    for columns in (pd.MultiIndex.from_product([['p'], df.columns]), pd.Index([('p', c) for c in df.columns], tupleize_cols=False)):
+        named = df.set_axis(columns, axis=1)
+        kw = dict(y=[('p','y')], group=[('p','pump')], time=('p','hour'))
+        out = predict(make(df=named, x=[('p','u'),('p','v')], **kw), named)
+        assert out.columns[-1]==('p','y_pred') and out.columns.nlevels==columns.nlevels
+        np.testing.assert_allclose(out.iloc[:,-1], expected, atol=1e-6)
+        with pytest.raises(KeyError, match="no column 'p'; it has"): make(df=named, x='p', **kw)
+
+def test_predictions_may_be_columns_of_any_name():
+    df = frame([40, 25]).rename(columns=dict(y=0))
+    learn = make(df=df, y=0)
+    assert predict(learn, df).columns[-1]=='0_pred' and predict(learn, df, names=1).columns[-1]==1
+    assert predict(learn, df, names=pd.Index(['guess'])).columns[-1]=='guess'
+
+def test_there_is_one_column_of_times():
+    with pytest.raises(ValueError, match=r"time is \['hour', 'u'\]: expected one column"): make(time=['hour','u'])
+
+
+# --- Times
+
+def order_of(times, **kwargs):
+    "Which steps of the first group are in which sequence of the training, when its times are given so"
+    df = frame([12, 8])
+    ds = from_df(df.assign(hour=times(df.hour)), 'u', 'y', group='pump', time='hour', valid_groups='b', **kwargs).train_ds
+    hours = dict(zip(df.u.astype(np.float32), df.hour))
+    return [[hours[np.float32(o)] for o in x[:,0].tolist()] for x,_ in ds]
+
+KINDS = dict(
+    numbers=lambda t: t.astype(object), fractions=lambda t: (t/10).astype(object), integers=lambda t: t.astype(int).astype(object),
+    dates=lambda t: (pd.Timestamp('2024-01-28')+pd.to_timedelta(t, unit='D')).dt.date, categories=lambda t: pd.Categorical(t),
+    text=lambda t: pd.Categorical((pd.Timestamp('2024-01-28')+pd.to_timedelta(t, unit='D')).dt.strftime('%Y-%m-%d')),
+    backwards=lambda t: pd.Categorical(t, categories=sorted(set(t), reverse=True)), negative=lambda t: t-1000, small=lambda t: (t-6).astype(np.int8))
+@pytest.mark.parametrize('kind', KINDS)
+def test_times_of_any_kind_are_in_order(kind): assert order_of(KINDS[kind])==[list(range(12))]
+
+def test_objects_that_are_numbers_have_gaps_in_numbers():
+    assert order_of(lambda t: (t+9*(t>4)).astype(object), max_gap=2.5)==[[*range(5)], [*range(5, 12)]]
+
+@pytest.mark.parametrize('dtype,first,hole', [(np.int8, -100, 150), (np.int16, -30_000, 60_000), (np.int32, -2**31, 2**32-100), (np.int64, -2**63, 2**63+1000), (np.uint8, 0, 200), (np.uint64, 2**63, 2**62), ('Int8', -100, 150)], ids=str)
+def test_a_hole_is_one_whatever_the_type_of_the_times(dtype, first, hole):
+    "The difference of two numbers of a type may be too large for it"
+    def times(t): return pd.Series([first+int(o)+hole*(o>4) for o in t], t.index, dtype=dtype)
+    assert order_of(times, max_gap=2)==[[*range(5)], [*range(5, 12)]]
+    with pytest.warns(UserWarning, match='There is a hole of'): order_of(times)
+
+@pytest.mark.parametrize('gap', [np.timedelta64(90, 'm'), pd.Timedelta('90min'), pd.offsets.Minute(90), pd.Timedelta('90min').to_pytimedelta(), '1.5h'], ids=repr)
+def test_a_gap_is_a_time_of_any_kind(gap):
+    def times(t): return pd.to_timedelta(t+(t>4), unit='h')
+    assert order_of(times, max_gap=gap)==[[*range(5)], [*range(5, 12)]]
+
+@pytest.mark.parametrize('times', [lambda t: t+1j, lambda t: pd.arrays.IntervalArray.from_arrays(t, t+1), lambda t: pd.Categorical(pd.arrays.IntervalArray.from_arrays(t, t+1))])
+def test_what_has_no_order_in_time_is_refused(times):
+    with pytest.raises(TypeError, match="Column 'hour' is of type .*; expected real numbers, dates, durations or periods"): order_of(times)

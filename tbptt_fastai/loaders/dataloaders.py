@@ -338,9 +338,9 @@ def from_df(cls:SequenceDataLoaders,
     form = FrameForm(x, y, group, time, max_gap, x_vocab, on_unknown)
     most = check_warm_up(valid_warm_up, valid_groups is not None, win_sz)
     index,(df,groups) = getattr(df, 'index', None),form.open(df)
-    labelled,vocab = encode_column(df, y, vocab) # the column may be an input, or the group, too
+    labelled,vocab = encode_column(df, form.y, vocab) # the column may be an input, or the group, too
     if one_label: _check_one_label(vocab, valid_groups)
-    parts,ys = rows_of_groups(df, groups, time, max_gap),target_values(labelled, form.y, groups)
+    parts,ys = rows_of_groups(df, groups, form.time, max_gap),target_values(labelled, form.y, groups)
     if one_label: check_one_label({name:(None, ys[rows], None) for name,(rows,_) in parts.items()}, vocab)
     train,valid = split_groups(parts, valid_pct, valid_groups)
     form.learn_classes(df, np.concatenate([rows for rows,_ in train.values()]))

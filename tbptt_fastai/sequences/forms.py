@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from .categories import check_on_unknown, encode_input, learn_vocab
 from .frames import (check_frame, check_xy, encode_column, groups_of, real_values,
     rows_of_groups, target_values, with_levels)
-from .times import as_list
+from .times import as_list, one_column
 
 # %% ../../nbs/sequences/07_forms.ipynb #41d2a395
 class FrameForm:
@@ -25,7 +25,7 @@ class FrameForm:
         x_vocab:dict=None, # Classes of inputs, for each column that has them; default: strings and categories of the training
         on_unknown:str='raise', # An input of an unknown class is refused; 'class': all such are one more class
     ):
-        self.x,self.y,self.group,self.time,self.max_gap = as_list(x),as_list(y),as_list(group),time,max_gap
+        self.x,self.y,self.group,self.time,self.max_gap = as_list(x),as_list(y),as_list(group),one_column(time),max_gap
         self.given,self.on_unknown = dict(x_vocab or {}),on_unknown
         check_on_unknown(on_unknown)
         check_xy(self.x, self.y)
@@ -45,9 +45,9 @@ def open(self:FrameForm,
     with_y:bool=True, # Has it targets?
 )->tuple: # The frame with group and time as columns, and the group of each row
     "Check that a frame has what is needed; its columns may be in any order"
-    levels = [*self.group, *as_list(self.time)]
-    check_frame(df, [*self.x, *(self.y if with_y else []), *levels])
-    df = with_levels(df, levels)
+    columns = [*self.x, *(self.y if with_y else []), *self.group, *([] if self.time is None else [self.time])]
+    check_frame(df, columns)
+    df = with_levels(df, columns)
     return df,groups_of(df, self.group)
 
 @patch
@@ -94,6 +94,6 @@ def sequences(self:FrameForm,
     "A new frame as sequences"
     df,groups = self.open(df, with_y)
     xs,ys = self.inputs(df, groups),None
-    if with_y: ys = target_values(encode_column(df, self.y, vocab)[0], self.y, groups)
+    if with_y: ys = target_values(df if vocab is None else encode_column(df, self.y, vocab)[0], self.y, groups)
     names,rows = cut_at_gaps(rows_of_groups(df, groups, self.time, self.max_gap))
     return names,[xs[o] for o in rows],[ys[o] for o in rows] if with_y else None,rows
