@@ -1270,6 +1270,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'tbptt_fastai/sequences/labels.py'),
                                                'tbptt_fastai.sequences.labels.are_labels': ( 'sequences/labels.html#are_labels',
                                                                                              'tbptt_fastai/sequences/labels.py'),
+                                               'tbptt_fastai.sequences.labels.as_vocab': ( 'sequences/labels.html#as_vocab',
+                                                                                           'tbptt_fastai/sequences/labels.py'),
                                                'tbptt_fastai.sequences.labels.by_sequence': ( 'sequences/labels.html#by_sequence',
                                                                                               'tbptt_fastai/sequences/labels.py'),
                                                'tbptt_fastai.sequences.labels.check_vocab': ( 'sequences/labels.html#check_vocab',

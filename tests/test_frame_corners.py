@@ -110,3 +110,46 @@ def test_a_gap_is_a_time_of_any_kind(gap):
 @pytest.mark.parametrize('times', [lambda t: t+1j, lambda t: pd.arrays.IntervalArray.from_arrays(t, t+1), lambda t: pd.Categorical(pd.arrays.IntervalArray.from_arrays(t, t+1))])
 def test_what_has_no_order_in_time_is_refused(times):
     with pytest.raises(TypeError, match="Column 'hour' is of type .*; expected real numbers, dates, durations or periods"): order_of(times)
+
+
+# --- Classes
+
+def test_a_class_that_is_called_na_hides_no_unknown_one():
+    df = frame([40, 25]).assign(mode=lambda o: np.where(o.hour==3, '#na#', o['mode']))
+    learn = make(x=['mode','u'], df=df)
+    assert learn.dls.form.x_vocab==dict(mode=['#na#','idle','run','stop'])
+    with pytest.raises(ValueError, match="has 'fault' in column 'mode', which is none of the 4 classes"): predict(learn, df.assign(mode='fault'))
+
+def test_the_class_of_unknown_values_may_stand_anywhere():
+    df,vocab = frame([40, 25]),['idle','run','#na#','stop']
+    learn = make(x=['mode','u'], df=df, x_vocab=dict(mode=vocab), on_unknown='class')
+    assert learn.dls.form.x_vocab==dict(mode=vocab)
+    new = df.assign(mode=df['mode'].where(df.hour!=2, 'fault').where(df.hour!=3))
+    coded = df.assign(mode=df['mode'].where((df.hour!=2)&(df.hour!=3), '#na#'))
+    np.testing.assert_allclose(predict(learn, new)[['y_pred']], by_hand(learn, coded, ['mode','u'], dict(mode=vocab)), atol=1e-5)
+
+@pytest.mark.parametrize('kind', [np.array, pd.Index, tuple, pd.Series])
+def test_a_vocabulary_comes_in_any_kind_of_list(kind):
+    classes = ['stop','idle','run']
+    learn = make(x=['mode','u'], y='mode', x_vocab=dict(mode=kind(classes)), vocab=kind(classes))
+    assert learn.dls.form.x_vocab==dict(mode=classes) and list(learn.dls.vocab)==classes and {type(o) for o in learn.dls.vocab}=={str}
+
+@pytest.mark.parametrize('vocab', ['idle', {'idle','run','stop'}, 3, [['idle'],['run']]], ids=repr)
+def test_what_is_no_vocabulary_is_refused(vocab):
+    for kw in (dict(x=['u'], y='mode', vocab=vocab), dict(x=['mode','u'], x_vocab=dict(mode=vocab))):
+        with pytest.raises(TypeError, match='expected a list, whose order|expected strings or numbers'): make(**kw)
+    with pytest.raises(TypeError, match='expected a dict with the classes of each column'): make(x=['mode','u'], x_vocab=vocab)
+
+def test_values_of_several_types_are_named():
+    df = frame([40, 25])
+    for odd in (3, ['run'], True):
+        mixed = df.assign(mode=[odd if t==4 else o for t,o in zip(df.hour, df['mode'])])
+        for kw in (dict(x=['u'], y='mode'), dict(x=['mode','u'])):
+            with pytest.raises(TypeError, match=f"Column 'mode' has values of several types, .*{type(odd).__name__}"): make(df=mixed, **kw)
+    xs,ys = [np.zeros(4), np.zeros(5)],[np.array(['a', 1, 'b', 'b'], object), np.array(['a']*5)]
+    with pytest.raises(TypeError, match="y has values of several types, .*int"): SequenceDataLoaders.from_arrays(xs, ys)
+    with pytest.raises(TypeError, match='cannot be looked up by its name'): make(df=df.assign(pump=[[o] for o in df.pump]))
+
+def test_labels_are_not_looked_for_where_targets_are_numbers():
+    df = frame([40, 25])
+    with pytest.raises(TypeError, match="Column 'y' is of type .*expected numbers"): make(df=df).dls.test_df(df.assign(y=df.state), with_labels=True)

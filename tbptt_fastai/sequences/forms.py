@@ -26,8 +26,10 @@ class FrameForm:
         on_unknown:str='raise', # An input of an unknown class is refused; 'class': all such are one more class
     ):
         self.x,self.y,self.group,self.time,self.max_gap = as_list(x),as_list(y),as_list(group),one_column(time),max_gap
-        self.given,self.on_unknown = dict(x_vocab or {}),on_unknown
         check_on_unknown(on_unknown)
+        if not isinstance(x_vocab, (dict,type(None))): raise TypeError(
+            f"x_vocab is {x_vocab!r}; expected a dict with the classes of each column that has them.")
+        self.given,self.on_unknown = dict(x_vocab or {}),on_unknown
         check_xy(self.x, self.y)
         unknown = [o for o in self.given if o not in self.x]
         if unknown: raise ValueError(f"x_vocab has classes of {unknown[0]!r}, which is none of the inputs {self.x}.")
@@ -72,7 +74,7 @@ def inputs(self:FrameForm,
     read = _any_values if missing else real_values
     if not self.x_vocab: return read(df, self.x, groups)
     def channel(c):
-        if c in self.x_vocab: return encode_input(df, c, self.x_vocab[c], groups, missing)
+        if c in self.x_vocab: return encode_input(df, c, self.x_vocab[c], groups, missing, self.on_unknown)
         return read(df, [c], groups)[:,0]
     return np.stack([channel(c) for c in self.x], 1)
 

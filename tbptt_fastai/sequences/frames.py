@@ -81,7 +81,7 @@ def encode_column(
         f"y is {columns}: expected one column of labels. Join them to one, or train a model for each.")
     col = df[columns[0]]
     refuse_row(col.isna(), df, None, lambda i: f"has no label in column {columns[0]!r}. Fill or drop such rows.")
-    vocab = check_vocab(find_vocab([col]) if vocab is None else vocab)
+    vocab = check_vocab(find_vocab([col], f'Column {columns[0]!r}') if vocab is None else vocab)
     df = df.copy(deep=False)
     df[columns[0]] = encode(f'Column {columns[0]!r}', col, vocab)
     return df,vocab
@@ -113,7 +113,10 @@ def groups_of(
 
 def _number_groups(groups, n):
     "The number of the group of each row, and the names of the groups"
-    return (np.zeros(n, int),[None]) if groups is None else pd.factorize(groups)
+    if groups is None: return np.zeros(n, int),[None]
+    try: return pd.factorize(groups)
+    except TypeError as e: raise TypeError(
+        f"A group cannot be looked up by its name ({e}); expected strings, numbers or times as names of groups.") from None
 
 # %% ../../nbs/sequences/03_frames.ipynb #fefce3eb
 def rows_of_groups(
