@@ -29,18 +29,20 @@ def _begin(ds, seqs, n, at_once):
 @patch
 def few(self:PicturesOfSequences,
     max_n:int=4, # Sequences
-    steps:int=1000, # Most steps of each, from its start
+    steps:int=1000, # Most steps of each, from its start; or, if it has a warm-up, after that
 )->TfmdDL: # Not shuffled
     "A loader for some of the sequences, in memory: those that a run over the data begins with"
     if self.n==0: raise ValueError("This loader has no sequences.")
     ds,seqs = self.dataset,first(self.layout(self.sub_seq_len)).seq
     seqs = seqs[seqs>=0][:check_steps('max_n', max_n)]
-    n = np.minimum(ds.lengths[seqs], check_steps('steps', steps))
+    warm_up = np.zeros(len(seqs), int) if ds.warm_up is None else ds.warm_up[seqs]
+    n = np.minimum(ds.lengths[seqs], warm_up+check_steps('steps', steps))
     read = _begin(ds, seqs, n, self.sub_seq_len or 1000)
     xy = [[o[:k] for o,k in zip(rows, n)] for rows in read]
     kw = dict(dtype=ds.dtype, x_names=ds.x_names, y_names=ds.y_names, dt=ds.dt, check=False)
     some = Sequences(*xy, groups=ds.groups_of(seqs), **kw)
     if ds.vocab is not None: some.classify(ds.vocab, ds.one_label)
+    if ds.warm_up is not None: some.with_warm_up(warm_up)
     some.form,some.split_idx = ds.form,ds.split_idx
     return self.new(some, bs=len(seqs), shuffle=False)
 
@@ -56,12 +58,13 @@ def show_whole(self:PicturesOfSequences,
     preds:Tensor=None, # Predictions of all steps, as `Learner.get_preds` returns them
     **kwargs # As for `plot_windows`
 ):
-    "Draw all sequences of this loader"
-    ds,n = self.dataset,self.dataset.lengths
+    "Draw all sequences of this loader, without the steps that warm a state up"
+    ds,n = self.dataset,self.dataset.evaluated
     whole = self.new(bs=len(ds), sub_seq_len=None, shuffle=False)
     block,batch = first(whole.read_blocks(whole.layout()))
     rows = np.argsort(block.seq[:len(ds)])
-    batch = tuple(o[rows] for o in batch)
+    spans = [slice(stop-steps, stop) for stop,steps in zip(ds.lengths, n)]
+    batch = tuple(o[rows] if ds.warm_up is None else _padded([o[row,span] for row,span in zip(rows, spans)], int(n.max())) for o in batch)
     def decoded(b): return TfmdDL.decode(self, tuple(o.cpu() for o in b))[:2]
     pred = None if preds is None else decoded((batch[0], _padded(self.by_sequence(preds), int(n.max()))))[1]
     ds.plot(*decoded(batch), pred=pred, max_n=len(ds), **{**dict(titles=ds.groups, lengths=n), **kwargs})
