@@ -153,3 +153,43 @@ def test_values_of_several_types_are_named():
 def test_labels_are_not_looked_for_where_targets_are_numbers():
     df = frame([40, 25])
     with pytest.raises(TypeError, match="Column 'y' is of type .*expected numbers"): make(df=df).dls.test_df(df.assign(y=df.state), with_labels=True)
+
+
+# --- Arguments
+
+def test_what_is_no_argument_is_refused_not_left_aside():
+    learn = make()
+    with pytest.raises(TypeError, match=r"unexpected arguments \['batch'\]"): predict(learn, new_frame(), batch=3)
+    with pytest.raises(TypeError, match=r"unexpected arguments \['as_stream'\]"): learn.dls.test_df(new_frame(), as_stream=False)
+    with pytest.raises(TypeError, match=r"unexpected arguments \['batch'\]"): learn.dls.test_dl([np.zeros((9, 2), np.float32)]*2, batch=3)
+    xs = [np.zeros(30), np.zeros(20)]
+    with pytest.raises(ValueError, match='valid_groups are names of the sequences in valid, which is not given'): SequenceDataLoaders.from_arrays(xs, xs, valid_groups=['a','b'])
+
+@pytest.mark.parametrize('kw,error,match', [
+    (dict(valid_pct='a'), TypeError, "valid_pct is 'a', a str; expected a share"), (dict(valid_pct=None), TypeError, 'valid_pct is None'), (dict(valid_pct=True), TypeError, 'valid_pct is True'),
+    (dict(val_bs=0), ValueError, 'val_bs is 0'), (dict(dt=-1), ValueError, 'dt is -1'), (dict(dt='1s'), ValueError, "dt is '1s'"), (dict(dt=float('nan')), ValueError, 'dt is nan')], ids=str)
+def test_settings_that_say_nothing_are_refused(kw, error, match):
+    with pytest.raises(error, match=match): make(**kw)
+    xs = [np.zeros(30), np.zeros(20)]
+    with pytest.raises(error, match=match): SequenceDataLoaders.from_arrays(xs, xs, **kw)
+
+def test_no_sequences_and_sparse_ones_are_refused():
+    learn,xs = make(),[torch.zeros(30, 2), torch.zeros(20, 2)]
+    with pytest.raises(ValueError, match='no sequences to predict'): learn.dls.test_dl([])
+    with pytest.raises(TypeError, match=r'x\[0\] is of layout torch.sparse_coo; expected a dense tensor'): SequenceDataLoaders.from_arrays([o.to_sparse() for o in xs], xs)
+
+@pytest.mark.parametrize('x', [None, [], [3]], ids=str)
+def test_names_of_datasets_are_names(tmp_path, x):
+    h5py = pytest.importorskip('h5py')
+    with h5py.File(tmp_path/'a.h5', 'w') as f: f['u'] = f['y'] = np.zeros(30)
+    from_hdf5 = SequenceDataLoaders.from_hdf5
+    with pytest.raises(ValueError, match='The names of datasets are'): from_hdf5(tmp_path/'a.h5', x, 'y')
+    with pytest.raises(ValueError, match='The names of datasets are'): from_hdf5(tmp_path/'a.h5', 'u', x)
+    with pytest.raises(TypeError, match='files is 3; expected a pattern'): from_hdf5(3, 'u', 'y')
+
+def test_a_new_frame_in_another_unit_of_time_is_named():
+    learn = make(max_gap=2)
+    with pytest.warns(UserWarning, match='max_gap is 2, less than each of the steps of this frame: each row is a sequence'): out = predict(learn, new_frame().assign(hour=lambda o: o.hour*60))
+    alone = new_frame().assign(pump=range(len(out)))
+    np.testing.assert_allclose(out[['y_pred']], by_hand(learn, alone), atol=1e-5)
+    predict(learn, new_frame().groupby('pump').head(1)) # each group has one row: no warning

@@ -17,7 +17,8 @@ from fastai.torch_core import default_device
 from fastcore.meta import delegates
 from ..sequences.arrays import FlatArrays, HDF5Array, named, one_or_many
 from ..sequences.forms import FrameForm, cut_at_gaps
-from ..sequences.frames import check_one_label, encode_column, rows_of_groups, split_groups, target_values
+from tbptt_fastai.sequences.frames import (check_one_label, check_share, encode_column, rows_of_groups, split_groups,
+    target_values)
 from ..sequences.labels import are_labels, by_sequence, check_vocab, encode_sequences, find_vocab
 from .whole import WholeDL
 from .windows import TbpttDL
@@ -43,8 +44,7 @@ def split_by_time(
     warm_up:int=0, # Most steps before it that are in the validation part too
 )->tuple[list,list]: # Training and validation parts: views
     "Hold back the last part of every sequence for validation"
-    if not 0<valid_pct<1: raise ValueError(
-        f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
+    check_share('valid_pct', valid_pct)
     if isinstance(seqs, FlatArrays):
         cuts = _cuts(seqs.lengths, valid_pct)
         return seqs.cut(cuts)[0],seqs.cut(np.maximum(cuts-warm_up, 0))[1]
@@ -84,12 +84,18 @@ def _valid_pair(valid, train, win_sz):
 # %% ../../nbs/loaders/06_dataloaders.ipynb #2f162a5f
 def _as_xy(items, with_labels):
     "Inputs, and targets or `None`, of a list of sequences or of pairs"
+    if not items: raise ValueError("There are no sequences to predict: the list is empty.")
     x,*y = zip(*(o if isinstance(o, tuple) else (o,) for o in items))
     if any(isinstance(o, str) for o in x): raise TypeError(
         "Text is not predicted but gone on with: use sample_text(learn, prompt).")
     return list(x),list(y[0]) if y and with_labels else None
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #718d2182
+def _check_known(kwargs):
+    "A `TypeError` for what is no argument of a loader; fastai would leave it aside"
+    unknown = kwargs.keys()-signature(TbpttDL).parameters.keys()-set(TbpttDL._methods)
+    if unknown: raise TypeError(f"SequenceDataLoaders got unexpected arguments {sorted(unknown)}.")
+
 class SequenceDataLoaders(DataLoaders):
     """`DataLoaders` of long sequences.
 
@@ -111,8 +117,7 @@ class SequenceDataLoaders(DataLoaders):
         **kwargs
     ):
         "A `StreamDL` if sequences are not windows in memory, else a `TbpttDL`"
-        unknown = kwargs.keys()-signature(TbpttDL).parameters.keys()-set(TbpttDL._methods)
-        if unknown: raise TypeError(f"SequenceDataLoaders got unexpected arguments {sorted(unknown)}.")
+        _check_known(kwargs)
         _check_same_kind(train, valid)
         train,valid = copy(train),copy(valid)
         train.split_idx,valid.split_idx = 0,1 # random transforms are for training only
@@ -123,7 +128,7 @@ class SequenceDataLoaders(DataLoaders):
         kw = dict(bs=check_steps('bs', bs), sub_seq_len=sub_seq_len, shuffle=shuffle, num_workers=num_workers, **kwargs)
         train_dl = (TbpttDL if in_memory else StreamDL)(train, **kw)
         whole = dict(sub_seq_len=None) if in_memory else {}
-        val_bs = check_steps('val_bs', val_bs or bs)
+        val_bs = check_steps('val_bs', bs if val_bs is None else val_bs)
         valid_dl = train_dl.new(valid, bs=val_bs, shuffle=False, drop_last=False, **whole)
         return cls(train_dl, valid_dl, path=path, device=default_device() if device is None else device)
 
@@ -150,6 +155,7 @@ def test_dl(self:SequenceDataLoaders,
 
     One sequence that is not in a list is one whole window; several are windows, or read by a `StreamDL`."""
     encoded = kwargs.pop('process', None) is not None # items of a dataset, as `Interpretation` gives them
+    _check_known(kwargs)
     of_streams,given,like = isinstance(self.valid, StreamDL),isinstance(test_items, Sequences),self.valid_ds
     xy = None if given else self._new_pair(test_items, with_labels, encoded)
     whole = test_items if given else Sequences(*xy, dtype=like.dtype)
@@ -245,6 +251,9 @@ def from_arrays(cls:SequenceDataLoaders,
 ):
     "Sequences of inputs and targets, whole or in windows, with the end of each held back for validation"
     if y is None: raise ValueError("y is None: training needs targets. For prediction alone use test_dl.")
+    if valid is None and valid_groups is not None: raise ValueError(
+        "valid_groups are names of the sequences in valid, which is not given: the ends of sequences are held back, and have "
+        "their names, given by groups.")
     most = check_warm_up(valid_warm_up, valid is not None, win_sz)
     x = one_or_many('x', x, named(x_names), win_sz)
     y,valid,vocab,one_label = _as_classes(x, y, valid, vocab)
@@ -286,6 +295,12 @@ def _check_cut(rows, parts, max_gap):
     "A `ValueError` if `max_gap` leaves no sequence of two steps"
     if max_gap is None or len(rows)==len(parts) or max(map(len, rows))>1: return
     raise ValueError(f"max_gap is {max_gap!r}, less than each of the steps: each row would be a sequence of its own.")
+
+def _warn_of_single_rows(rows, names, max_gap):
+    "... in a new frame each row may be one; that is said"
+    if len(rows)>len(set(names)) and max(map(len, rows))==1: warnings.warn(
+        f"max_gap is {max_gap!r}, less than each of the steps of this frame: each row is a sequence of its own, predicted "
+        "from the first state. In training it was longer than the steps: have the times another unit, or rate?", stacklevel=4)
 
 def _of_parts(make, form, parts, xs, ys, index, warm_up=None, **kwargs):
     "Sequences of rows of a frame, which know where these are"
@@ -382,9 +397,11 @@ def test_df(self:SequenceDataLoaders,
     Predictions come step by step; its `dataset.rows` says at which position of the frame each of them belongs.
     Where each group has one label, a prediction comes for each sequence, whole. `Learner.predict_df` puts them there"""
     form,like = self.form,self.valid_ds
+    _check_known(kwargs)
     names,xs,ys,rows = form.sequences(df, with_labels, like.vocab and list(like.vocab))
     if with_labels and like.one_label: check_one_label(_by_group(names, ys), like.vocab)
     kw = dict(dtype=like.dtype, x_names=form.x, y_names=form.y, dt=like.dt, check=like.dtype!=torch.float64)
+    _warn_of_single_rows(rows, names, form.max_gap)
     ds = self._with_classes(Sequences(xs, ys, groups=names, **kw))
     ds.form,ds.rows = form,np.concatenate(rows)
     ds.index = df.index[ds.rows]
@@ -394,7 +411,10 @@ def test_df(self:SequenceDataLoaders,
 # %% ../../nbs/loaders/06_dataloaders.ipynb #10e86616
 def _files(files):
     "Files of a pattern, sorted, or of a list"
-    found = sorted(glob(str(files), recursive=True)) if isinstance(files, (str,Path)) else list(files)
+    one = isinstance(files, (str,Path))
+    if not one and not hasattr(files, '__iter__'): raise TypeError(
+        f"files is {files!r}; expected a pattern such as 'runs/*.h5', or a list of files.")
+    found = sorted(glob(str(files), recursive=True)) if one else list(files)
     if not found: raise FileNotFoundError(f"There is no file {str(files)!r}.")
     return found
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['with_levels', 'check_frame', 'check_xy', 'real_values', 'target_values', 'encode_column', 'check_one_label',
-           'groups_of', 'rows_of_groups', 'group_sequences', 'split_groups']
+           'groups_of', 'rows_of_groups', 'group_sequences', 'check_share', 'split_groups']
 
 # %% ../../nbs/sequences/03_frames.ipynb #5ec0fd1a
+from numbers import Real
 import numpy as np, pandas as pd
 from pandas.api import types
 from .labels import are_labels, check_vocab, encode, find_vocab
@@ -166,6 +167,11 @@ def group_sequences(
     return {name:(xs[rows], None if y is None else ys[rows], index[rows]) for name,(rows,_) in parts.items()}
 
 # %% ../../nbs/sequences/03_frames.ipynb #d6ffcc32
+def check_share(name, share):
+    is_number = isinstance(share, Real) and not isinstance(share, bool)
+    if not is_number: raise TypeError(f"{name} is {share!r}, a {type(share).__name__}; expected a share such as 0.2.")
+    if not 0<share<1: raise ValueError(f"{name} is {share}; expected a share between 0 and 1, such as 0.2.")
+
 def _hold_back_groups(sequences, names):
     unknown = [o for o in names if o not in sequences]
     if unknown: raise ValueError(
@@ -176,8 +182,7 @@ def _hold_back_groups(sequences, names):
     return train,{k:sequences[k] for k in names}
 
 def _hold_back_ends(sequences, valid_pct):
-    if not 0<valid_pct<1: raise ValueError(
-        f"valid_pct is {valid_pct}; expected a share between 0 and 1, such as 0.2.")
+    check_share('valid_pct', valid_pct)
     steps = {k:len(o[0]) for k,o in sequences.items()}
     cut = {k:n-int(n*valid_pct) for k,n in steps.items()}
     train = {k:tuple(part[:cut[k]] for part in o) for k,o in sequences.items()}
