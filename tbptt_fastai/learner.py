@@ -119,6 +119,8 @@ class ScaledL1Loss(nn.L1Loss):
         pred, # `(..., channels)`
         targ, # Of the same shape
     ):
+        if pred.shape!=targ.shape: raise ValueError( # each alone would be broadcast over the deviations
+            f"predictions of shape {tuple(pred.shape)} are compared with targets {tuple(targ.shape)}: expected the same")
         if self.std.device!=pred.device: self.to(pred.device)
         std = self.std[:,None] if self.time_dim==-1 and pred.ndim>2 else self.std
         return super().forward(pred/std, targ/std)
