@@ -1,9 +1,7 @@
 "Unusual frames: what is legal is right, what is not is refused by name"
 import numpy as np, pandas as pd, pytest, torch
-from fastai.torch_core import set_seed
-from tbptt_fastai.learner import RNNLearner
+from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
-from helpers import fit
 from test_predict_df import by_hand, frame, make, new_frame, predict
 
 from_df = SequenceDataLoaders.from_df
@@ -193,3 +191,36 @@ def test_a_new_frame_in_another_unit_of_time_is_named():
     alone = new_frame().assign(pump=range(len(out)))
     np.testing.assert_allclose(out[['y_pred']], by_hand(learn, alone), atol=1e-5)
     predict(learn, new_frame().groupby('pump').head(1)) # each group has one row: no warning
+
+
+# --- Live
+
+def test_live_rows_of_a_frame_without_classes_are_read_as_in_training():
+    new = frame([30], 5).sort_values('hour')
+    learn = make()
+    expected = predict(learn, new).y_pred
+    for kind in ('float64', 'Float64', object):
+        live = StreamPredictor(learn)
+        rows = new[['u','v']].astype(kind)
+        np.testing.assert_allclose([live(rows[i:i+1])[0,0] for i in range(len(rows))], expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"has the channels .*Select those by df\[names\]"): StreamPredictor(learn)(new.iloc[:3])
+    with pytest.raises(TypeError, match='not all numbers'): StreamPredictor(learn)(new[['u','v']].assign(u='high'))
+
+def test_live_columns_without_names_are_found_by_their_numbers():
+    df = frame([40, 25]).rename(columns=dict(u=0, v=1))
+    learn = make(df=df, x=[0, 1])
+    new = df[df.pump=='a'].sort_values('hour')
+    expected = predict(learn, new).y_pred
+    for columns in ([0, 1], [1, 0]): np.testing.assert_allclose(StreamPredictor(learn)(new[columns])[:,0], expected, atol=1e-5)
+    with pytest.raises(KeyError, match='no column 1; it has'): StreamPredictor(learn)(new[[0]])
+
+def test_live_integers_and_flags_are_numbers_as_in_training():
+    df = frame([40, 25]).assign(u=lambda o: o.hour.astype(int)%3, v=lambda o: o.z>0)
+    learn = make(df=df)
+    new = df[df.pump=='a'].sort_values('hour')
+    np.testing.assert_allclose(StreamPredictor(learn)(new[['u','v']])[:,0], predict(learn, new).y_pred, atol=1e-5)
+
+def test_live_frames_for_a_model_without_the_form_of_a_frame():
+    learn,new = make(),frame([30], 5).sort_values('hour')
+    expected = StreamPredictor(learn.model)(torch.tensor(new[['u','v']].to_numpy(np.float32)))
+    np.testing.assert_allclose(StreamPredictor(learn.model)(new[['u','v']]), expected, atol=1e-6)

@@ -8,13 +8,14 @@ __all__ = ['StreamPredictor']
 # %% ../../nbs/deploy/00_predictor.ipynb #7d3f7d68
 import copy
 from contextlib import contextmanager
-import torch
+import numpy as np, torch
 from fastai.torch_core import get_model
 from fastcore.basics import first, patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from ..loaders.segment import preds_to_rows
 from ..loaders.views import inner_loader, resolve_time_dim
+from ..sequences.frames import check_frame
 from ..sequences.windows import Sequences, channel_names
 from ..state.carry import Carry, layer_of, out_of_reach
 from ..training.callback import TbpttResetCB
@@ -123,7 +124,7 @@ def _tensor(self:StreamPredictor, x):
     "A tensor of the model's type and on its device"
     if isinstance(x, (dict,str)): raise TypeError(
         f"The chunk is a {type(x).__name__}; expected a tensor or an array, one for each input of the model.")
-    x = torch.as_tensor(x.to_numpy() if hasattr(x, 'to_numpy') else x).as_subclass(Tensor)
+    x = torch.as_tensor(np.array(x.to_numpy()) if hasattr(x, 'to_numpy') else x).as_subclass(Tensor)
     like = next((p for p in self.model.parameters() if p.is_floating_point()), None)
     if like is not None: x = x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
     if self.ndim is None: _check_tokens(self.model, x)
@@ -193,9 +194,10 @@ def _channels(xs, timed): return [tuple(x.shape[2 if t else 1:]) for x,t in zip(
 
 @patch
 def _with_codes(self:StreamPredictor, x):
-    "A frame whose strings and categories are numbers of classes, as in training"
-    if self._form is None or not self._form.x_vocab or not hasattr(x, 'columns'): return x
+    "The numbers of a frame, as in training; strings and categories are numbers of classes"
+    if self._form is None or not hasattr(x, 'columns'): return x
     if list(x.columns)!=self._form.x: self._check_trained([self._trained], x)
+    check_frame(x, self._form.x)
     return self._form.inputs(x, missing=True)
 
 @patch

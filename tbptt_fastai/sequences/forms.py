@@ -62,7 +62,9 @@ def learn_classes(self:FrameForm,
     self.x_vocab = {c:vocab for c in self.x if (vocab := learnt(c)) is not None}
 
 # %% ../../nbs/sequences/07_forms.ipynb #0595b718
-def _any_values(df, columns, groups): return df[columns].astype(np.float64).to_numpy()
+def _any_values(df, columns, groups):
+    try: return df[columns].astype(np.float64).to_numpy(copy=True)
+    except (TypeError,ValueError) as e: raise TypeError(f"Columns {columns} are not all numbers ({e}).") from None
 
 @patch
 def inputs(self:FrameForm,
