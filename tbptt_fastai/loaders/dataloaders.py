@@ -302,6 +302,7 @@ def _warn_of_single_rows(rows, names, max_gap):
         f"max_gap is {max_gap!r}, less than each of the steps of this frame: each row is a sequence of its own, predicted "
         "from the first state. In training it was longer than the steps: have the times another unit, or rate?", stacklevel=4)
 
+# %% ../../nbs/loaders/06_dataloaders.ipynb #5a53847a
 def _of_parts(make, form, parts, xs, ys, index, warm_up=None, **kwargs):
     "Sequences of rows of a frame, which know where these are"
     names,rows = cut_at_gaps(parts)

@@ -175,6 +175,7 @@ def _warmed(self:StreamDL, layout):
     warm_up = self.dataset.warm_up
     return layout if warm_up is None else WarmLayout(layout, warm_up)
 
+# %% ../../nbs/loaders/05_streams.ipynb #305ec697
 @patch
 def _order(self:StreamDL):
     "A permutation of the sequences; `None`: as they are"

@@ -155,7 +155,7 @@ def group_sequences(
     """Take a data frame apart into one sequence for each group.
 
     x and y are `(time, channels)`, but y is `(time,)` if it is one column of classes.
-    What cannot be a sequence is refused with its group and row. `group` and `time` may be levels of the index"""
+    What cannot be a sequence is refused with its group and row. Columns may be levels of the index"""
     x,y,by,time = as_list(x),y if y is None else as_list(y),as_list(group),one_column(time)
     check_xy(x, ['none'] if y is None else y)
     columns = [*x, *(y or []), *by, *([] if time is None else [time])]

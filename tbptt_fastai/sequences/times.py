@@ -27,6 +27,7 @@ def one_column(
     if len(o)!=1: raise ValueError(f"time is {o}: expected one column.")
     return o[0]
 
+# %% ../../nbs/sequences/02_times.ipynb #aabe6867
 def refuse_row(
     wrong, # bool, one for each row
     df, # Data frame
