@@ -166,8 +166,8 @@ def layout(self:StreamDL,
 @patch
 def _shared(self:StreamDL, sub_seq_len, n_skip, counted):
     "What has to be the same in each process; the lengths of all sequences by a checksum too"
-    n = self.dataset.lengths
-    return {'sequences': len(n), 'steps of all': int(n.sum()), 'checksum of their lengths': crc32(np.ascontiguousarray(self.dataset.steps, np.int64)),
+    n,checksum = self.dataset.lengths,crc32(np.ascontiguousarray(self.dataset.steps, np.int64))
+    return {'sequences': len(n), 'steps of all': int(n.sum()), 'checksum of their lengths': checksum,
         'bs': self.bs, 'sub_seq_len': sub_seq_len or 0, 'n_skip': n_skip, 'shuffle': int(self.shuffle), 'counts': int(counted is not None)}
 
 @patch
