@@ -33,6 +33,7 @@ from .loaders.streams import StreamDL
 from .speed.optimizer import FusedAdam
 from .models.sequence import SequenceRNN, Standardize
 from .sequences.text import TextRows
+from .sequences.times import as_list
 from .models.text import TextRNN
 from .training.length import LengthHintCB
 from .training.threads import ThreadHintCB, on_threads
@@ -120,6 +121,8 @@ class ScaledL1Loss(nn.L1Loss):
         pred, # `(..., channels)`
         targ, # Of the same shape
     ):
+        if pred.shape!=targ.shape: raise ValueError( # each alone would be broadcast over the deviations
+            f"predictions of shape {tuple(pred.shape)} are compared with targets {tuple(targ.shape)}: expected the same")
         if self.std.device!=pred.device: self.to(pred.device)
         std = self.std[:,None] if self.time_dim==-1 and pred.ndim>2 else self.std
         return super().forward(pred/std, targ/std)
@@ -255,8 +258,12 @@ def show_results(self:SequenceLearner,
     few.show_whole(preds[0] if isinstance(preds, (tuple,list)) else preds, **kwargs)
 
 # %% ../nbs/learner.ipynb #540646d0
+def _pred_name(target):
+    "Of the column of its predictions; a name in several levels has the ending in the last of them"
+    return (*target[:-1], f'{target[-1]}_pred') if isinstance(target, tuple) else f'{target}_pred'
+
 def _pred_names(df, names, targets):
-    names = [f'{o}_pred' for o in targets] if names is None else [names] if isinstance(names, str) else list(names)
+    names = list(map(_pred_name, targets)) if names is None else as_list(names)
     if len(names)!=len(targets) or len(set(names))!=len(names): raise ValueError(
         f"names is {names}; expected a name of its own for the prediction of each of {list(targets)}.")
     there = [o for o in names if o in df.columns]

@@ -15,6 +15,7 @@ from helpers import fit, fit_own_lr, item_loaders, sgd
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.learner import RNNLearner, ScaledL1Loss, TbpttLearner, default_loss, scaling_from_data
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders, split_by_time
+from tbptt_fastai.models.sequence import SequenceRNN
 from tbptt_fastai.sequences.arrays import blocks, channel_stats
 from tbptt_fastai.sequences.windows import SequenceParts, Sequences, SequenceWindows
 from tbptt_fastai.state.stateful import StatefulRNN
@@ -300,3 +301,16 @@ def test_any_loss_in_a_plain_learner_names_the_column_of_integers(name, loss):
     dls = LOADERS[name]('int64')
     learn = Learner(dls, net(), loss, cbs=TbpttResetCB())
     with pytest.raises(ValueError, match=r"give column 'visits' by .astype\(float\)"): fit(learn)
+
+@pytest.mark.parametrize('sub_seq_len', [None, 5])
+@pytest.mark.parametrize('stream', [True, False])
+def test_one_output_is_not_compared_with_each_of_several_targets(sub_seq_len, stream):
+    "... by the default loss, which scales both before they meet"
+    rng = np.random.default_rng(0)
+    xs = [rng.standard_normal((n, 2)).astype(np.float32) for n in ((40, 31) if stream else (40, 40))]
+    dls = SequenceDataLoaders.from_arrays(xs, [o*[1, 10] for o in xs], sub_seq_len=sub_seq_len, bs=2)
+    learn = TbpttLearner(dls, SequenceRNN(2, 1, 'gru', 4))
+    assert type(learn.loss_func) is ScaledL1Loss
+    before = [o.clone() for o in learn.model.parameters()]
+    with pytest.raises(ValueError, match='which ScaledL1Loss cannot take.*Give the model as many outputs as there are targets'): fit(learn)
+    assert all(map(torch.equal, before, learn.model.parameters()))

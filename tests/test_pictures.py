@@ -195,3 +195,27 @@ def test_a_stream_shows_itself_without_the_loaders_of_frames():
             "assert dl.few(1, steps=10).dataset.lengths.tolist()==[10]")
     res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True)
     assert res.returncode==0, res.stderr
+
+@pytest.mark.parametrize('warm_up', [True, 30])
+@pytest.mark.parametrize('steps', [1000, 5])
+def test_the_steps_that_warm_a_state_up_are_not_drawn(warm_up, steps):
+    learn = RNNLearner(loaders(y='y', valid_warm_up=warm_up), rnn_type='gru', hidden_size=4)
+    with learn.no_bar():
+        preds = dict(zip(learn.dls.valid_ds.groups, learn.dls.valid.by_sequence(learn.get_preds()[0])))
+        learn.show_results(steps=steps)
+    drawn = axes()
+    plt.close('all')
+    learn.dls.valid.show_batch(steps=steps)
+    for column,batch in zip(drawn.T, axes().T):
+        name = column[0].get_title()
+        of = frame()
+        of = of[of.pump==name][-int(.2*LENGTHS[name]):][:steps]
+        assert batch[0].get_title()==name
+        np.testing.assert_allclose(column[0].lines[0].get_ydata(), of.y, rtol=1e-5)
+        np.testing.assert_allclose(column[0].lines[1].get_ydata(), preds[name][:steps,0], atol=1e-6)
+        for ax,c in ((column[1], 'load'), (batch[0], 'y'), (batch[2], 'heat')): np.testing.assert_allclose(ax.lines[0].get_ydata(), of[c], rtol=1e-5)
+
+def test_a_sequence_of_one_step_is_a_point():
+    xs = [torch.randn(n, 1) for n in (20, 1, 7)]
+    StreamDL(Sequences(xs, xs), bs=3, sub_seq_len=5).show_whole()
+    assert [ax.lines[0].get_marker() for ax in axes()[0]]==['None','.','None']

@@ -106,6 +106,14 @@ REFUSED = dict(
     train_metrics=(dict(train_metrics=True), 'Metrics of the training'),
     lr_find=(dict(cbs=[LRFinder()]), "fastai's lr_find"),
     nothing_counts=(dict(counts=lambda y: y>1000), 'No target of the 7 sequences counts'),
+    other_steps=(dict(each=[dict(lengths=[40,25,31]), dict(lengths=[90,25,31])]), r"share one stream, but differ: \{'steps of all': \[96, 146\], 'checksum"),
+    other_order=(dict(each=[dict(lengths=[40,25,31]), dict(lengths=[31,40,25])]), r"but differ: \{'checksum of their lengths': "),
+    other_count=(dict(each=[dict(lengths=[40,25]), dict(lengths=[40,25,31])]), r"but differ: \{'sequences': \[2, 3\]"),
+    other_rows=(dict(each=[dict(bs=2), dict(bs=3)]), r"but differ: \{'bs': \[2, 3\]\}"),
+    other_steps_of_a_sub_window=(dict(each=[dict(sub_seq_len=5), dict(sub_seq_len=6)]), r"but differ: \{'sub_seq_len': \[5, 6\]\}"),
+    other_washout=(dict(each=[dict(), dict(n_skip=3)]), r"but differ: \{'n_skip': \[0, 3\]\}"),
+    other_shuffle=(dict(each=[dict(), dict(shuffle=False)]), r"but differ: \{'shuffle': \[1, 0\]\}"),
+    other_counts=(dict(each=[dict(), dict(counts=present)]), r"but differ: \{'counts': \[0, 1\]\}"),
 )
 
 
@@ -151,6 +159,7 @@ def recorded(learn):
 def process(case):
     "Train one case twice; what happened here"
     from fastai.distributed import rank_distrib
+    if 'each' in case: case = case['each'][rank_distrib()]
     learn,sources = make_learner(rank_distrib(), **case)
     with learn.no_bar(), learn.no_logging():
         try:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from ..loaders.segment import preds_to_rows
 from ..loaders.views import inner_loader, resolve_time_dim
+from ..sequences.frames import check_frame
 from ..sequences.windows import Sequences, channel_names
 from ..state.carry import Carry, layer_of, out_of_reach
 from ..training.callback import TbpttResetCB
@@ -131,7 +132,7 @@ def _shareable(x):
 def _as_tensor(x):
     "A tensor of a chunk; a `TypeError` if it has no numbers"
     check_dense('The chunk', [x])
-    if hasattr(x, 'to_numpy'): x = x.to_numpy()
+    if hasattr(x, 'to_numpy'): x = np.array(x.to_numpy()) # a frame may give an array that cannot be written to
     if isinstance(x, np.ndarray): x = _shareable(x)
     try: return torch.as_tensor(x).as_subclass(Tensor)
     except (TypeError,ValueError,RuntimeError):
@@ -224,9 +225,10 @@ def _channels(xs, timed): return [tuple(x.shape[2 if t else 1:]) for x,t in zip(
 
 @patch
 def _with_codes(self:StreamPredictor, x):
-    "A frame whose strings and categories are numbers of classes, as in training"
-    if self._form is None or not self._form.x_vocab or not hasattr(x, 'columns'): return x
+    "The numbers of a frame, as in training; strings and categories are numbers of classes"
+    if self._form is None or not hasattr(x, 'columns'): return x
     if list(x.columns)!=self._form.x: self._check_trained([self._trained], x)
+    check_frame(x, self._form.x)
     return self._form.inputs(x, missing=True)
 
 @patch

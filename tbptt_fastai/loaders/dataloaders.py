@@ -18,7 +18,8 @@ from fastai.torch_core import default_device
 from fastcore.meta import delegates
 from ..sequences.arrays import FlatArrays, HDF5Array, named, one_or_many
 from ..sequences.forms import FrameForm, cut_at_gaps
-from ..sequences.frames import check_one_label, encode_column, rows_of_groups, split_groups, target_values
+from tbptt_fastai.sequences.frames import (check_one_label, encode_column, rows_of_groups, split_groups,
+    target_values)
 from ..sequences.labels import are_labels, by_sequence, check_vocab, encode_sequences, find_vocab
 from .whole import WholeDL
 from .windows import TbpttDL
@@ -99,6 +100,11 @@ def _as_xy(items, with_labels):
     return list(x),list(y[0]) if y and with_labels else None
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #718d2182
+def _check_known(kwargs):
+    "A `TypeError` for what is no argument of a loader; fastai would leave it aside"
+    unknown = kwargs.keys()-signature(TbpttDL).parameters.keys()-set(TbpttDL._methods)
+    if unknown: raise TypeError(f"SequenceDataLoaders got unexpected arguments {sorted(unknown)}.")
+
 class SequenceDataLoaders(DataLoaders):
     """`DataLoaders` of long sequences.
 
@@ -120,8 +126,7 @@ class SequenceDataLoaders(DataLoaders):
         **kwargs
     ):
         "A `StreamDL` if sequences are not windows in memory, else a `TbpttDL`"
-        unknown = kwargs.keys()-signature(TbpttDL).parameters.keys()-set(TbpttDL._methods)
-        if unknown: raise TypeError(f"SequenceDataLoaders got unexpected arguments {sorted(unknown)}.")
+        _check_known(kwargs)
         device = default_device() if device is None else check_device(device)
         if not isinstance(path, (str,Path)): raise TypeError(f"path is {path!r}; expected the path of a folder, such as '.'.")
         check_bools('shuffle', shuffle)
@@ -163,6 +168,7 @@ def test_dl(self:SequenceDataLoaders,
     One sequence that is not in a list is one whole window; several are windows, or read by a `StreamDL`."""
     check_bools('as_stream', as_stream),check_bools('with_labels', with_labels)
     encoded = kwargs.pop('process', None) is not None # items of a dataset, as `Interpretation` gives them
+    _check_known(kwargs)
     of_streams,given,like = isinstance(self.valid, StreamDL),isinstance(test_items, Sequences),self.valid_ds
     xy = None if given else self._new_pair(test_items, with_labels, encoded)
     whole = test_items if given else Sequences(*xy, dtype=like.dtype)
@@ -259,6 +265,9 @@ def from_arrays(cls:SequenceDataLoaders,
     "Sequences of inputs and targets, whole or in windows, with the end of each held back for validation"
     if y is None: raise ValueError("y is None: training needs targets. For prediction alone use test_dl.")
     if win_sz is not None: win_sz = check_steps('win_sz', win_sz)
+    if valid is None and valid_groups is not None: raise ValueError(
+        "valid_groups are names of the sequences in valid, which is not given: the ends of sequences are held back, and have "
+        "their names, given by groups.")
     most = check_warm_up(valid_warm_up, valid is not None, win_sz)
     x = one_or_many('x', x, named(x_names), win_sz)
     check_dense('y', y)
@@ -302,6 +311,13 @@ def _check_cut(rows, parts, max_gap):
     if max_gap is None or len(rows)==len(parts) or max(map(len, rows))>1: return
     raise ValueError(f"max_gap is {max_gap!r}, less than each of the steps: each row would be a sequence of its own.")
 
+def _warn_of_single_rows(rows, names, max_gap):
+    "... in a new frame each row may be one; that is said"
+    if len(rows)>len(set(names)) and max(map(len, rows))==1: warnings.warn(
+        f"max_gap is {max_gap!r}, less than each of the steps of this frame: each row is a sequence of its own, predicted "
+        "from the first state. In training it was longer than the steps: have the times another unit, or rate?", stacklevel=4)
+
+# %% ../../nbs/loaders/06_dataloaders.ipynb #5a53847a
 def _of_parts(make, form, parts, xs, ys, index, warm_up=None, **kwargs):
     "Sequences of rows of a frame, which know where these are"
     names,rows = cut_at_gaps(parts)
@@ -353,9 +369,9 @@ def from_df(cls:SequenceDataLoaders,
     form = FrameForm(x, y, group, time, max_gap, x_vocab, on_unknown)
     most = check_warm_up(valid_warm_up, valid_groups is not None, win_sz)
     index,(df,groups) = getattr(df, 'index', None),form.open(df)
-    df,vocab = encode_column(df, y, vocab)
+    labelled,vocab = encode_column(df, form.y, vocab) # the column may be an input, or the group, too
     if check_bools('one_label', one_label): _check_one_label(vocab, valid_groups)
-    parts,ys = rows_of_groups(df, groups, time, max_gap),target_values(df, form.y, groups)
+    parts,ys = rows_of_groups(df, groups, form.time, max_gap),target_values(labelled, form.y, groups)
     if one_label: check_one_label({name:(None, ys[rows], None) for name,(rows,_) in parts.items()}, vocab)
     train,valid = split_groups(parts, valid_pct, valid_groups)
     form.learn_classes(df, np.concatenate([rows for rows,_ in train.values()]))
@@ -368,7 +384,6 @@ def from_df(cls:SequenceDataLoaders,
     valid = _of_parts(make, form, valid, xs, ys, index, warm_up, **kw)
     if vocab is not None: train,valid = (o.classify(vocab, one_label) for o in (train, valid))
     return cls.from_sequences(train, valid, **kwargs)
-
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #b30fef4b
 @patch(as_prop=True)
@@ -397,10 +412,11 @@ def test_df(self:SequenceDataLoaders,
     Predictions come step by step; its `dataset.rows` says at which position of the frame each of them belongs.
     Where each group has one label, a prediction comes for each sequence, whole. `Learner.predict_df` puts them there"""
     form,like = self.form,self.valid_ds
-    if with_labels: df,_ = encode_column(df, form.y, like.vocab and list(like.vocab))
-    names,xs,ys,rows = form.sequences(df, with_labels)
+    _check_known(kwargs)
+    names,xs,ys,rows = form.sequences(df, with_labels, like.vocab and list(like.vocab))
     if with_labels and like.one_label: check_one_label(_by_group(names, ys), like.vocab)
     kw = dict(dtype=like.dtype, x_names=form.x, y_names=form.y, dt=like.dt, check=like.dtype!=torch.float64)
+    _warn_of_single_rows(rows, names, form.max_gap)
     ds = self._with_classes(Sequences(xs, ys, groups=names, **kw))
     ds.form,ds.rows = form,np.concatenate(rows)
     ds.index = df.index[ds.rows]

@@ -35,6 +35,17 @@ class Part:
         "Of each of them, the sum over all processes"
         return maybe_gather(torch.tensor([numbers], device=self.device)).sum(0).tolist()
 
+    def agree(self,
+        settings:dict[str,int], # Numbers by their names
+    ):
+        "A `ValueError`, in all processes, if they differ: each would run other steps, or wait for the others"
+        numbers = torch.tensor([list(settings.values())], device=self.device)
+        found = dict(zip(settings, maybe_gather(numbers).T.tolist()))
+        differ = {name: o for name,o in found.items() if len(set(o))>1}
+        if differ: raise ValueError(
+            f"The {self.processes} processes share one stream, but differ: {differ}. Give each of them all sequences, and the "
+            "same settings; the rows are divided among them here.")
+
     def of_first(self,
         numbers, # Array, as long in each process
     )->np.ndarray:

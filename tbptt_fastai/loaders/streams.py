@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain, groupby, islice
 from types import SimpleNamespace
+from zlib import crc32
 import random, warnings
 import numpy as np, torch
 from fastai.torch_core import to_device
@@ -154,6 +155,7 @@ def layout(self:StreamDL,
     part:Part=None, # Of several processes that share the rows, `bs` of each; default: there is one
 )->Layout:
     "Where sequences go in the next run over the data"
+    if part is not None: part.agree(self._shared(sub_seq_len, n_skip, counted))
     order = self._order()
     if part is not None and order is not None: order = part.of_first(order)
     bs = self.bs*(1 if part is None else part.processes)
@@ -163,10 +165,18 @@ def layout(self:StreamDL,
     return SharedLayout(of_length(self.dataset.lengths, **common), part, counted)
 
 @patch
+def _shared(self:StreamDL, sub_seq_len, n_skip, counted):
+    "What has to be the same in each process; the lengths of all sequences by a checksum too"
+    n,checksum = self.dataset.lengths,crc32(np.ascontiguousarray(self.dataset.steps, np.int64))
+    return {'sequences': len(n), 'steps of all': int(n.sum()), 'checksum of their lengths': checksum,
+        'bs': self.bs, 'sub_seq_len': sub_seq_len or 0, 'n_skip': n_skip, 'shuffle': int(self.shuffle), 'counts': int(counted is not None)}
+
+@patch
 def _warmed(self:StreamDL, layout):
     warm_up = self.dataset.warm_up
     return layout if warm_up is None else WarmLayout(layout, warm_up)
 
+# %% ../../nbs/loaders/05_streams.ipynb #305ec697
 @patch
 def _order(self:StreamDL):
     "A permutation of the sequences; `None`: as they are"

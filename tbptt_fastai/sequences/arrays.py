@@ -228,6 +228,8 @@ def _as_sequence(name, seq):
     if isinstance(seq, np.ma.MaskedArray): raise TypeError(
         f"{name} is a masked array, whose mask would be lost. Fill or drop what is masked first.")
     t = seq.detach() if isinstance(seq, Tensor) else _shared(name, seq)
+    if isinstance(t, Tensor) and t.layout!=torch.strided: raise TypeError(
+        f"{name} is of layout {t.layout}; expected a dense tensor, such as o.to_dense().")
     if t.dtype in (torch.uint16,torch.uint32,torch.uint64) or t.dtype.is_complex: raise TypeError(
         f"{name} is of type {t.dtype}; expected real numbers, int64, int32, int16, uint8 or bool.")
     is_signal = isinstance(t, Tensor) and t.ndim==1 and t.is_floating_point()

@@ -7,7 +7,7 @@ __all__ = ['NA', 'check_on_unknown', 'learn_vocab', 'encode_input']
 
 # %% ../../nbs/sequences/05_categories.ipynb #10625cc2
 import numpy as np, pandas as pd
-from .labels import are_labels, find_vocab
+from .labels import are_labels, as_vocab, find_vocab
 from .times import plain, refuse_row
 
 # %% ../../nbs/sequences/05_categories.ipynb #dd328238
@@ -25,13 +25,11 @@ def learn_vocab(
 )->list|None: # `None` if its values are numbers
     "The classes of a column"
     if given is None and not are_labels(col): return None
-    try: vocab = find_vocab([col]) if given is None else list(given)
-    except TypeError: raise TypeError(
-        f"Column {col.name!r} has values of several types, {sorted({type(o).__name__ for o in col})}: "
-        "expected strings, or numbers. Convert it by .astype(str).") from None
+    found = find_vocab([col], f'Column {col.name!r}') if given is None else given
+    vocab = as_vocab(f'The classes of column {col.name!r}', found)
     if not vocab or len(set(vocab))!=len(vocab): raise ValueError(
         f"The classes of column {col.name!r} are {vocab[:10]}; expected one or more, each of them once.")
-    return [NA]*(on_unknown=='class' and NA not in vocab)+list(map(plain, vocab))
+    return [NA]*(on_unknown=='class' and NA not in vocab)+vocab
 
 # %% ../../nbs/sequences/05_categories.ipynb #b9b64709
 def encode_input(
@@ -40,11 +38,12 @@ def encode_input(
     vocab:list, # Classes
     groups=None, # The group of each row, for messages
     missing:bool=False, # Leave a missing value missing?
+    on_unknown:str='raise', # 'class': a value that is unknown, or missing, is of the class `#na#` of the vocabulary
 )->np.ndarray: # float64: numbers of classes
-    "The number of the class of each row; one that is unknown is refused by name, or of the class `#na#`, if there is one"
+    "The number of the class of each row; one that is unknown is refused by name, or of the class `#na#`"
     col = df[column]
     codes = pd.Index(vocab).get_indexer(pd.Index(col.array))
-    if vocab[0]==NA: return codes.clip(0).astype(float)
+    if on_unknown=='class': return np.where(codes<0, vocab.index(NA), codes).astype(float)
     left = col.isna().to_numpy() if missing else np.zeros(len(df), bool)
     refuse_row((codes<0)&~left, df, groups, lambda i: (
         f"has {plain(col.iloc[i])!r} in column {column!r}, which is none of the {len(vocab)} classes of the training: "

@@ -9,9 +9,9 @@ __all__ = ['FrameForm', 'cut_at_gaps']
 import numpy as np
 from fastcore.basics import patch
 from .categories import check_on_unknown, encode_input, learn_vocab
-from tbptt_fastai.sequences.frames import (check_frame, check_xy, groups_of, real_values, rows_of_groups,
-    target_values, with_levels)
-from .times import as_list
+from .frames import (check_frame, check_xy, encode_column, groups_of, real_values,
+    rows_of_groups, target_values, with_levels)
+from .times import as_list, one_column
 
 # %% ../../nbs/sequences/07_forms.ipynb #41d2a395
 class FrameForm:
@@ -25,12 +25,13 @@ class FrameForm:
         x_vocab:dict=None, # Classes of inputs, for each column that has them; default: strings and categories of the training
         on_unknown:str='raise', # An input of an unknown class is refused; 'class': all such are one more class
     ):
-        self.x,self.y,self.group,self.time,self.max_gap = as_list(x),as_list(y),as_list(group),time,max_gap
-        if isinstance(time, (list,tuple)): raise TypeError(f"time is {time!r}; expected the name of one column.")
+        self.x,self.y,self.group,self.time,self.max_gap = as_list(x),as_list(y),as_list(group),one_column(time),max_gap
         if not isinstance(x_vocab, (dict,type(None))): raise TypeError(
             f"x_vocab is {x_vocab!r}, a {type(x_vocab).__name__}; expected a dict with the classes of each column that has them.")
-        self.given,self.on_unknown = dict(x_vocab or {}),on_unknown
         check_on_unknown(on_unknown)
+        if not isinstance(x_vocab, (dict,type(None))): raise TypeError(
+            f"x_vocab is {x_vocab!r}; expected a dict with the classes of each column that has them.")
+        self.given,self.on_unknown = dict(x_vocab or {}),on_unknown
         check_xy(self.x, self.y)
         unknown = [o for o in self.given if o not in self.x]
         if unknown: raise ValueError(f"x_vocab has classes of {unknown[0]!r}, which is none of the inputs {self.x}.")
@@ -48,9 +49,9 @@ def open(self:FrameForm,
     with_y:bool=True, # Has it targets?
 )->tuple: # The frame with group and time as columns, and the group of each row
     "Check that a frame has what is needed; its columns may be in any order"
-    levels = [*self.group, *as_list(self.time)]
-    check_frame(df, [*self.x, *(self.y if with_y else []), *levels])
-    df = with_levels(df, levels)
+    columns = [*self.x, *(self.y if with_y else []), *self.group, *([] if self.time is None else [self.time])]
+    check_frame(df, columns)
+    df = with_levels(df, columns)
     return df,groups_of(df, self.group)
 
 @patch
@@ -63,7 +64,9 @@ def learn_classes(self:FrameForm,
     self.x_vocab = {c:vocab for c in self.x if (vocab := learnt(c)) is not None}
 
 # %% ../../nbs/sequences/07_forms.ipynb #0595b718
-def _any_values(df, columns, groups): return df[columns].astype(np.float64).to_numpy()
+def _any_values(df, columns, groups):
+    try: return df[columns].astype(np.float64).to_numpy(copy=True)
+    except (TypeError,ValueError) as e: raise TypeError(f"Columns {columns} are not all numbers ({e}).") from None
 
 @patch
 def inputs(self:FrameForm,
@@ -75,7 +78,7 @@ def inputs(self:FrameForm,
     read = _any_values if missing else real_values
     if not self.x_vocab: return read(df, self.x, groups)
     def channel(c):
-        if c in self.x_vocab: return encode_input(df, c, self.x_vocab[c], groups, missing)
+        if c in self.x_vocab: return encode_input(df, c, self.x_vocab[c], groups, missing, self.on_unknown)
         return read(df, [c], groups)[:,0]
     return np.stack([channel(c) for c in self.x], 1)
 
@@ -92,9 +95,11 @@ def cut_at_gaps(
 def sequences(self:FrameForm,
     df, # Data frame with inputs, group and time, and targets if it is asked for them
     with_y:bool=False, # Targets too?
+    vocab:list=None, # Labels of the targets, if these are classes
 )->tuple[list,list,list,list]: # Groups, inputs, targets or `None`, and positions of the rows, for each sequence
     "A new frame as sequences"
     df,groups = self.open(df, with_y)
-    xs,ys = self.inputs(df, groups),target_values(df, self.y, groups) if with_y else None
+    xs,ys = self.inputs(df, groups),None
+    if with_y: ys = target_values(df if vocab is None else encode_column(df, self.y, vocab)[0], self.y, groups)
     names,rows = cut_at_gaps(rows_of_groups(df, groups, self.time, self.max_gap))
     return names,[xs[o] for o in rows],[ys[o] for o in rows] if with_y else None,rows

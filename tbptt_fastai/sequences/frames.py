@@ -10,7 +10,7 @@ __all__ = ['with_levels', 'check_frame', 'check_xy', 'real_values', 'target_valu
 import numpy as np, pandas as pd
 from pandas.api import types
 from .labels import are_labels, check_vocab, encode, find_vocab
-from .times import as_list, begins_anew, check_gap, plain, read_times, refuse_row, refuse_twice
+from .times import as_list, begins_anew, check_gap, one_column, plain, read_times, refuse_row, refuse_twice
 from ..truncation.settings import check_names, check_number
 
 # %% ../../nbs/sequences/03_frames.ipynb #b494d709
@@ -19,7 +19,7 @@ def with_levels(
     names, # Columns
 )->pd.DataFrame: # The same, or a shallow copy
     "The frame with those levels of its index as columns that are asked for and are none"
-    levels = [o for o in names if o not in df.columns and o in df.index.names]
+    levels = [o for o in dict.fromkeys(names) if o not in df.columns and o in df.index.names]
     if not levels: return df
     df = df.copy(deep=False)
     for o in levels: df[o] = df.index.get_level_values(o)
@@ -33,10 +33,11 @@ def check_frame(
     "What is wrong with the frame as a whole, or with the columns that are asked for"
     if not isinstance(df, pd.DataFrame): raise TypeError(
         f"df is a {type(df).__name__}; expected a pandas DataFrame with a row for each step.")
-    has = df.columns
+    has,levels = df.columns,[o for o in df.index.names if o is not None]
     if not has.is_unique: raise ValueError(
         f"The data frame has columns of the same name: {list(has[has.duplicated()])}. Rename them.")
-    unknown = [c for c in dict.fromkeys(check_names('columns', columns)) if c not in has and (c is None or c not in df.index.names)]
+    known = {*has, *levels}
+    unknown = [c for c in dict.fromkeys(check_names('columns', columns)) if c not in known]
     if unknown: raise KeyError(
         f"The data frame has no column{'s' if len(unknown)>1 else ''} {', '.join(map(repr, unknown))}; it has {list(has)}.")
     if len(df)==0: raise ValueError("The data frame has no rows.")
@@ -92,7 +93,7 @@ def encode_column(
         f"y is {columns}: expected one column of labels. Join them to one, or train a model for each.")
     col = df[columns[0]]
     refuse_row(col.isna(), df, None, lambda i: f"has no label in column {columns[0]!r}. Fill or drop such rows.")
-    vocab = check_vocab(find_vocab([col]) if vocab is None else vocab)
+    vocab = check_vocab(find_vocab([col], f'Column {columns[0]!r}') if vocab is None else vocab)
     df = df.copy(deep=False)
     df[columns[0]] = encode(f'Column {columns[0]!r}', col, vocab)
     return df,vocab
@@ -124,7 +125,10 @@ def groups_of(
 
 def _number_groups(groups, n):
     "The number of the group of each row, and the names of the groups"
-    return (np.zeros(n, int),[None]) if groups is None else pd.factorize(groups)
+    if groups is None: return np.zeros(n, int),[None]
+    try: return pd.factorize(groups)
+    except TypeError as e: raise TypeError(
+        f"A group cannot be looked up by its name ({e}); expected strings, numbers or times as names of groups.") from None
 
 # %% ../../nbs/sequences/03_frames.ipynb #fefce3eb
 def rows_of_groups(
@@ -162,11 +166,12 @@ def group_sequences(
     """Take a data frame apart into one sequence for each group.
 
     x and y are `(time, channels)`, but y is `(time,)` if it is one column of classes.
-    What cannot be a sequence is refused with its group and row. `group` and `time` may be levels of the index"""
-    x,y,by = as_list(x),y if y is None else as_list(y),as_list(group)
+    What cannot be a sequence is refused with its group and row. Columns may be levels of the index"""
+    x,y,by,time = as_list(x),y if y is None else as_list(y),as_list(group),one_column(time)
     check_xy(x, ['none'] if y is None else y)
-    check_frame(df, [*x, *(y or []), *by, *as_list(time)])
-    index,df = df.index,with_levels(df, [*by, *as_list(time)])
+    columns = [*x, *(y or []), *by, *([] if time is None else [time])]
+    check_frame(df, columns)
+    index,df = df.index,with_levels(df, columns)
     groups = groups_of(df, by)
     xs,ys = real_values(df, x, groups),None if y is None else target_values(df, y, groups)
     parts = rows_of_groups(df, groups, time)

@@ -31,7 +31,8 @@ class _Lines:
         self.name,self.curves,self.labels,self.height = name,curves,labels,1.
 
     def draw(self, ax, j, time):
-        for values,style in self.curves: ax.plot(time, values[j,:len(time)], **style)
+        alone = dict(marker='.') if len(time)==1 else {} # a line needs two steps
+        for values,style in self.curves: ax.plot(time, values[j,:len(time)], **style, **alone)
 
     def describe(self, ax):
         ax.set_ylabel(self.name)
