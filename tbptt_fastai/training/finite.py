@@ -6,7 +6,7 @@
 __all__ = ['surely_finite', 'bad_states', 'channel_ranges', 'NotFinite', 'NotFiniteError', 'FiniteCB', 'carried_steps',
            'washed_out', 'warn_of_weights']
 
-# %% ../../nbs/training/13_finite.ipynb #08fa2fbc
+# %% ../../nbs/training/13_finite.ipynb #62359dc3
 import math, warnings
 from copy import copy
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from ..state.tree import batch_dims, state_leaves
 from .resets import StateResets
 from ..truncation.plan import check_steps
 
-# %% ../../nbs/training/13_finite.ipynb #3c7801bb
+# %% ../../nbs/training/13_finite.ipynb #5fe4c666
 def _values(o):
     "The numbers in a tensor, as reals"
     if o.is_sparse: o = o._values()
@@ -50,7 +50,7 @@ def surely_finite(
     if len(sums)==1: return math.isfinite(sums[0].item())
     return torch.stack([o.isfinite().to(sums[0].device) for o in sums]).all().item()
 
-# %% ../../nbs/training/13_finite.ipynb #890f8854
+# %% ../../nbs/training/13_finite.ipynb #60e04d0e
 def _is_bad(o):
     "Has a tensor a number that is not finite?"
     is_real = isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex())
@@ -68,14 +68,14 @@ def _tensors(nest):
     leaves = tree_leaves(nest)
     return [o for leaf in leaves for o in (_tensors(list(vars(leaf).values())) if isinstance(leaf, Distribution) else [leaf])]
 
-# %% ../../nbs/training/13_finite.ipynb #dfc3ea2e
+# %% ../../nbs/training/13_finite.ipynb #2e3b77e5
 def _bad_weights(model):
     "Names of the parameters, and running statistics, that are not finite"
     stats = [(f'{name}.{k}'.lstrip('.'), o) for name,m in model.named_modules() if isinstance(m, _NormBase)
         for k,o in m._buffers.items()]
     return [name for name,o in [*model.named_parameters(), *stats] if _is_bad(o)]
 
-# %% ../../nbs/training/13_finite.ipynb #d8aba795
+# %% ../../nbs/training/13_finite.ipynb #35e2394a
 def _bad_rows_of(state, batch_dim):
     "bool `(rows,)`: in which a state is not finite; `True`: in a part that has no rows"
     found = None
@@ -99,7 +99,7 @@ def bad_states(
         if rows is not None and np.any(rows): found[name] = rows
     return found
 
-# %% ../../nbs/training/13_finite.ipynb #f908ade6
+# %% ../../nbs/training/13_finite.ipynb #9a9175e9
 def _channel_values(o, time_dim, is_flat, timed):
     "The values of each channel, in turn"
     o = o.detach().as_subclass(Tensor).cpu()
@@ -133,7 +133,7 @@ def channel_ranges(
         found += [_range(f'{kind} {named[k]}' if named else f'{kind}{at}[{k}]', c) for k,c in enumerate(channels)]
     return found
 
-# %% ../../nbs/training/13_finite.ipynb #4b3f9862
+# %% ../../nbs/training/13_finite.ipynb #28fba9ce
 class NotFinite(NamedTuple):
     "Where a training has met NaN or inf"
     epoch:int # Number of the epoch
@@ -157,7 +157,7 @@ class NotFiniteError(FloatingPointError):
         super().__init__(message)
         self.report = report
 
-# %% ../../nbs/training/13_finite.ipynb #e4ddcef1
+# %% ../../nbs/training/13_finite.ipynb #1a4158e3
 _policies = 'stop','skip'
 
 class FiniteCB(Callback):
@@ -165,7 +165,7 @@ class FiniteCB(Callback):
 
     'stop' ends the fit with a report; 'skip' leaves the rest of the window out, and goes on from a state that is not harmed."""
     order,run_valid = 1001,False # after all others, TbpttCheckpoint (1000) too
-    _active = False # not in a search of the learning rate, where losses may become anything
+    _active,_resets = False,() # not in a search of the learning rate, where losses may become anything
     def __init__(self,
         policy:str='stop', # What to do: 'stop' or 'skip'
         limit:int=10, # Most windows that are skipped in a fit; of a stream, blocks
@@ -182,22 +182,32 @@ class FiniteCB(Callback):
 
     def before_fit(self):
         if self.learn.lock.locked(): return # an evaluation
-        self._active = not self.learn._grab_cbs(LRFinder)
-        if not self._active: return
-        self._reset_cb = first(self.learn._grab_cbs(StateResets))
-        self._check()
+        self._prepare()
         self.skipped = []
+        if self._active: self._check()
 
-    def before_train(self): self._begin_epoch()
+    def before_train(self): # TbpttCheckpoint has muted `before_fit`, if epochs before this one were done
+        self._prepare()
+        self._begin_epoch()
 
     def after_fit(self):
-        if not self.learn.lock.locked(): self._begin_epoch()
+        if self.learn.lock.locked(): return
+        self._begin_epoch()
+        self._resets = []
 
-# %% ../../nbs/training/13_finite.ipynb #07e348ea
+# %% ../../nbs/training/13_finite.ipynb #031ce0ca
+@patch
+def _prepare(self:FiniteCB):
+    self._active = not self.learn._grab_cbs(LRFinder)
+    self._resets = list(self.learn._grab_cbs(StateResets)) # a callback itself would be taken for a part of a checkpoint
+
+@patch(as_prop=True)
+def _reset_cb(self:FiniteCB): return self._resets[0]
+
 @patch
 def _check(self:FiniteCB):
     "Refuse what cannot be skipped"
-    if self._reset_cb is None: raise ValueError(
+    if not self._resets: raise ValueError(
         "FiniteCB looks after what a TbpttResetCB carries, but this learner has none: use TbpttLearner, or add TbpttResetCB() to it.")
     if self.policy=='stop': return
     if self.learn._grab_cbs(GradientAccumulation): raise ValueError(
@@ -210,12 +220,13 @@ def _check(self:FiniteCB):
     carry = Carry(self.learn.model)
     if carry.is_own and (self._has_no_end(view.flat, view.continuing)): check_rows(carry, "policy is 'skip', which has single rows start anew")
 
+# %% ../../nbs/training/13_finite.ipynb #9c13fe27
 @patch
 def _has_no_end(self:FiniteCB, flat, continuing):
     "Does a state go on from one batch to the next, so that there is no window whose rest could be left out?"
     return bool(flat or continuing)
 
-# %% ../../nbs/training/13_finite.ipynb #7666ab91
+# %% ../../nbs/training/13_finite.ipynb #f8592152
 def _keep_buffers(model, kept):
     "Each with its value; `kept` is from the step before"
     known = {id(o):(version, values) for _,_,o,version,values in kept}
@@ -224,17 +235,17 @@ def _keep_buffers(model, kept):
         for name,o in m._buffers.items():
             if o is None: continue
             version,values = known.get(id(o), (None, None))
-            if version!=o._version: values = o.detach().clone()
+            if version!=o._version or isinstance(m, _NormBase): values = o.detach().clone()
             found.append((m, name, o, o._version, values))
     return found
 
 @torch.no_grad()
 def _put_back_buffers(kept):
     for m,name,o,version,values in kept:
-        if o._version!=version: o.copy_(values)
+        if o._version!=version or isinstance(m, _NormBase): o.copy_(values)
         m._buffers[name] = o
 
-# %% ../../nbs/training/13_finite.ipynb #3bb5ed8a
+# %% ../../nbs/training/13_finite.ipynb #f93f9ab1
 @patch
 def before_batch(self:FiniteCB):
     if not self._active: return
@@ -256,7 +267,7 @@ def after_backward(self:FiniteCB):
     if not self._active or surely_finite(self._watched()): return
     self._found(self._report(not self._is_scaled))
 
-# %% ../../nbs/training/13_finite.ipynb #add9b4d0
+# %% ../../nbs/training/13_finite.ipynb #cc3c4c24
 @patch(as_prop=True)
 def _is_scaled(self:FiniteCB):
     "Are gradients scaled, and looked at by what scales them?"
@@ -277,7 +288,7 @@ def after_cancel_step(self:FiniteCB):
     if any(getattr(cb, 'skipped', False) for cb in self.learn._grab_cbs(MixedPrecision)):
         self._found(self._report(True), cancel=False) # fastai goes to the end of the step by itself
 
-# %% ../../nbs/training/13_finite.ipynb #fc5938b1
+# %% ../../nbs/training/13_finite.ipynb #f1648328
 @patch
 def _found(self:FiniteCB, report, cancel=True):
     if report is None: return # large numbers, but finite
@@ -296,7 +307,7 @@ def _found(self:FiniteCB, report, cancel=True):
 def _stop(self:FiniteCB, report, advice):
     raise NotFiniteError(f"{report} The weights are those before this step.{advice}", report)
 
-# %% ../../nbs/training/13_finite.ipynb #40f19894
+# %% ../../nbs/training/13_finite.ipynb #b9b6555d
 @patch
 def _skip(self:FiniteCB):
     "Go on where no harm was done"
@@ -332,7 +343,7 @@ def _fed_rows(self:FiniteCB):
         for o,timed in zip(tree_leaves(learn.xb), self._timed_inputs) if _is_bad(o)]
     return [(o&steps).any(1) if o.shape[1]>1 else o[:,0] for o in found]
 
-# %% ../../nbs/training/13_finite.ipynb #2a37e13a
+# %% ../../nbs/training/13_finite.ipynb #4013c3cd
 def carried_steps(
     segment:Segment, # A training step
     last:Segment, # That the carried states are at the end of
@@ -345,7 +356,7 @@ def carried_steps(
     ends = last.start+last.n
     return (seqs==last.seq[:,None])&(steps<ends[:,None])
 
-# %% ../../nbs/training/13_finite.ipynb #ed91fe65
+# %% ../../nbs/training/13_finite.ipynb #93ebc691
 def _steps_of(block):
     "Of each step in each row, its sequence and its number in it"
     parts = [_steps_of(o) for o in getattr(block, 'blocks', ())]
@@ -374,7 +385,7 @@ def washed_out(
 @patch
 def _wash_out(self:FiniteCB, segment): self.learn.dl.segment = washed_out(segment, self._restarted, self._reset_cb.view.n_skip)
 
-# %% ../../nbs/training/13_finite.ipynb #bd5f3a3a
+# %% ../../nbs/training/13_finite.ipynb #da90a8a1
 _weights = 'the weights before the step'
 
 def _and_others(names):
@@ -399,7 +410,7 @@ def _report(self:FiniteCB, with_gradients):
     if grads: places.append(f'the gradient of {_and_others(grads)}')
     return NotFinite(learn.epoch, learn.iter, self._n_windows-1, self._named_steps(), places, self._ranges())
 
-# %% ../../nbs/training/13_finite.ipynb #6fe1c794
+# %% ../../nbs/training/13_finite.ipynb #e54e8cbf
 def _shown(items, most=4): return ', '.join(map(str, items[:most]))+(', …' if len(items)>most else '')
 
 @patch
@@ -419,7 +430,7 @@ def _named_steps(self:FiniteCB):
     rows = [(names[r], segment.start[r], segment.start[r]+segment.n[r]) for r in np.flatnonzero(segment.n)]
     return 'sequences '+_shown([f'{name}[{start}:{stop}]' for name,start,stop in rows], 8)
 
-# %% ../../nbs/training/13_finite.ipynb #fdf79632
+# %% ../../nbs/training/13_finite.ipynb #ec218815
 @patch(as_prop=True)
 def _timed_inputs(self:FiniteCB):
     "Which of them have a time axis"
@@ -461,7 +472,7 @@ def _first_at(self:FiniteCB, o, timed):
     if hasattr(segment, 'seq'): return f'{whose}, step {_steps_of(segment)[1][row,step]}'
     return f'{whose}, step {step+(segment.sub_window.start or 0)}'
 
-# %% ../../nbs/training/13_finite.ipynb #3a7443ed
+# %% ../../nbs/training/13_finite.ipynb #1ddd30ab
 @patch
 def _ranges(self:FiniteCB):
     learn,view,segment = self.learn,self._reset_cb.view,self._reset_cb.segment
@@ -472,7 +483,7 @@ def _ranges(self:FiniteCB):
     return [*channel_ranges(xs, 'input', names[0], view.time_dim, timed=self._timed_inputs),
         *channel_ranges(ys, 'target', names[1], view.time_dim, segment.flat, timed)]
 
-# %% ../../nbs/training/13_finite.ipynb #40c6fa59
+# %% ../../nbs/training/13_finite.ipynb #10d6ea1f
 def warn_of_weights(
     learn, # Learner at the end of the training part of an epoch
 ):
