@@ -12,12 +12,14 @@ from fastai.torch_core import set_seed
 from torch import nn
 from helpers import adam, fit, fit_own_lr, sgd
 from reference import stream_by_hand
-from tbptt_fastai.learner import RNNLearner
+from test_graphs import TapeGraph
+from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.loaders.layout import Block, BlockRun
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.models.memories import LRU
+from tbptt_fastai.speed.graphs import CudaGraphCB
 from tbptt_fastai.sequences.windows import Sequences
 from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.training.callback import TbpttResetCB
@@ -124,6 +126,24 @@ def test_a_training_that_is_finite_stays_what_it_is_bit_by_bit():
     for o in (b, c):
         assert_same(a.model, o.model, 0)
         assert torch.equal(torch.stack(a.recorder.losses), torch.stack(o.recorder.losses)) and a.recorder.values==o.recorder.values
+
+class OnTape(CudaGraphCB):
+    "Replays what was recorded on the CPU"
+    graph = TapeGraph
+
+@pytest.mark.parametrize('graphs', [False, True])
+@pytest.mark.parametrize('k', range(3))
+def test_a_learner_of_the_library_and_steps_that_are_replayed(k, graphs):
+    x,y = data()
+    bad = x.clone()
+    bad[13,SUBS[k][0]] = NAN # the last batch: there are graphs by then
+    expected,losses = by_hand(net(), x, y, {3: k})
+    tape = OnTape()
+    learn = TbpttLearner(window_dls(bad, y), net(), sub_seq_len=SUB, loss_func=nn.MSELoss(), opt_func=adam, lr=1e-2, num_threads=1,
+        cbs=[FiniteCB('skip'), *([tape] if graphs else [])])
+    quiet(fit_own_lr, learn, 2)
+    assert_same(learn.model, expected)
+    assert len(learn.recorder.losses)==len(losses) and (tape.n_replayed>10)==graphs
 
 class Evaluate(Callback):
     "In the middle of a training"
@@ -247,6 +267,32 @@ def test_rows_of_a_stream_start_anew_and_the_others_go_on(bad, value, rnn, n_ski
     assert_same(learn.model, expected)
     assert len(cb.skipped)>=2 and all(f"'s{bad[0][0]}'" in o or len(bad)>1 for o in cb.skipped)
 
+@pytest.mark.parametrize('seed', range(8))
+def test_any_places_in_a_stream(seed):
+    rng = np.random.default_rng(seed)
+    xs,ys = sequences()
+    broken = [o.clone() for o in xs]
+    bad = [(i, int(rng.integers(LENGTHS[i]))) for i in rng.integers(len(LENGTHS), size=rng.integers(1, 6))]
+    for i,t in bad: broken[i][t,rng.integers(2)] = (NAN, INF, -INF)[rng.integers(3)]
+    bs = int(rng.integers(1, 6))
+    expected,sizes = stream_loop(net(), xs, ys, bad, bs=bs)
+    learn = learner(stream_dls(broken, ys, bs=bs), net(), FiniteCB('skip', limit=50), 20)
+    quiet(fit_own_lr, learn, 2)
+    assert_same(learn.model, expected)
+    assert len(learn.recorder.losses)==len(sizes)
+
+def test_what_a_state_becomes_on_padding_is_no_fault():
+    class Logs(nn.Module):
+        "A sum of logarithms, which is infinite on padding"
+        def __init__(self): super().__init__(); self.b = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        def initial_state(self, bs, device, dtype): return torch.zeros(bs, 1, device=device, dtype=dtype)
+        def forward(self, x, state):
+            out = state[:,None]+x.abs().log().sum(-1, keepdim=True).cumsum(1)
+            return out*.01+self.b,out[:,-1]
+    xs,ys = sequences()
+    learn = fit_own_lr(learner(stream_dls(xs, ys), StatefulRNN(Logs()), FiniteCB(), 20, check=False), 1)
+    assert learn.model.rnn.b.abs().item()>0
+
 def test_a_bad_target_costs_a_stream_one_step_and_no_state():
     xs,ys = sequences()
     broken = [o.clone() for o in ys]
@@ -270,13 +316,44 @@ class Resetting(nn.Module):
     def reset(self): self.model[0].reset()
     def forward(self, x): return self.model(x)
 
-def test_a_stream_with_an_overlap():
+def overlap_loop(model, xs, ys, bad, bs=3):
+    "Every block, backpropagation over it and the one before, from the state at the start of that; rows by themselves"
+    rnn,head,opt,n_steps = model[0].rnn,model[1],torch.optim.Adam(model.parameters(), lr=1e-2),0
+    steps = stream_by_hand(LENGTHS, bs, 20, range(len(LENGTHS)))
+    states = [None]*bs
+    for j in range(len(steps)):
+        preds,targets,is_bad,kept = [],[],False,[None]*bs
+        for row in range(bs):
+            state = states[row]
+            for k in range(max(j-1, 0), j+1):
+                if k==j: kept[row] = None if state is None else state.detach()
+                if steps[k][row] is None: continue
+                i,a,b = steps[k][row]
+                out,state = rnn(xs[i][None,a:b], None if a==0 else state)
+                has_bad = any(i==s and a<=t<b for s,t in bad)
+                is_bad = is_bad or has_bad
+                if has_bad: state = None # what comes after it in this step is not trained on
+                if k==j:
+                    preds.append(head(out)[0])
+                    targets.append(ys[i][a:b])
+        states = kept
+        if is_bad: continue
+        n,n_steps = sum(map(len, targets)),n_steps+1
+        (nn.functional.mse_loss(torch.cat(preds), torch.cat(targets))*(n/(bs*20))).backward()
+        opt.step()
+        opt.zero_grad()
+    return model,n_steps
+
+@pytest.mark.parametrize('value', [NAN, INF])
+@pytest.mark.parametrize('bad', [*PLANTED.values(), [(1, 20)], [(1, 39), (0, 3)]], ids=str)
+def test_a_stream_with_an_overlap(bad, value):
     xs,ys = sequences()
     broken = [o.clone() for o in xs]
-    broken[1][105] = NAN
-    learn = quiet(fit_own_lr, learner(stream_dls(broken, ys), net(), cb := FiniteCB('skip', limit=99), Overlap(20, 40)), 1)
-    assert len(cb.skipped)==2 # in the two updates that see it
-    assert all(p.isfinite().all() for p in learn.model.parameters())
+    for i,t in bad: broken[i][t,1] = value
+    expected,n_steps = overlap_loop(net(), xs, ys, bad)
+    learn = quiet(fit_own_lr, learner(stream_dls(broken, ys), net(), FiniteCB('skip', limit=99), Overlap(20, 40)), 1)
+    assert len(learn.recorder.losses)==n_steps
+    assert_same(learn.model, expected)
 
 def test_a_washout_is_counted_from_where_a_row_began_anew():
     block = Block(np.array([0, 3, -1]), np.array([20, 40, 0]), np.array([4, 3, 0]), most=8)

@@ -6,7 +6,7 @@
 __all__ = ['surely_finite', 'bad_states', 'channel_ranges', 'NotFinite', 'NotFiniteError', 'FiniteCB', 'carried_steps',
            'washed_out', 'warn_of_weights']
 
-# %% ../../nbs/training/13_finite.ipynb #62359dc3
+# %% ../../nbs/training/13_finite.ipynb #b763b51b
 import math, warnings
 from copy import copy
 from typing import NamedTuple
@@ -29,9 +29,10 @@ from ..state.tree import batch_dims, state_leaves
 from .resets import StateResets
 from ..truncation.plan import check_steps
 
-# %% ../../nbs/training/13_finite.ipynb #5fe4c666
+# %% ../../nbs/training/13_finite.ipynb #92c04683
 def _values(o):
     "The numbers in a tensor, as reals"
+    if type(o) is not Tensor: o = o.as_subclass(Tensor) # types of fastai are slow
     if o.is_sparse: o = o._values()
     return torch.view_as_real(o) if o.is_complex() else o
 
@@ -50,7 +51,7 @@ def surely_finite(
     if len(sums)==1: return math.isfinite(sums[0].item())
     return torch.stack([o.isfinite().to(sums[0].device) for o in sums]).all().item()
 
-# %% ../../nbs/training/13_finite.ipynb #60e04d0e
+# %% ../../nbs/training/13_finite.ipynb #c1527cbc
 def _is_bad(o):
     "Has a tensor a number that is not finite?"
     is_real = isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex())
@@ -68,14 +69,14 @@ def _tensors(nest):
     leaves = tree_leaves(nest)
     return [o for leaf in leaves for o in (_tensors(list(vars(leaf).values())) if isinstance(leaf, Distribution) else [leaf])]
 
-# %% ../../nbs/training/13_finite.ipynb #2e3b77e5
+# %% ../../nbs/training/13_finite.ipynb #f9bfb716
 def _bad_weights(model):
     "Names of the parameters, and running statistics, that are not finite"
     stats = [(f'{name}.{k}'.lstrip('.'), o) for name,m in model.named_modules() if isinstance(m, _NormBase)
         for k,o in m._buffers.items()]
     return [name for name,o in [*model.named_parameters(), *stats] if _is_bad(o)]
 
-# %% ../../nbs/training/13_finite.ipynb #35e2394a
+# %% ../../nbs/training/13_finite.ipynb #b3477ab8
 def _bad_rows_of(state, batch_dim):
     "bool `(rows,)`: in which a state is not finite; `True`: in a part that has no rows"
     found = None
@@ -99,7 +100,7 @@ def bad_states(
         if rows is not None and np.any(rows): found[name] = rows
     return found
 
-# %% ../../nbs/training/13_finite.ipynb #9a9175e9
+# %% ../../nbs/training/13_finite.ipynb #478429d1
 def _channel_values(o, time_dim, is_flat, timed):
     "The values of each channel, in turn"
     o = o.detach().as_subclass(Tensor).cpu()
@@ -133,7 +134,7 @@ def channel_ranges(
         found += [_range(f'{kind} {named[k]}' if named else f'{kind}{at}[{k}]', c) for k,c in enumerate(channels)]
     return found
 
-# %% ../../nbs/training/13_finite.ipynb #28fba9ce
+# %% ../../nbs/training/13_finite.ipynb #c5f4b9a7
 class NotFinite(NamedTuple):
     "Where a training has met NaN or inf"
     epoch:int # Number of the epoch
@@ -157,7 +158,7 @@ class NotFiniteError(FloatingPointError):
         super().__init__(message)
         self.report = report
 
-# %% ../../nbs/training/13_finite.ipynb #1a4158e3
+# %% ../../nbs/training/13_finite.ipynb #bf507932
 _policies = 'stop','skip'
 
 class FiniteCB(Callback):
@@ -195,7 +196,7 @@ class FiniteCB(Callback):
         self._begin_epoch()
         self._resets = []
 
-# %% ../../nbs/training/13_finite.ipynb #031ce0ca
+# %% ../../nbs/training/13_finite.ipynb #cb75a7a5
 @patch
 def _prepare(self:FiniteCB):
     self._active = not self.learn._grab_cbs(LRFinder)
@@ -220,13 +221,13 @@ def _check(self:FiniteCB):
     carry = Carry(self.learn.model)
     if carry.is_own and (self._has_no_end(view.flat, view.continuing)): check_rows(carry, "policy is 'skip', which has single rows start anew")
 
-# %% ../../nbs/training/13_finite.ipynb #9c13fe27
+# %% ../../nbs/training/13_finite.ipynb #0da7c2c7
 @patch
 def _has_no_end(self:FiniteCB, flat, continuing):
     "Does a state go on from one batch to the next, so that there is no window whose rest could be left out?"
     return bool(flat or continuing)
 
-# %% ../../nbs/training/13_finite.ipynb #f8592152
+# %% ../../nbs/training/13_finite.ipynb #e1abfb5a
 def _keep_buffers(model, kept):
     "Each with its value; `kept` is from the step before"
     known = {id(o):(version, values) for _,_,o,version,values in kept}
@@ -245,7 +246,7 @@ def _put_back_buffers(kept):
         if o._version!=version or isinstance(m, _NormBase): o.copy_(values)
         m._buffers[name] = o
 
-# %% ../../nbs/training/13_finite.ipynb #f93f9ab1
+# %% ../../nbs/training/13_finite.ipynb #90d0312a
 @patch
 def before_batch(self:FiniteCB):
     if not self._active: return
@@ -267,7 +268,7 @@ def after_backward(self:FiniteCB):
     if not self._active or surely_finite(self._watched()): return
     self._found(self._report(not self._is_scaled))
 
-# %% ../../nbs/training/13_finite.ipynb #cc3c4c24
+# %% ../../nbs/training/13_finite.ipynb #56bcdea2
 @patch(as_prop=True)
 def _is_scaled(self:FiniteCB):
     "Are gradients scaled, and looked at by what scales them?"
@@ -288,7 +289,7 @@ def after_cancel_step(self:FiniteCB):
     if any(getattr(cb, 'skipped', False) for cb in self.learn._grab_cbs(MixedPrecision)):
         self._found(self._report(True), cancel=False) # fastai goes to the end of the step by itself
 
-# %% ../../nbs/training/13_finite.ipynb #f1648328
+# %% ../../nbs/training/13_finite.ipynb #495b02c5
 @patch
 def _found(self:FiniteCB, report, cancel=True):
     if report is None: return # large numbers, but finite
@@ -307,7 +308,7 @@ def _found(self:FiniteCB, report, cancel=True):
 def _stop(self:FiniteCB, report, advice):
     raise NotFiniteError(f"{report} The weights are those before this step.{advice}", report)
 
-# %% ../../nbs/training/13_finite.ipynb #b9b6555d
+# %% ../../nbs/training/13_finite.ipynb #cb93d40e
 @patch
 def _skip(self:FiniteCB):
     "Go on where no harm was done"
@@ -324,6 +325,7 @@ def _restart_rows(self:FiniteCB):
     "Rows whose state is not finite, or was made of inputs that are not, start anew"
     reset,owner = self._reset_cb,self._reset_cb.owner
     last = owner.seen
+    if last is None: return # all begin with the next step
     found = [*bad_states(owner, last).values(), *self._fed_rows()]
     if not any(map(np.any, found)): return
     is_all = any(o is True for o in found)
@@ -343,7 +345,7 @@ def _fed_rows(self:FiniteCB):
         for o,timed in zip(tree_leaves(learn.xb), self._timed_inputs) if _is_bad(o)]
     return [(o&steps).any(1) if o.shape[1]>1 else o[:,0] for o in found]
 
-# %% ../../nbs/training/13_finite.ipynb #4013c3cd
+# %% ../../nbs/training/13_finite.ipynb #dd5dcd6c
 def carried_steps(
     segment:Segment, # A training step
     last:Segment, # That the carried states are at the end of
@@ -356,7 +358,7 @@ def carried_steps(
     ends = last.start+last.n
     return (seqs==last.seq[:,None])&(steps<ends[:,None])
 
-# %% ../../nbs/training/13_finite.ipynb #93ebc691
+# %% ../../nbs/training/13_finite.ipynb #13912434
 def _steps_of(block):
     "Of each step in each row, its sequence and its number in it"
     parts = [_steps_of(o) for o in getattr(block, 'blocks', ())]
@@ -385,7 +387,7 @@ def washed_out(
 @patch
 def _wash_out(self:FiniteCB, segment): self.learn.dl.segment = washed_out(segment, self._restarted, self._reset_cb.view.n_skip)
 
-# %% ../../nbs/training/13_finite.ipynb #da90a8a1
+# %% ../../nbs/training/13_finite.ipynb #e1c6962b
 _weights = 'the weights before the step'
 
 def _and_others(names):
@@ -410,7 +412,7 @@ def _report(self:FiniteCB, with_gradients):
     if grads: places.append(f'the gradient of {_and_others(grads)}')
     return NotFinite(learn.epoch, learn.iter, self._n_windows-1, self._named_steps(), places, self._ranges())
 
-# %% ../../nbs/training/13_finite.ipynb #e54e8cbf
+# %% ../../nbs/training/13_finite.ipynb #75e059c4
 def _shown(items, most=4): return ', '.join(map(str, items[:most]))+(', …' if len(items)>most else '')
 
 @patch
@@ -430,7 +432,7 @@ def _named_steps(self:FiniteCB):
     rows = [(names[r], segment.start[r], segment.start[r]+segment.n[r]) for r in np.flatnonzero(segment.n)]
     return 'sequences '+_shown([f'{name}[{start}:{stop}]' for name,start,stop in rows], 8)
 
-# %% ../../nbs/training/13_finite.ipynb #ec218815
+# %% ../../nbs/training/13_finite.ipynb #ebb8bbaf
 @patch(as_prop=True)
 def _timed_inputs(self:FiniteCB):
     "Which of them have a time axis"
@@ -472,7 +474,7 @@ def _first_at(self:FiniteCB, o, timed):
     if hasattr(segment, 'seq'): return f'{whose}, step {_steps_of(segment)[1][row,step]}'
     return f'{whose}, step {step+(segment.sub_window.start or 0)}'
 
-# %% ../../nbs/training/13_finite.ipynb #1ddd30ab
+# %% ../../nbs/training/13_finite.ipynb #972b9f10
 @patch
 def _ranges(self:FiniteCB):
     learn,view,segment = self.learn,self._reset_cb.view,self._reset_cb.segment
@@ -483,7 +485,7 @@ def _ranges(self:FiniteCB):
     return [*channel_ranges(xs, 'input', names[0], view.time_dim, timed=self._timed_inputs),
         *channel_ranges(ys, 'target', names[1], view.time_dim, segment.flat, timed)]
 
-# %% ../../nbs/training/13_finite.ipynb #10d6ea1f
+# %% ../../nbs/training/13_finite.ipynb #fb78b260
 def warn_of_weights(
     learn, # Learner at the end of the training part of an epoch
 ):
