@@ -6,7 +6,7 @@
 __all__ = ['surely_finite', 'bad_states', 'channel_ranges', 'NotFinite', 'NotFiniteError', 'FiniteCB', 'carried_steps',
            'washed_out', 'warn_of_weights']
 
-# %% ../../nbs/training/13_finite.ipynb #b763b51b
+# %% ../../nbs/training/13_finite.ipynb #84714581
 import math, warnings
 from copy import copy
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from ..state.tree import batch_dims, state_leaves
 from .resets import StateResets
 from ..truncation.plan import check_steps
 
-# %% ../../nbs/training/13_finite.ipynb #92c04683
+# %% ../../nbs/training/13_finite.ipynb #a4a12c73
 def _values(o):
     "The numbers in a tensor, as reals"
     if type(o) is not Tensor: o = o.as_subclass(Tensor) # types of fastai are slow
@@ -51,7 +51,7 @@ def surely_finite(
     if len(sums)==1: return math.isfinite(sums[0].item())
     return torch.stack([o.isfinite().to(sums[0].device) for o in sums]).all().item()
 
-# %% ../../nbs/training/13_finite.ipynb #c1527cbc
+# %% ../../nbs/training/13_finite.ipynb #91d9baa7
 def _is_bad(o):
     "Has a tensor a number that is not finite?"
     is_real = isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex())
@@ -69,14 +69,14 @@ def _tensors(nest):
     leaves = tree_leaves(nest)
     return [o for leaf in leaves for o in (_tensors(list(vars(leaf).values())) if isinstance(leaf, Distribution) else [leaf])]
 
-# %% ../../nbs/training/13_finite.ipynb #f9bfb716
+# %% ../../nbs/training/13_finite.ipynb #62ba4d4f
 def _bad_weights(model):
     "Names of the parameters, and running statistics, that are not finite"
     stats = [(f'{name}.{k}'.lstrip('.'), o) for name,m in model.named_modules() if isinstance(m, _NormBase)
         for k,o in m._buffers.items()]
     return [name for name,o in [*model.named_parameters(), *stats] if _is_bad(o)]
 
-# %% ../../nbs/training/13_finite.ipynb #b3477ab8
+# %% ../../nbs/training/13_finite.ipynb #d5c0e39c
 def _bad_rows_of(state, batch_dim):
     "bool `(rows,)`: in which a state is not finite; `True`: in a part that has no rows"
     found = None
@@ -100,7 +100,7 @@ def bad_states(
         if rows is not None and np.any(rows): found[name] = rows
     return found
 
-# %% ../../nbs/training/13_finite.ipynb #478429d1
+# %% ../../nbs/training/13_finite.ipynb #672d5ff0
 def _channel_values(o, time_dim, is_flat, timed):
     "The values of each channel, in turn"
     o = o.detach().as_subclass(Tensor).cpu()
@@ -134,7 +134,7 @@ def channel_ranges(
         found += [_range(f'{kind} {named[k]}' if named else f'{kind}{at}[{k}]', c) for k,c in enumerate(channels)]
     return found
 
-# %% ../../nbs/training/13_finite.ipynb #c5f4b9a7
+# %% ../../nbs/training/13_finite.ipynb #360ffa61
 class NotFinite(NamedTuple):
     "Where a training has met NaN or inf"
     epoch:int # Number of the epoch
@@ -158,7 +158,7 @@ class NotFiniteError(FloatingPointError):
         super().__init__(message)
         self.report = report
 
-# %% ../../nbs/training/13_finite.ipynb #bf507932
+# %% ../../nbs/training/13_finite.ipynb #ee9047b5
 _policies = 'stop','skip'
 
 class FiniteCB(Callback):
@@ -166,7 +166,9 @@ class FiniteCB(Callback):
 
     'stop' ends the fit with a report; 'skip' leaves the rest of the window out, and goes on from a state that is not harmed."""
     order,run_valid = 1001,False # after all others, TbpttCheckpoint (1000) too
-    _active,_resets = False,() # not in a search of the learning rate, where losses may become anything
+    tells_not_finite = True # a learner has no need to, see `warn_of_weights`
+    _resets,_parts = (),None
+    _active = False # not in a search of the learning rate, where losses may become anything
     def __init__(self,
         policy:str='stop', # What to do: 'stop' or 'skip'
         limit:int=10, # Most windows that are skipped in a fit; of a stream, blocks
@@ -194,17 +196,26 @@ class FiniteCB(Callback):
     def after_fit(self):
         if self.learn.lock.locked(): return
         self._begin_epoch()
-        self._resets = []
+        self._resets,self._parts = [],None
 
-# %% ../../nbs/training/13_finite.ipynb #cb75a7a5
+# %% ../../nbs/training/13_finite.ipynb #42990e33
+class _Parts:
+    "What is looked for once in an epoch"
+    def __init__(self, learn):
+        self.params = list(learn.model.parameters())
+        self.buffers = [(m, name) for m in learn.model.modules() for name in m._buffers]
+        self.scales = bool(learn._grab_cbs(NonNativeMixedPrecision))
+
 @patch
 def _prepare(self:FiniteCB):
     self._active = not self.learn._grab_cbs(LRFinder)
     self._resets = list(self.learn._grab_cbs(StateResets)) # a callback itself would be taken for a part of a checkpoint
+    self._parts = _Parts(self.learn)
 
 @patch(as_prop=True)
 def _reset_cb(self:FiniteCB): return self._resets[0]
 
+# %% ../../nbs/training/13_finite.ipynb #2f08efb4
 @patch
 def _check(self:FiniteCB):
     "Refuse what cannot be skipped"
@@ -221,23 +232,23 @@ def _check(self:FiniteCB):
     carry = Carry(self.learn.model)
     if carry.is_own and (self._has_no_end(view.flat, view.continuing)): check_rows(carry, "policy is 'skip', which has single rows start anew")
 
-# %% ../../nbs/training/13_finite.ipynb #0da7c2c7
+# %% ../../nbs/training/13_finite.ipynb #5a7c8ee7
 @patch
 def _has_no_end(self:FiniteCB, flat, continuing):
     "Does a state go on from one batch to the next, so that there is no window whose rest could be left out?"
     return bool(flat or continuing)
 
-# %% ../../nbs/training/13_finite.ipynb #e1abfb5a
-def _keep_buffers(model, kept):
+# %% ../../nbs/training/13_finite.ipynb #3fbf0518
+def _keep_buffers(places, kept):
     "Each with its value; `kept` is from the step before"
     known = {id(o):(version, values) for _,_,o,version,values in kept}
     found = []
-    for m in model.modules():
-        for name,o in m._buffers.items():
-            if o is None: continue
-            version,values = known.get(id(o), (None, None))
-            if version!=o._version or isinstance(m, _NormBase): values = o.detach().clone()
-            found.append((m, name, o, o._version, values))
+    for m,name in places:
+        o = m._buffers.get(name)
+        if o is None: continue
+        version,values = known.get(id(o), (None, None))
+        if version!=o._version or isinstance(m, _NormBase): values = o.detach().clone()
+        found.append((m, name, o, o._version, values))
     return found
 
 @torch.no_grad()
@@ -246,7 +257,7 @@ def _put_back_buffers(kept):
         if o._version!=version or isinstance(m, _NormBase): o.copy_(values)
         m._buffers[name] = o
 
-# %% ../../nbs/training/13_finite.ipynb #90d0312a
+# %% ../../nbs/training/13_finite.ipynb #7a3fac5f
 @patch
 def before_batch(self:FiniteCB):
     if not self._active: return
@@ -254,7 +265,7 @@ def before_batch(self:FiniteCB):
     if segment.window is None or segment.is_first: self._n_windows,self._rest = self._n_windows+1+segment.n_before,False
     if self._rest: self._leave_out()
     if self._restarted: self._wash_out(segment)
-    self._values_before = _keep_buffers(self.learn.model, self._values_before)
+    self._values_before = _keep_buffers(self._parts.buffers, self._values_before)
 
 @patch
 def _leave_out(self:FiniteCB):
@@ -268,19 +279,19 @@ def after_backward(self:FiniteCB):
     if not self._active or surely_finite(self._watched()): return
     self._found(self._report(not self._is_scaled))
 
-# %% ../../nbs/training/13_finite.ipynb #56bcdea2
+# %% ../../nbs/training/13_finite.ipynb #455a9a1f
 @patch(as_prop=True)
 def _is_scaled(self:FiniteCB):
     "Are gradients scaled, and looked at by what scales them?"
-    scaler = getattr(self.learn, 'scaler', None)
-    return bool(scaler is not None and scaler.is_enabled() or self.learn._grab_cbs(NonNativeMixedPrecision))
+    scaler = vars(self.learn).get('scaler')
+    return bool(scaler is not None and scaler.is_enabled() or self._parts.scales)
 
 @patch
 def _watched(self:FiniteCB):
     learn = self.learn
     states = [t for state in self._reset_cb.owner.states.values() for t in state_leaves(state)]
     found = [learn.loss, *(t for t in states if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()))]
-    return found if self._is_scaled else found+[p.grad for p in learn.model.parameters() if p.grad is not None]
+    return found if self._is_scaled else found+[g for p in self._parts.params if (g := p.grad) is not None]
 
 @patch
 def after_cancel_step(self:FiniteCB):
@@ -289,7 +300,7 @@ def after_cancel_step(self:FiniteCB):
     if any(getattr(cb, 'skipped', False) for cb in self.learn._grab_cbs(MixedPrecision)):
         self._found(self._report(True), cancel=False) # fastai goes to the end of the step by itself
 
-# %% ../../nbs/training/13_finite.ipynb #495b02c5
+# %% ../../nbs/training/13_finite.ipynb #7e12485a
 @patch
 def _found(self:FiniteCB, report, cancel=True):
     if report is None: return # large numbers, but finite
@@ -308,7 +319,7 @@ def _found(self:FiniteCB, report, cancel=True):
 def _stop(self:FiniteCB, report, advice):
     raise NotFiniteError(f"{report} The weights are those before this step.{advice}", report)
 
-# %% ../../nbs/training/13_finite.ipynb #cb93d40e
+# %% ../../nbs/training/13_finite.ipynb #d6c77afc
 @patch
 def _skip(self:FiniteCB):
     "Go on where no harm was done"
@@ -345,7 +356,7 @@ def _fed_rows(self:FiniteCB):
         for o,timed in zip(tree_leaves(learn.xb), self._timed_inputs) if _is_bad(o)]
     return [(o&steps).any(1) if o.shape[1]>1 else o[:,0] for o in found]
 
-# %% ../../nbs/training/13_finite.ipynb #dd5dcd6c
+# %% ../../nbs/training/13_finite.ipynb #83065b11
 def carried_steps(
     segment:Segment, # A training step
     last:Segment, # That the carried states are at the end of
@@ -358,7 +369,7 @@ def carried_steps(
     ends = last.start+last.n
     return (seqs==last.seq[:,None])&(steps<ends[:,None])
 
-# %% ../../nbs/training/13_finite.ipynb #13912434
+# %% ../../nbs/training/13_finite.ipynb #60f2d397
 def _steps_of(block):
     "Of each step in each row, its sequence and its number in it"
     parts = [_steps_of(o) for o in getattr(block, 'blocks', ())]
@@ -387,7 +398,7 @@ def washed_out(
 @patch
 def _wash_out(self:FiniteCB, segment): self.learn.dl.segment = washed_out(segment, self._restarted, self._reset_cb.view.n_skip)
 
-# %% ../../nbs/training/13_finite.ipynb #e1c6962b
+# %% ../../nbs/training/13_finite.ipynb #e3613b45
 _weights = 'the weights before the step'
 
 def _and_others(names):
@@ -412,7 +423,7 @@ def _report(self:FiniteCB, with_gradients):
     if grads: places.append(f'the gradient of {_and_others(grads)}')
     return NotFinite(learn.epoch, learn.iter, self._n_windows-1, self._named_steps(), places, self._ranges())
 
-# %% ../../nbs/training/13_finite.ipynb #75e059c4
+# %% ../../nbs/training/13_finite.ipynb #b9bf2983
 def _shown(items, most=4): return ', '.join(map(str, items[:most]))+(', …' if len(items)>most else '')
 
 @patch
@@ -432,7 +443,7 @@ def _named_steps(self:FiniteCB):
     rows = [(names[r], segment.start[r], segment.start[r]+segment.n[r]) for r in np.flatnonzero(segment.n)]
     return 'sequences '+_shown([f'{name}[{start}:{stop}]' for name,start,stop in rows], 8)
 
-# %% ../../nbs/training/13_finite.ipynb #ebb8bbaf
+# %% ../../nbs/training/13_finite.ipynb #d4ab177f
 @patch(as_prop=True)
 def _timed_inputs(self:FiniteCB):
     "Which of them have a time axis"
@@ -474,7 +485,7 @@ def _first_at(self:FiniteCB, o, timed):
     if hasattr(segment, 'seq'): return f'{whose}, step {_steps_of(segment)[1][row,step]}'
     return f'{whose}, step {step+(segment.sub_window.start or 0)}'
 
-# %% ../../nbs/training/13_finite.ipynb #972b9f10
+# %% ../../nbs/training/13_finite.ipynb #20276589
 @patch
 def _ranges(self:FiniteCB):
     learn,view,segment = self.learn,self._reset_cb.view,self._reset_cb.segment
@@ -485,12 +496,12 @@ def _ranges(self:FiniteCB):
     return [*channel_ranges(xs, 'input', names[0], view.time_dim, timed=self._timed_inputs),
         *channel_ranges(ys, 'target', names[1], view.time_dim, segment.flat, timed)]
 
-# %% ../../nbs/training/13_finite.ipynb #fb78b260
+# %% ../../nbs/training/13_finite.ipynb #d583c021
 def warn_of_weights(
     learn, # Learner at the end of the training part of an epoch
 ):
-    "A warning if weights are not finite, unless a `FiniteCB` says so"
-    if learn._grab_cbs((LRFinder,FiniteCB)): return
+    "A warning if weights are not finite, unless a callback such as `FiniteCB` says so; a search of the learning rate may end there"
+    if any(isinstance(cb, LRFinder) or getattr(type(cb), 'tells_not_finite', False) for cb in learn.cbs): return
     params = list(learn.model.parameters())
     if not params or surely_finite(params): return
     found = [name for name,p in get_model(learn.model).named_parameters() if _is_bad(p)]
