@@ -17,14 +17,13 @@ from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.loaders.layout import Block, BlockRun
 from tbptt_fastai.loaders.streams import StreamDL
-from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.models.memories import LRU
 from tbptt_fastai.speed.graphs import CudaGraphCB
 from tbptt_fastai.sequences.windows import Sequences
 from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.checkpoint import TbpttCheckpoint
-from tbptt_fastai.training.finite import FiniteCB, NotFiniteError, channel_ranges, surely_finite, washed_out
+from tbptt_fastai.training.finite import FiniteCB, NotFiniteError, channel_ranges, carried_steps, surely_finite, washed_out
 from tbptt_fastai.truncation.plan import SubWindow
 from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
 
@@ -366,7 +365,24 @@ def test_a_washout_is_counted_from_where_a_row_began_anew():
     run = BlockRun(two, SubWindow(0, 2, 0, 1.), 4)
     assert washed_out(run, {0: (3, 40)}, 6).counts.tolist()==[[False]*6+[True]*2]
 
-class Chunks(TbpttDL): "Windows that continue each other"
+def test_states_have_been_through_these_steps():
+    a,b = (Block(np.array(seq), np.array(start), np.array([4, 4])) for seq,start in (([0, 3], [4, 8]), ([0, 5], [8, 0])))
+    assert carried_steps(a, a).all()
+    run = BlockRun([a, b], SubWindow(0, 2, 1, 1., 1), 4) # the next one begins with b
+    assert carried_steps(run, a).tolist()==[[True]*4+[False]*4]*2
+    assert carried_steps(run, b).tolist()==[[True]*8, [False]*4+[True]*4] # another sequence
+
+class SeesStates(Callback):
+    order = 2000
+    def after_batch(self):
+        reset = self.learn.tbptt_reset_cb
+        if self.training: assert all(o.isfinite().all() for o in reset.owner.states.values())
+
+def test_no_state_that_is_not_finite_outlives_its_step():
+    x,y = data()
+    x[5,13] = NAN
+    learn = quiet(fit_own_lr, learner(window_dls(x, y), net(), [FiniteCB('skip'), SeesStates()]), 1)
+    assert len(learn.recorder.losses)==10
 
 def test_batches_that_continue_each_other():
     x,y = data()
@@ -695,6 +711,8 @@ def test_a_search_of_the_learning_rate_may_diverge():
     learn = RNNLearner(dls, hidden_size=4, num_threads=1, loss_func=nn.MSELoss(), opt_func=sgd, cbs=[FiniteCB('skip', limit=0)])
     with learn.no_bar(): learn.lr_find(end_lr=1e30, stop_div=False, num_it=40, show_plot=False)
     fit(learn, 1, 1e-3)
+    learn = RNNLearner(dls, hidden_size=4, num_threads=1, loss_func=nn.MSELoss(), opt_func=sgd)
+    with learn.no_bar(): learn.lr_find(end_lr=1e30, stop_div=False, num_it=40, show_plot=False) # no warning, which would be an error
 
 def test_accumulated_gradients_are_refused_or_looked_at():
     x,y = data()
@@ -777,7 +795,8 @@ def test_a_training_that_was_killed_goes_on_with_what_was_left_out(tmp_path, n, 
                 cbs=[TbpttResetCB(SUB), FiniteCB('skip')], path=path)
         xs,ys = sequences()
         xs[1][105] = NAN
-        return Learner(stream_dls(xs, ys), net(), loss_func=nn.MSELoss(), opt_func=adam, lr=1e-2, cbs=[TbpttResetCB(20, n_skip=5, check=False), FiniteCB('skip')], path=path)
+        cbs = [TbpttResetCB(20, n_skip=5, check=False), FiniteCB('skip')]
+        return Learner(stream_dls(xs, ys), net(), loss_func=nn.MSELoss(), opt_func=adam, lr=1e-2, cbs=cbs, path=path)
     whole = quiet(fit_own_lr, make(tmp_path/'a'), 2, cbs=KillAt(10**9))
     learn = make(tmp_path/'b')
     with pytest.raises(Killed): quiet(fit_own_lr, learn, 2, cbs=[TbpttCheckpoint(every=2), KillAt(n)])

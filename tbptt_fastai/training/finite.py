@@ -6,7 +6,7 @@
 __all__ = ['surely_finite', 'bad_states', 'channel_ranges', 'NotFinite', 'NotFiniteError', 'FiniteCB', 'carried_steps',
            'washed_out', 'warn_of_weights']
 
-# %% ../../nbs/training/13_finite.ipynb #84714581
+# %% ../../nbs/training/13_finite.ipynb #a1f3057a
 import math, warnings
 from copy import copy
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import get_model, num_distrib
-from fastcore.basics import first, patch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.modules.batchnorm import _NormBase
@@ -29,7 +29,7 @@ from ..state.tree import batch_dims, state_leaves
 from .resets import StateResets
 from ..truncation.plan import check_steps
 
-# %% ../../nbs/training/13_finite.ipynb #a4a12c73
+# %% ../../nbs/training/13_finite.ipynb #ea0e685e
 def _values(o):
     "The numbers in a tensor, as reals"
     if type(o) is not Tensor: o = o.as_subclass(Tensor) # types of fastai are slow
@@ -51,7 +51,7 @@ def surely_finite(
     if len(sums)==1: return math.isfinite(sums[0].item())
     return torch.stack([o.isfinite().to(sums[0].device) for o in sums]).all().item()
 
-# %% ../../nbs/training/13_finite.ipynb #91d9baa7
+# %% ../../nbs/training/13_finite.ipynb #2c30fed3
 def _is_bad(o):
     "Has a tensor a number that is not finite?"
     is_real = isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex())
@@ -69,14 +69,14 @@ def _tensors(nest):
     leaves = tree_leaves(nest)
     return [o for leaf in leaves for o in (_tensors(list(vars(leaf).values())) if isinstance(leaf, Distribution) else [leaf])]
 
-# %% ../../nbs/training/13_finite.ipynb #62ba4d4f
+# %% ../../nbs/training/13_finite.ipynb #de21b62c
 def _bad_weights(model):
     "Names of the parameters, and running statistics, that are not finite"
     stats = [(f'{name}.{k}'.lstrip('.'), o) for name,m in model.named_modules() if isinstance(m, _NormBase)
         for k,o in m._buffers.items()]
     return [name for name,o in [*model.named_parameters(), *stats] if _is_bad(o)]
 
-# %% ../../nbs/training/13_finite.ipynb #d5c0e39c
+# %% ../../nbs/training/13_finite.ipynb #22af9349
 def _bad_rows_of(state, batch_dim):
     "bool `(rows,)`: in which a state is not finite; `True`: in a part that has no rows"
     found = None
@@ -100,7 +100,7 @@ def bad_states(
         if rows is not None and np.any(rows): found[name] = rows
     return found
 
-# %% ../../nbs/training/13_finite.ipynb #672d5ff0
+# %% ../../nbs/training/13_finite.ipynb #591c857d
 def _channel_values(o, time_dim, is_flat, timed):
     "The values of each channel, in turn"
     o = o.detach().as_subclass(Tensor).cpu()
@@ -134,7 +134,7 @@ def channel_ranges(
         found += [_range(f'{kind} {named[k]}' if named else f'{kind}{at}[{k}]', c) for k,c in enumerate(channels)]
     return found
 
-# %% ../../nbs/training/13_finite.ipynb #360ffa61
+# %% ../../nbs/training/13_finite.ipynb #9a17359f
 class NotFinite(NamedTuple):
     "Where a training has met NaN or inf"
     epoch:int # Number of the epoch
@@ -158,7 +158,7 @@ class NotFiniteError(FloatingPointError):
         super().__init__(message)
         self.report = report
 
-# %% ../../nbs/training/13_finite.ipynb #ee9047b5
+# %% ../../nbs/training/13_finite.ipynb #396a6899
 _policies = 'stop','skip'
 
 class FiniteCB(Callback):
@@ -198,7 +198,7 @@ class FiniteCB(Callback):
         self._begin_epoch()
         self._resets,self._parts = [],None
 
-# %% ../../nbs/training/13_finite.ipynb #42990e33
+# %% ../../nbs/training/13_finite.ipynb #7865eaa2
 class _Parts:
     "What is looked for once in an epoch"
     def __init__(self, learn):
@@ -215,7 +215,7 @@ def _prepare(self:FiniteCB):
 @patch(as_prop=True)
 def _reset_cb(self:FiniteCB): return self._resets[0]
 
-# %% ../../nbs/training/13_finite.ipynb #2f08efb4
+# %% ../../nbs/training/13_finite.ipynb #07abd513
 @patch
 def _check(self:FiniteCB):
     "Refuse what cannot be skipped"
@@ -230,15 +230,16 @@ def _check(self:FiniteCB):
         "Use policy='stop'.")
     view = self._reset_cb.training_view(self.learn.dls.train)
     carry = Carry(self.learn.model)
-    if carry.is_own and (self._has_no_end(view.flat, view.continuing)): check_rows(carry, "policy is 'skip', which has single rows start anew")
+    if carry.is_own and self._has_no_end(view.flat, view.continuing):
+        check_rows(carry, "policy is 'skip', which has single rows start anew")
 
-# %% ../../nbs/training/13_finite.ipynb #5a7c8ee7
+# %% ../../nbs/training/13_finite.ipynb #aa1ad016
 @patch
 def _has_no_end(self:FiniteCB, flat, continuing):
     "Does a state go on from one batch to the next, so that there is no window whose rest could be left out?"
     return bool(flat or continuing)
 
-# %% ../../nbs/training/13_finite.ipynb #3fbf0518
+# %% ../../nbs/training/13_finite.ipynb #8c4ebab1
 def _keep_buffers(places, kept):
     "Each with its value; `kept` is from the step before"
     known = {id(o):(version, values) for _,_,o,version,values in kept}
@@ -257,7 +258,7 @@ def _put_back_buffers(kept):
         if o._version!=version or isinstance(m, _NormBase): o.copy_(values)
         m._buffers[name] = o
 
-# %% ../../nbs/training/13_finite.ipynb #7a3fac5f
+# %% ../../nbs/training/13_finite.ipynb #a9ee7f16
 @patch
 def before_batch(self:FiniteCB):
     if not self._active: return
@@ -279,7 +280,7 @@ def after_backward(self:FiniteCB):
     if not self._active or surely_finite(self._watched()): return
     self._found(self._report(not self._is_scaled))
 
-# %% ../../nbs/training/13_finite.ipynb #455a9a1f
+# %% ../../nbs/training/13_finite.ipynb #175f0645
 @patch(as_prop=True)
 def _is_scaled(self:FiniteCB):
     "Are gradients scaled, and looked at by what scales them?"
@@ -300,26 +301,26 @@ def after_cancel_step(self:FiniteCB):
     if any(getattr(cb, 'skipped', False) for cb in self.learn._grab_cbs(MixedPrecision)):
         self._found(self._report(True), cancel=False) # fastai goes to the end of the step by itself
 
-# %% ../../nbs/training/13_finite.ipynb #7e12485a
+# %% ../../nbs/training/13_finite.ipynb #907a42b9
 @patch
 def _found(self:FiniteCB, report, cancel=True):
     if report is None: return # large numbers, but finite
-    _put_back_buffers(self._values_before)
     self.learn.opt.zero_grad()
     text = str(report)
     if self.policy=='stop': return self._stop(report, " policy='skip' leaves such windows out.")
     if report.places[0].startswith(_weights): return self._stop(report, " No window can be trained on with them.")
-    if len(self.skipped)>=self.limit: return self._stop(report, f" {len(self.skipped)} windows were skipped before (limit={self.limit}).")
+    if len(self.skipped)>=self.limit:
+        return self._stop(report, f" {len(self.skipped)} windows were skipped before (limit={self.limit}).")
     self.skipped = [*self.skipped, text]
     warnings.warn(f"A training step is skipped. {text}", stacklevel=2)
     self._skip()
     if cancel: raise CancelBatchException("A step with NaN or inf is not taken.")
 
 @patch
-def _stop(self:FiniteCB, report, advice):
-    raise NotFiniteError(f"{report} The weights are those before this step.{advice}", report)
+def _stop(self:FiniteCB, report, advice): raise NotFiniteError(
+    f"{report} The weights are those before this step.{advice}", report)
 
-# %% ../../nbs/training/13_finite.ipynb #d6c77afc
+# %% ../../nbs/training/13_finite.ipynb #81b138ea
 @patch
 def _skip(self:FiniteCB):
     "Go on where no harm was done"
@@ -356,7 +357,7 @@ def _fed_rows(self:FiniteCB):
         for o,timed in zip(tree_leaves(learn.xb), self._timed_inputs) if _is_bad(o)]
     return [(o&steps).any(1) if o.shape[1]>1 else o[:,0] for o in found]
 
-# %% ../../nbs/training/13_finite.ipynb #83065b11
+# %% ../../nbs/training/13_finite.ipynb #ca8de7c9
 def carried_steps(
     segment:Segment, # A training step
     last:Segment, # That the carried states are at the end of
@@ -369,7 +370,7 @@ def carried_steps(
     ends = last.start+last.n
     return (seqs==last.seq[:,None])&(steps<ends[:,None])
 
-# %% ../../nbs/training/13_finite.ipynb #60f2d397
+# %% ../../nbs/training/13_finite.ipynb #93cf94be
 def _steps_of(block):
     "Of each step in each row, its sequence and its number in it"
     parts = [_steps_of(o) for o in getattr(block, 'blocks', ())]
@@ -398,7 +399,7 @@ def washed_out(
 @patch
 def _wash_out(self:FiniteCB, segment): self.learn.dl.segment = washed_out(segment, self._restarted, self._reset_cb.view.n_skip)
 
-# %% ../../nbs/training/13_finite.ipynb #e3613b45
+# %% ../../nbs/training/13_finite.ipynb #785e6f59
 _weights = 'the weights before the step'
 
 def _and_others(names):
@@ -410,7 +411,8 @@ def _report(self:FiniteCB, with_gradients):
     "A `NotFinite`; `None`, if all is finite"
     learn,reset = self.learn,self._reset_cb
     states = bad_states(reset.owner, reset.owner.seen)
-    grads = [name for name,p in get_model(learn.model).named_parameters() if with_gradients and p.grad is not None and _is_bad(p.grad)]
+    params = get_model(learn.model).named_parameters() if with_gradients else ()
+    grads = [name for name,p in params if p.grad is not None and _is_bad(p.grad)]
     has_loss = _is_bad(learn.loss)
     if not (states or grads or has_loss): return None
     _put_back_buffers(self._values_before)
@@ -423,7 +425,7 @@ def _report(self:FiniteCB, with_gradients):
     if grads: places.append(f'the gradient of {_and_others(grads)}')
     return NotFinite(learn.epoch, learn.iter, self._n_windows-1, self._named_steps(), places, self._ranges())
 
-# %% ../../nbs/training/13_finite.ipynb #b9bf2983
+# %% ../../nbs/training/13_finite.ipynb #23f1e9a2
 def _shown(items, most=4): return ', '.join(map(str, items[:most]))+(', …' if len(items)>most else '')
 
 @patch
@@ -443,7 +445,7 @@ def _named_steps(self:FiniteCB):
     rows = [(names[r], segment.start[r], segment.start[r]+segment.n[r]) for r in np.flatnonzero(segment.n)]
     return 'sequences '+_shown([f'{name}[{start}:{stop}]' for name,start,stop in rows], 8)
 
-# %% ../../nbs/training/13_finite.ipynb #d4ab177f
+# %% ../../nbs/training/13_finite.ipynb #24b6da88
 @patch(as_prop=True)
 def _timed_inputs(self:FiniteCB):
     "Which of them have a time axis"
@@ -464,6 +466,7 @@ def _in_data(self:FiniteCB):
     if any(map(_is_bad, tree_leaves(learn.yb))): places.append(f'the targets{self._first_target()}')
     return list(dict.fromkeys(places))
 
+# %% ../../nbs/training/13_finite.ipynb #42f742f8
 @patch
 def _first_target(self:FiniteCB):
     "In which row and step, if all targets of a window count"
@@ -485,7 +488,7 @@ def _first_at(self:FiniteCB, o, timed):
     if hasattr(segment, 'seq'): return f'{whose}, step {_steps_of(segment)[1][row,step]}'
     return f'{whose}, step {step+(segment.sub_window.start or 0)}'
 
-# %% ../../nbs/training/13_finite.ipynb #20276589
+# %% ../../nbs/training/13_finite.ipynb #80b9489c
 @patch
 def _ranges(self:FiniteCB):
     learn,view,segment = self.learn,self._reset_cb.view,self._reset_cb.segment
@@ -496,7 +499,7 @@ def _ranges(self:FiniteCB):
     return [*channel_ranges(xs, 'input', names[0], view.time_dim, timed=self._timed_inputs),
         *channel_ranges(ys, 'target', names[1], view.time_dim, segment.flat, timed)]
 
-# %% ../../nbs/training/13_finite.ipynb #d583c021
+# %% ../../nbs/training/13_finite.ipynb #c6bd3304
 def warn_of_weights(
     learn, # Learner at the end of the training part of an epoch
 ):
@@ -506,13 +509,15 @@ def warn_of_weights(
     if not params or surely_finite(params): return
     found = [name for name,p in get_model(learn.model).named_parameters() if _is_bad(p)]
     if found: warnings.warn(
-        f"After epoch {learn.epoch} the weights are not finite: {_and_others(found)}. The training goes on, but nothing is learned any more. "
-        "FiniteCB() ends it at the step where NaN or inf came up first, and says where that is; FiniteCB('skip') leaves it out.", stacklevel=2)
+        f"After epoch {learn.epoch} the weights are not finite: {_and_others(found)}. "
+        "The training goes on, but nothing is learned any more. FiniteCB() ends it at the step where NaN or inf came up "
+        "first, and says where that is; FiniteCB('skip') leaves it out.", stacklevel=2)
 
 @patch
 def after_train(self:FiniteCB):
     if not self._active: return
     found = _bad_weights(get_model(self.learn.model))
     if not found: return
-    report = NotFinite(self.learn.epoch, self.learn.iter, self._n_windows-1, 'the last step', [f'the weights after the step: {_and_others(found)}'], [])
+    places = [f'the weights after the step: {_and_others(found)}']
+    report = NotFinite(self.learn.epoch, self.learn.iter, self._n_windows-1, 'the last step', places, [])
     raise NotFiniteError(f"{report} Use a smaller learning rate, or grad_clip.", report)
