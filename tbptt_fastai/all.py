@@ -28,7 +28,6 @@ from tbptt_fastai.state.stateful import InitialState, StatefulRNN, learned_state
 from tbptt_fastai.state.unroll import Unroll
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
-from tbptt_fastai.training.finite import FiniteCB, NotFiniteError
 from tbptt_fastai.training.metrics import fun_rmse
 from tbptt_fastai.training.once import once_per_window
 from tbptt_fastai.training.threads import ThreadHintCB

@@ -511,7 +511,7 @@ def warn_of_weights(
     if found: warnings.warn(
         f"After epoch {learn.epoch} the weights are not finite: {_and_others(found)}. "
         "The training goes on, but nothing is learned any more. FiniteCB() ends it at the step where NaN or inf came up "
-        "first, and says where that is; FiniteCB('skip') leaves it out.", stacklevel=2)
+        "first, and says where that is; FiniteCB('skip') leaves it out (tbptt_fastai.training.finite).", stacklevel=2)
 
 @patch
 def after_train(self:FiniteCB):
