@@ -17,9 +17,8 @@ from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.models.memories import CachedAttention, CausalConv, FastWeights, LRU, WorkingMemory
 from tbptt_fastai.models.sequence import SequenceRNN, Standardize
 from tbptt_fastai.models.text import TextRNN, sample_text
-from tbptt_fastai.sequences.arrays import FileArray
 from tbptt_fastai.sequences.text import TextRows
-from tbptt_fastai.sequences.windows import SequenceParts, SequenceWindows, Sequences
+from tbptt_fastai.sequences.windows import SequenceWindows, Sequences
 from tbptt_fastai.speed.dispatch import LeanLearner
 from tbptt_fastai.speed.graphs import CudaGraphCB
 from tbptt_fastai.speed.optimizer import FusedAdam
@@ -29,6 +28,7 @@ from tbptt_fastai.state.unroll import Unroll
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.checkpoint import TbpttCheckpoint
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
+from tbptt_fastai.training.finite import FiniteCB
 from tbptt_fastai.training.metrics import fun_rmse
 from tbptt_fastai.training.once import once_per_window
 from tbptt_fastai.training.threads import ThreadHintCB

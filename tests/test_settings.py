@@ -115,7 +115,7 @@ def test_tokens_that_cannot_be_sorted_are_refused_and_taken_in_an_order_that_is_
     text = SequenceDataLoaders.from_text
     refused(TypeError, r"^The text has tokens of several types, \['int', 'str'\]", text, [1,'a']*50, bs=2)
     refused(TypeError, r"^text\[1\] is \['b'\]", text, ['a',['b']]*50, bs=2)
-    refused(TypeError, '^vocab is 5', text, 'ab'*50, vocab=5, bs=2)
+    refused(TypeError, 'vocab', text, 'ab'*50, vocab=5, bs=2)
     assert list(text([1,'a']*50, vocab=['a',1], bs=2, sub_seq_len=5).vocab)==['a',1]
 
 @pytest.mark.parametrize('items', [[], ()])
@@ -129,7 +129,7 @@ def test_no_test_items_are_refused(items): refused(ValueError, '^There are no te
     ('device','gpu',ValueError,"device is 'gpu'; expected"), ('device',[1],TypeError,r'device is \[1\]'),
     ('device','meta',ValueError,"device is 'meta', which cannot"), ('device','cuda:99',ValueError,"device is 'cuda:99', which cannot"),
     ('device','xpu:99',ValueError,"device is 'xpu:99', which cannot"), ('path',None,TypeError,'path is None'),
-    ('vocab',5,TypeError,'vocab is 5')])
+    ('vocab',5,TypeError,'The labels of vocab are 5')])
 def test_a_setting_of_loaders_that_cannot_be_is_refused(name, value, error, words):
     refused(error, f'^{words}', loaders, **{name: value})
 

@@ -22,6 +22,7 @@ class GradientHealth(Callback):
     "Record the gradient norm of each optimizer step, before clipping, and warn once if it vanishes and once if it explodes"
     # after MixedPrecision (10), which unscales; before GradientClip (11). GradientAccumulation (6) lets only real steps come here
     order,run_valid = MixedPrecision.order+.5,False
+    tells_not_finite = True # a learner has no need to, see `warn_of_weights`
     def __init__(self,
         low:float=1e-7, # Norms below vanish
         high:float=1e3, # Norms above explode, and those that are not finite

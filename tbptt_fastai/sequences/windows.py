@@ -7,7 +7,6 @@ __all__ = ['channel_names', 'check_same_channels', 'Sequences', 'SequenceWindows
 
 # %% ../../nbs/sequences/01_windows.ipynb #6b150511
 import warnings
-from numbers import Real
 from operator import index
 import numpy as np, torch
 from fastai.data.transforms import CategoryMap
@@ -93,8 +92,6 @@ class Sequences:
     ):
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point): raise TypeError(
             f"dtype is {dtype!r}; expected a real torch.dtype such as torch.float32.")
-        if dt is not None and not (isinstance(dt, Real) and 0<dt<float('inf')): raise ValueError(
-            f"dt is {dt!r}; expected the seconds from one step to the next, above 0.")
         self.dtype,self.dt = dtype,dt
         if dt is not None: check_number('dt', dt, 'seconds per step, above 0', above=0)
         x_names,y_names = _as_names('x_names', x_names),_as_names('y_names', y_names)

@@ -31,6 +31,7 @@ from .metrics import StepSmoothLoss, TargetLoss
 from ..sequences.axis import check_time_dim
 from .rows import RowsFirst
 from .counting import CountedLoss
+from .finite import warn_of_weights
 from .resets import CarryingRun, StateResets, back_to_method, cancels
 from ..truncation.plan import Truncation, check_steps
 from ..truncation.settings import check_bools
@@ -106,7 +107,11 @@ class TbpttResetCB(CountedLoss):
 def before_epoch(self:TbpttResetCB):
     "Runs over the batches happen within a `Carry`, if they carry a state"
     self.learn.all_batches = CarryingRun(self)
-TbpttResetCB.after_train = TbpttResetCB.before_epoch # if it was cancelled
+
+@patch
+def after_train(self:TbpttResetCB):
+    self.before_epoch() # if it was cancelled
+    warn_of_weights(self.learn)
 
 @patch
 def after_epoch(self:TbpttResetCB): back_to_method(self.learn, 'all_batches')
