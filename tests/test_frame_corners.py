@@ -174,7 +174,7 @@ def test_settings_that_say_nothing_are_refused(kw, error, match):
 def test_no_sequences_and_sparse_ones_are_refused():
     learn,xs = make(),[torch.zeros(30, 2), torch.zeros(20, 2)]
     with pytest.raises(ValueError, match='There are no test items'): learn.dls.test_dl([])
-    with pytest.raises(TypeError, match=r'x\[0\] is of layout torch.sparse_coo; expected a dense tensor'): SequenceDataLoaders.from_arrays([o.to_sparse() for o in xs], xs)
+    with pytest.raises(TypeError, match=r'x\[0\] is a tensor that is of layout torch.sparse_coo; expected a dense one'): SequenceDataLoaders.from_arrays([o.to_sparse() for o in xs], xs)
 
 @pytest.mark.parametrize('x', [None, [], [3]], ids=str)
 def test_names_of_datasets_are_names(tmp_path, x):
