@@ -1574,6 +1574,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'tbptt_fastai/speed/graphs.py'),
                                            'tbptt_fastai.speed.graphs._Seal.check': ( 'speed/graphs.html#_seal.check',
                                                                                       'tbptt_fastai/speed/graphs.py'),
+                                           'tbptt_fastai.speed.graphs._can_hash': ( 'speed/graphs.html#_can_hash',
+                                                                                    'tbptt_fastai/speed/graphs.py'),
                                            'tbptt_fastai.speed.graphs._refuse_callback': ( 'speed/graphs.html#_refuse_callback',
                                                                                            'tbptt_fastai/speed/graphs.py'),
                                            'tbptt_fastai.speed.graphs._refuse_hooks': ( 'speed/graphs.html#_refuse_hooks',
