@@ -405,8 +405,9 @@ def test_files_that_are_read_ahead(tmp_path):
 
 @pytest.mark.parametrize('loss', [nn.L1Loss(), nn.HuberLoss(), nn.MSELoss()])
 @pytest.mark.parametrize('kill', [('after_batch', 30), ('after_train', 1), ('after_epoch', 1)]) # the newest is that of the beginning of an epoch
-def test_a_loss_that_is_a_module(tmp_path, loss, kill):
-    make = partial(learner, loss_func=loss)
+@pytest.mark.parametrize('data', [windows, stream])
+def test_a_loss_that_is_a_module(tmp_path, loss, kill, data):
+    make = partial(learner, data=data, loss_func=loss)
     whole = uninterrupted(tmp_path, make, 2, every=1000)
     check_same(results(whole), results(killed_and_resumed(tmp_path, [kill], make, 2, every=1000)))
     check_same(results(whole), results(fit(make(tmp_path/'whole', 99), 2, [TbpttCheckpoint(every=1000, resume=True)]))) # it has ended
