@@ -56,7 +56,7 @@ def traced_add(learn, log, cb):
 
 def records(learn):
     r = learn.recorder
-    return [p.detach().numpy().copy() for p in learn.model.parameters()],[v[:3] for v in r.values],r.lrs,[float(o) for o in r.losses],r.iters,getattr(r, 'hps', None)
+    return [p.detach().numpy().copy() for p in learn.model.parameters()],[list(v[:3]) for v in r.values],r.lrs,[float(o) for o in r.losses],r.iters,getattr(r, 'hps', None)
 
 def assert_same(a, b):
     np.testing.assert_equal(a, b) # bitwise, NaN included

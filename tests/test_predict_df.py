@@ -334,6 +334,19 @@ def test_an_hour_that_comes_twice_is_two_hours_if_times_have_a_zone():
     local = df.assign(hour=df.hour.dt.tz_localize(None))
     with pytest.raises(ValueError, match='has the same hour as an earlier one.*when daylight saving ends, give times with a zone'): make(df=local, x=['u'])
 
+@pytest.mark.parametrize('said', [None, FutureWarning])
+def test_text_of_two_offsets_is_read_by_every_pandas(said, monkeypatch):
+    "Before version 3 it gives objects, since 2.1 with a warning"
+    df = berlin()
+    expected = make(df=df, x=['u']).dls.train_ds[0][0]
+    read = pd.to_datetime
+    def older(o, utc=False):
+        if utc: return read(o, utc=True)
+        if said: warnings.warn('parsing datetimes with mixed time zones will raise an error unless `utc=True`', said)
+        return o.map(read).astype(object)
+    monkeypatch.setattr(pd, 'to_datetime', older)
+    assert torch.equal(make(df=df.assign(hour=df.hour.astype(str)), x=['u']).dls.train_ds[0][0], expected)
+
 def test_an_hour_that_is_left_out_in_spring_is_no_hole_if_times_have_a_zone():
     utc = pd.date_range('2024-03-30 12:00', periods=60, freq='30min', tz='UTC')
     df = berlin().assign(hour=utc.tz_convert('Europe/Berlin'))
@@ -344,7 +357,7 @@ def test_times_may_be_periods_or_durations():
     df = frame([12, 8])
     days = from_df(df, 'u', 'y', group='pump', time='hour').train_ds
     whole = df.hour.astype(int)
-    for same in (pd.PeriodIndex.from_ordinals(whole, freq='D'), pd.to_timedelta(whole, unit='h'), whole.astype('Int64')):
+    for same in (pd.PeriodIndex([pd.Period(ordinal=o, freq='D') for o in whole]), pd.to_timedelta(whole, unit='h'), whole.astype('Int64')):
         for a,b in zip(from_df(df.assign(hour=same), 'u', 'y', group='pump', time='hour').train_ds, days): assert torch.equal(a[0], b[0])
     with pytest.raises(ValueError, match='inf as hour'): from_df(df.assign(hour=df.hour.replace(3., np.inf)), 'u', 'y', group='pump', time='hour')
 

@@ -104,3 +104,11 @@ def test_a_star_import_gives_the_names_that_users_type():
     assert {'TbpttLearner','TbpttResetCB','TbpttDL','StatefulRNN','StreamDL','SequenceDataLoaders','RNNLearner','Overlap','fun_rmse','Learner','nn','np'}<=vars(names).keys()
     assert hasattr(names.Learner, 'tbptt_find') and hasattr(names.Learner, 'check_memory_grads')"""
     run(sys.executable, '-W', 'ignore', '-c', code, cwd=ROOT)
+
+def test_the_lowest_versions_that_are_tested_are_those_of_the_project():
+    lines = (ROOT/'tools/lowest.txt').read_text(encoding='utf-8').splitlines()
+    tested = dict(o.split('==') for o in lines if not o.startswith('#'))
+    bounds = dict(o.split('>=') for o in fields(ROOT/'pyproject.toml')['project.dependencies'])
+    assert bounds=={k: tested[k] for k in bounds}
+    matrix = (ROOT/'.github/workflows/test.yaml').read_text(encoding='utf-8')
+    assert f'''python: ["{fields(ROOT/'pyproject.toml')['project.requires-python'].removeprefix('>=')}"''' in matrix

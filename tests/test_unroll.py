@@ -838,6 +838,13 @@ def test_a_learner_with_cells_is_exported(tmp_path):
     assert torch.equal(model(x), learn.model.eval()(x))
     assert torch.equal(pickle.loads(pickle.dumps(learn.model))(x), model(x))
 
+def layers_compile_in_place():
+    "PyTorch 2.6 runs its own layers as they are after `layer.compile()`"
+    layer,backend = torch.nn.Linear(1, 1),CompileCounter()
+    layer.compile(backend=backend)
+    layer(torch.zeros(1, 1))
+    return backend.frame_count>0
+
 @pytest.mark.parametrize('how', ['compile', 'torch.compile'])
 @pytest.mark.parametrize('kind,data', [('lstm', window_loaders), ('lstm', stream_loaders), ('gru', stream_loaders), ('dict', window_loaders)])
 @pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning') # torch's own, while it traces
@@ -850,7 +857,7 @@ def test_a_compiled_cell_trains_the_same(kind, data, how):
     else: model[0] = StatefulRNN(Unroll(torch.compile(copy.deepcopy(cell), backend=backend)))
     learn = trained(data(), model, (2,))
     same(learn.model, trained(data(), unrolled(cell, head), (2,)).model)
-    assert backend.frame_count>0
+    assert backend.frame_count>0 or how=='compile' and kind!='dict' and not layers_compile_in_place()
 
 @pytest.mark.parametrize('kind', ['lstm', 'dict', 'broadcast', 'pair'])
 @pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning')

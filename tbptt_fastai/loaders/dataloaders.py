@@ -425,11 +425,12 @@ def test_df(self:SequenceDataLoaders,
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #10e86616
 def _files(files):
-    "Files of a pattern, sorted, or of a list"
+    "Files of a pattern, sorted, or of a list; a file that has the name of a pattern is the file"
     is_list = isinstance(files, (list,tuple,L)) and all(isinstance(o, (str,Path)) for o in files)
     if not is_list and not isinstance(files, (str,Path)): raise TypeError(
         f"The files are {files!r}; expected a pattern of file names such as 'runs/*.h5', or a list of files.")
-    found = list(files) if is_list else sorted(glob(str(files), recursive=True))
+    is_one = not is_list and Path(files).is_file()
+    found = list(files) if is_list else [files] if is_one else sorted(glob(str(files), recursive=True))
     if not found: raise FileNotFoundError(f"There is no file {str(files)!r}.")
     return found
 

@@ -42,15 +42,21 @@ def refuse_row(
     raise ValueError(f"Row {plain(df.index[i])!r}{place}{of_group} {what(i)}")
 
 # %% ../../nbs/sequences/02_times.ipynb #35341f9c
+def _as_dates(times):
+    "Dates; of several offsets, as daylight saving has them, those of UTC: pandas raises, warns or returns objects, by its version"
+    try: dates = pd.to_datetime(times)
+    except (ValueError,FutureWarning) as e:
+        if 'utc' not in str(e).lower(): raise
+    else:
+        if dates.dtype!=object: return dates
+    return pd.to_datetime(times, utc=True)
+
 def _dates(times, time):
     "Text, or a column of mixed objects, as dates"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error') # pandas warns before it reads each time in a format of its own
-            try: return pd.to_datetime(times)
-            except ValueError as e:
-                if 'utc' not in str(e).lower(): raise
-                return pd.to_datetime(times, utc=True) # several offsets, as daylight saving has them
+            return _as_dates(times)
     except (ValueError,TypeError,Warning) as e: raise ValueError(
         f"Column {time!r} is text that is no time ({e}). Convert it by pandas.to_datetime with a format.") from None
 

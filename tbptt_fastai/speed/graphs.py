@@ -11,7 +11,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from ..training.callback import TbpttResetCB
@@ -176,6 +176,12 @@ class GraphedRun:
         finally: back_to_method(learn, '_do_one_batch')
 
 # %% ../../nbs/speed/06_graphs.ipynb #8b04bd32
+def _can_hash(o):
+    try: return hash(o) is not None
+    except TypeError: return False
+
+_as_key = noop if _can_hash(tree_flatten((0,))[1]) else repr # the form of a nest: that of PyTorch 2.6 has no hash
+
 @patch
 def one_batch(self:GraphedRun):
     "Replay the step of this batch, or run it as fastai does, and make a step of it"
@@ -186,7 +192,7 @@ def one_batch(self:GraphedRun):
     leaves,form = tree_flatten((learn.xb, learn.yb))
     states = carried_states(carry)
     kinds = [(o.shape,o.dtype,o.device) if type(o) is Tensor else None for o in leaves]
-    key = form,*kinds
+    key = _as_key(form),*kinds
     step = cb._steps.get(key)
     if step is not None and not step.is_current:
         cb.forget()
