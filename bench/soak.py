@@ -6,12 +6,12 @@ resident memory, open file handles, threads, and the objects and tensors that th
 """
 import argparse, gc, json, os, statistics, tempfile, threading, warnings
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from harness import headline, save, status, table
 
 SUB,HIDDEN = 20,24
 SHOWN = dict(memory=('resident memory [MiB]', '.1f'), handles=('file handles', '.1f'), os_threads=('threads', '.1f'), threads=('threads of Python', '.1f'),
-    objects=('objects', ',.0f'), tensors=('tensors', ',.1f'), files=('files written', '.1f'), rate=('training steps a second', '.0f'))
+    objects=('objects', ',.0f'), tensors=('tensors', ',.1f'), files=('files written', '.1f'), rate=('training steps a second', '.0f'), processor_rate=('training steps a second of processor time', '.0f'))
 
 
 def recordings(n=8, steps=1000):
@@ -50,16 +50,19 @@ class Steps:
     "Counts training steps and how long they took"
     def __init__(self):
         from fastai.callback.core import Callback
-        self.n,self.seconds = 0,0.
-        def before_train(cb): self.began = perf_counter()
+        self.n,self.seconds,self.processor = 0,0.,0.
+        def before_train(cb): self.began = perf_counter(),process_time()
         def after_batch(cb): self.n += bool(cb.training)
-        def after_train(cb): self.seconds += perf_counter()-self.began
+        def after_train(cb):
+            self.seconds += perf_counter()-self.began[0]
+            self.processor += process_time()-self.began[1]
         self.make = lambda: Callback(before_train=before_train, after_batch=after_batch, after_train=after_train)
 
-    def rate(self):
-        "Training steps a second since the last time"
-        n,seconds,self.n,self.seconds = self.n,self.seconds,0,0.
-        return n/seconds
+    def rates(self):
+        "Training steps a second, and a second of processor time, since the last time"
+        n,seconds,processor = self.n,self.seconds,self.processor
+        self.n,self.seconds,self.processor = 0,0.,0.
+        return dict(rate=n/seconds, processor_rate=n/processor)
 
 class Soak:
     "What goes on for an hour"
@@ -105,14 +108,14 @@ class Soak:
     def look(self, began):
         "Where it stands"
         import torch
-        rate = self.steps.rate()
+        rates = self.steps.rates()
         gc.collect()
         objects = gc.get_objects()
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # some objects of torch warn when they are asked for their class
             tensors = sum(issubclass(type(o), torch.Tensor) for o in objects)
         return dict(minutes=(perf_counter()-began)/60, turns=self.n, memory=status('VmRSS'), handles=len(os.listdir('/proc/self/fd')), os_threads=len(os.listdir('/proc/self/task')),
-            threads=threading.active_count(), objects=len(objects), tensors=tensors, files=sum(o.is_file() for o in self.folder.rglob('*')), rate=rate)
+            threads=threading.active_count(), objects=len(objects), tensors=tensors, files=sum(o.is_file() for o in self.folder.rglob('*')), **rates)
 
 
 def tenths(seen, key):
@@ -137,7 +140,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         soak,seen = Soak(Path(folder)),[]
         for _ in range(args.warm_up): soak.turn()
-        soak.steps.rate()
+        soak.steps.rates()
         began = perf_counter()
         while perf_counter()-began<60*args.minutes:
             until = perf_counter()+60*args.every
