@@ -224,7 +224,7 @@ ACTIONS = dict(
 OF_EVALUATION = ['before_fit','before_epoch','before_validate','before_batch','after_pred','after_loss','after_batch','after_validate','after_epoch','after_fit']
 OFTEN = 'before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_step','after_batch','forward','half of forward','backward','loss','step','after the step'
 
-LOCKED = 'before_fit','before_epoch' # an error in an evaluation's is fastai's own matter: its Learner keeps a lock then, and waits for it for ever at the next one
+LOCKED = 'before_fit','before_epoch' # what is raised there in an evaluation is fastai's own matter: its Learner keeps a lock, and waits for it for ever at the next one
 
 def passed(action, accumulates):
     "The events that an action comes to"
@@ -255,7 +255,7 @@ def draw(seed):
     accumulates,checkpoint = rng.random()<.2,action.startswith('fit') and rng.random()<.3
     inner,events = INNER[action],passed(action, accumulates)
     place,order = (rng.choice(inner),None) if not events or rng.random()<.4 else (rng.choice(events),rng.choice(ORDERS))
-    if maker=='fastai' and action in ('validate', 'get_preds') and place in LOCKED: place = 'after_pred'
+    if maker=='fastai' and action in ('validate', 'get_preds') and place in (*LOCKED, 'line'): place,order = 'forward',None
     error = 'ctrl_c' if place=='line' else rng.choice([*ERRORS])
     n = int(10**rng.uniform(0, 4)) if place=='line' else rng.choice([1, 2, 3, 5, 8] if place in OFTEN else [1, 1, 2])
     return SimpleNamespace(seed=seed, loader=loader, scheme=scheme, layer=layer, maker=maker, accumulates=accumulates, action=action, place=place, order=order, n=n, error=error,
