@@ -1,8 +1,11 @@
 """Is a learner that was interrupted as good as new, wherever that was?
 
-A learner is drawn: its model, loaders, truncation scheme and optimizer, TbpttLearner or fastai's Learner with a TbpttResetCB. It trains, validates, predicts, searches or is exported, and somewhere in that an error or a
-KeyboardInterrupt comes: in any event, before or after the callbacks of the library; in the model, its backward pass, the loss, a metric, the optimizer, the loader, one of its worker processes; or at any line of the library.
-Then the same learner trains, validates and predicts. So does a new one with the same weights, optimizer and random generators. All numbers have to be the same, bit by bit.
+A learner is drawn: its model, loaders, truncation scheme and optimizer, TbpttLearner or fastai's Learner with a
+TbpttResetCB. It trains, validates, predicts, searches or is exported, and somewhere in that an error or a
+KeyboardInterrupt comes: in any event, before or after the callbacks of the library; in the model, its backward pass,
+the loss, a metric, the optimizer, the loader, one of its worker processes; or at any line of the library. Then the
+same learner trains, validates and predicts. So does a new one with the same weights, optimizer and random generators.
+All numbers have to be the same, bit by bit.
 """
 import argparse, copy, os, random, signal, sys, tempfile, threading, warnings
 from collections import Counter
@@ -22,7 +25,8 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastcore.imports import noop
-from tbptt_fastai.all import Adaptive, Exact, Fixed, Jittered, Overlap, RandomUnbiased, SequenceDataLoaders, StatefulRNN, StreamPredictor, TbpttCheckpoint, TbpttLearner, TbpttResetCB
+from tbptt_fastai.all import (Adaptive, Exact, Fixed, Jittered, Overlap, RandomUnbiased, SequenceDataLoaders, StatefulRNN, StreamPredictor,
+    TbpttCheckpoint, TbpttLearner, TbpttResetCB)
 from tbptt_fastai.sequences.arrays import HDF5Array
 from tbptt_fastai.speed.optimizer import FusedAdam
 from tbptt_fastai.state.carry import Carry
@@ -221,10 +225,13 @@ ACTIONS = dict(
     check_memory_grads=lambda learn, _: learn.check_memory_grads(),
     predict_df=lambda learn, _: learn.predict_df(as_frame()[['run', 't', 'u']]),
     export=lambda learn, _: learn.export('learner.pkl'))
-OF_EVALUATION = ['before_fit','before_epoch','before_validate','before_batch','after_pred','after_loss','after_batch','after_validate','after_epoch','after_fit']
-OFTEN = 'before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_step','after_batch','forward','half of forward','backward','loss','step','after the step'
+OF_EVALUATION = ['before_fit','before_epoch','before_validate','before_batch','after_pred','after_loss','after_batch','after_validate',
+    'after_epoch','after_fit']
+OFTEN = ('before_batch','after_pred','after_loss','before_backward','after_backward','before_step','after_step','after_batch',
+    'forward','half of forward','backward','loss','step','after the step')
 
-LOCKED = 'before_fit','before_epoch' # what is raised there in an evaluation is fastai's own matter: its Learner keeps a lock, and waits for it for ever at the next one
+# what is raised there in an evaluation is fastai's own matter: its Learner keeps a lock, and waits for it for ever at the next one
+LOCKED = 'before_fit','before_epoch'
 
 def passed(action, accumulates):
     "The events that an action comes to"

@@ -1,8 +1,11 @@
 """Does a process that trains, validates and predicts for an hour grow or slow down?
 
-One process, one thread. Each turn trains each of five learners for an epoch, validates it and predicts: windows in memory, streams in memory, windows and streams of HDF5 files, and streams of a data
-frame, the first two with a `TbpttCheckpoint` that writes. A `StreamPredictor` follows a stream, and one more learner is made anew, trained and left to the collector. Once a minute, after a collection of garbage, come
-resident memory, open file handles, threads, and the objects and tensors that the collector knows; the speed is that of the training steps since the last time. The figures are from /proc (Linux).
+One process, one thread. Each turn trains each of five learners for an epoch, validates it and predicts: windows in
+memory, streams in memory, windows and streams of HDF5 files, and streams of a data frame, the first two with a
+`TbpttCheckpoint` that writes. A `StreamPredictor` follows a stream, and one more learner is made anew, trained and
+left to the collector. Once a minute, after a collection of garbage, come resident memory, open file handles, threads,
+and the objects and tensors that the collector knows; the speed is that of the training steps since the last time. The
+figures are from /proc (Linux).
 """
 import argparse, gc, json, os, statistics, tempfile, threading, warnings
 from pathlib import Path

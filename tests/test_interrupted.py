@@ -56,7 +56,9 @@ def test_what_follows_is_bitwise_that_of_a_new_learner(start):
 
 class Raises(Callback):
     "Once"
-    def __init__(self, event, order=2000): self.order,self.left = order,1; setattr(self, event, self.fail)
+    def __init__(self, event, order=2000):
+        self.order,self.left = order,1
+        setattr(self, event, self.fail)
     def fail(self):
         if self.left and self.training:
             self.left = 0
