@@ -7,7 +7,7 @@ the loss, a metric, the optimizer, the loader, one of its worker processes; or a
 same learner trains, validates and predicts. So does a new one with the same weights, optimizer and random generators.
 All numbers have to be the same, bit by bit.
 """
-import argparse, copy, os, random, signal, sys, tempfile, threading, warnings
+import argparse, copy, gc, os, random, signal, sys, tempfile, threading, warnings
 from collections import Counter
 from functools import partial
 from linecache import getline
@@ -359,12 +359,16 @@ def run(seeds, out=None, seconds=60):
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 end,e = trial(o)
-        except BaseException as raised: end,e = f'raises {type(raised).__name__} {str(raised)[:200]!r}',raised
+        except BaseException as broken: end,e = f'raises {type(broken).__name__} {str(broken)[:200]!r}',None
         finally: signal.alarm(0)
         counts[o.action,end if end in ('same', 'not reached') else 'other'] += 1
         if end in ('same', 'not reached'): continue
         bad.append(f"{' '.join(f'{k}={v!r}' for k,v in vars(o).items())}: {end} after {e!r:.200}")
         if out: print(bad[-1], file=out, flush=True)
+    e = None
+    with warnings.catch_warnings(): # the folders of searches that were interrupted
+        warnings.simplefilter('ignore')
+        gc.collect()
     return counts,bad
 
 
