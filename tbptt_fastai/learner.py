@@ -238,6 +238,18 @@ class SequenceLearner(LeanLearner):
         contexts = super().validation_context(cbs, inner)
         return _Contexts([taking_turns(get_model(self.model)), on_threads(self.num_threads), kept_records(self), *contexts.default])
 
+# %% ../nbs/learner.ipynb #c6f2e977
+@patch
+@delegates(Learner.export)
+def export(self:SequenceLearner, fname='export.pkl', **kwargs):
+    "As `Learner.export`; the learner stays as it is if that fails"
+    dls,opt = self.dls,self.opt
+    try: Learner.export(self, fname, **kwargs)
+    except BaseException:
+        self.dls,self.opt = dls,opt
+        raise
+
+
 # %% ../nbs/learner.ipynb #cd0ca05d
 @patch
 @delegates(Learner.show_results)

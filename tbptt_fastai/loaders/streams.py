@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain, groupby, islice
 from types import SimpleNamespace
 from zlib import crc32
-import random, warnings
+import os, random, warnings
 import numpy as np, torch
 from fastai.torch_core import to_device
 from fastcore.basics import first, noop, patch
@@ -30,17 +30,29 @@ from ..truncation.settings import check_bools
 from ..sequences.windows import Sequences
 
 # %% ../../nbs/loaders/05_streams.ipynb #ac3dad8a
+class _Reader:
+    "A thread that reads; a process that was forked has none of it, and reads by itself"
+    def __init__(self, read): self.read,self.pool,self.process = read,ThreadPoolExecutor(1),os.getpid()
+    @property
+    def is_here(self): return os.getpid()==self.process
+    def begin(self, item): return self.pool.submit(self.read, item) if self.is_here else None
+    def end(self, item, begun): return begun.result() if self.is_here else self.read(item)
+    def close(self):
+        if self.is_here: self.pool.shutdown()
+
 def read_ahead(
     read, # Function of one item
     items, # Iterable
 ):
     "Pairs `(item, read(item))`; while one is in use, the next is read by a thread"
-    with ThreadPoolExecutor(1) as pool:
-        ahead = None
+    reader,ahead = _Reader(read),None
+    try:
         for item in items:
-            ready,ahead = ahead,(item, pool.submit(read, item))
-            if ready is not None: yield ready[0],ready[1].result()
-        if ahead is not None: yield ahead[0],ahead[1].result()
+            ready,ahead = ahead,(item, reader.begin(item))
+            if ready is not None: yield ready[0],reader.end(*ready)
+        if ahead is not None: yield ahead[0],reader.end(*ahead)
+    finally: reader.close()
+
 
 # %% ../../nbs/loaders/05_streams.ipynb #cf04e799
 @contextmanager

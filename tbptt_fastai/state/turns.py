@@ -9,6 +9,7 @@ __all__ = ['refuse_beside_training', 'taking_turns', 'training_turn']
 from contextlib import contextmanager
 from threading import Lock, RLock, get_ident
 from weakref import WeakKeyDictionary
+import os
 from torch import nn
 
 # %% ../../nbs/state/06_turns.ipynb #a0210662
@@ -20,6 +21,15 @@ _turns,_making = WeakKeyDictionary(),Lock()
 
 def _turn_of(model):
     with _making: return _turns.setdefault(model, _Turn())
+
+def _begin_child():
+    "In a process that was forked no other thread evaluates; what another one was training is never done there"
+    global _making
+    _making = Lock()
+    for model,turn in list(_turns.items()):
+        if turn.training is None: _turns[model] = _Turn()
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_begin_child)
+
 
 # %% ../../nbs/state/06_turns.ipynb #e9b6f2dd
 def refuse_beside_training(

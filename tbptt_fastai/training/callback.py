@@ -43,6 +43,7 @@ class TbpttResetCB(CountedLoss):
     Evaluation runs whole windows; sequences of a `StreamDL` in sub-windows too."""
     _is_new = False # is the first batch of a fit still to be looked at?
     _trained = None # channels of the inputs in the last training
+    _is_unfinished = False # has a fit begun, and not ended?
     _search = None # of a learning rate, for the time of its fit
     _refusal = None # of an evaluation that is about to begin
     _lrs = None # the schedule's learning rates, while a step has its own
@@ -122,12 +123,21 @@ def after_fit(self:TbpttResetCB):
     self.after_epoch()
     self.end_search()
     self.forget_batch()
-    if self.carry is None: self.reset() # else it is an evaluation in the middle of a training
+    if self.carry is not None: return # it is an evaluation in the middle of a training
+    self.reset()
+    if not self.learn.lock.locked(): self._is_unfinished = False
 
 @patch
 def broken_off(self:TbpttResetCB, error):
     if not isinstance(error, cancels): self.end_search()
     self.after_step() # fastai does not come to it
+
+@patch
+def _drop_gradients(self:TbpttResetCB):
+    "A fit begins without those of a step of another fit that was broken off"
+    if self.learn.lock.locked() or self.carry is not None: return # an evaluation, which needs none
+    if self._is_unfinished: self.learn.model.zero_grad()
+    self._is_unfinished = True
 
 # %% ../../nbs/training/04_callback.ipynb #6ec05001
 @patch
@@ -142,6 +152,7 @@ def before_fit(self:TbpttResetCB):
 def _begin_fit(self:TbpttResetCB):
     refuse_beside_training(get_model(self.learn.model))
     self.check_settings()
+    self._drop_gradients()
     if self.carry is None: self._is_new = True # else the training goes on after it
     self._search = None
     self._set_smooth_loss(self._smooth_loss)
