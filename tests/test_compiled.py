@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter # counts graphs, and needs no c
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.state.stateful import InitialState, StatefulRNN
+from tbptt_fastai.training.parts import on_trial
 from tbptt_fastai.truncation.schemes import Exact, Overlap
 
 pytestmark = pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning') # torch's own, while it traces
@@ -111,3 +112,15 @@ def test_a_compiled_model_used_by_itself_carries_until_reset():
     parts = torch.cat([model(o) for o in x.split(10, 1)], 1)
     torch.testing.assert_close(parts, whole)
     assert not eager[0].state.requires_grad
+
+def test_trials_in_two_threads_leave_the_compiler_as_it_was():
+    "The second begins before the first ends"
+    torch._dynamo.reset()
+    first,second = on_trial(nn.Linear(1, 1)),on_trial(nn.Linear(1, 1))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    counter = CompileCounter()
+    torch.compile(lambda x: x+1, backend=counter)(torch.ones(2))
+    assert counter.frame_count==1

@@ -252,7 +252,7 @@ def check_same_strings(
     "A `ValueError` that names a string of a callback that is another in the checkpoint"
     for name,o in objects.items():
         then,now = stored.get(name, {}).get('plain', {}),plain_attributes(o)
-        for k in sorted(_made_with(o)&{*then, *now}):
+        for k in sorted(_made_with(o)&then.keys()): # what has not changed is not stored
             if _strings(then.get(k))!=_strings(now.get(k)): raise ValueError(
                 f"The checkpoints in {path} have {k}={then.get(k)!r} for {name}, which was made with {vars(o).get(k)!r}. Give it the "
                 "same, or give a folder of its own to this training.")

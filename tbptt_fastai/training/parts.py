@@ -8,6 +8,7 @@ __all__ = ['on_trial', 'first_output', 'run_in_parts', 'difference', 'compare_pa
 # %% ../../nbs/training/02_parts.ipynb #f47a57fd
 import sys
 from contextlib import contextmanager, nullcontext
+from threading import Lock
 import torch
 from fastai.torch_core import no_random
 from torch import Tensor, nn
@@ -19,9 +20,25 @@ from .checks import batch_first_remedy, channels_explained, check_states
 from ..loaders.segment import Window
 
 # %% ../../nbs/training/02_parts.ipynb #15da2350
+class _Eager:
+    "Compiled models run as they were written, as long as any thread is within: what it sets is one thing for all of them"
+    def __init__(self): self.lock,self.n = Lock(),0
+
+    def __enter__(self):
+        with self.lock:
+            if self.n==0: self.stance = torch.compiler.set_stance('force_eager')
+            self.n += 1
+
+    def __exit__(self, *exc):
+        with self.lock:
+            self.n -= 1
+            if self.n==0: self.stance.__exit__(*exc)
+
+_eager = _Eager()
+
 def _without_compiling():
-    "Compiled models run as they were written; where nothing has been compiled, there is no compiler to load for this"
-    return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
+    "Where nothing has been compiled, there is no compiler to load for this"
+    return _eager if 'torch._dynamo' in sys.modules else nullcontext()
 
 @contextmanager
 def on_trial(
