@@ -291,6 +291,30 @@ RAN = []
 
 def note(o): RAN.append(o)
 
+def test_a_file_with_something_missing_is_refused(tmp_path):
+    folder = interrupted(tmp_path, n=25)
+    for o in folder.iterdir():
+        content = torch.load(o, weights_only=True)
+        del content['trained'],content['window']
+        torch.save(content, o)
+    with pytest.raises(ValueError, match=r"lack \['window', 'trained'\]"): resumed(tmp_path)
+
+class Counts(Callback):
+    "Events that it has seen"
+    def __init__(self, order): self.order,self.seen = order,[]
+    def before_fit(self): self.seen.append('fit')
+    def before_epoch(self): self.seen.append(f'before {self.epoch}')
+    def after_epoch(self): self.seen.append(f'after {self.epoch}')
+    def state_dict(self): return {}
+    def load_state_dict(self, _): pass
+
+@pytest.mark.parametrize('order', [-5, 5, 1000, 1005])
+def test_other_callbacks_see_the_epochs_that_are_run(tmp_path, order):
+    with pytest.raises(Killed): fit(learner(tmp_path, 10), 4, [TbpttCheckpoint(every=7), Counts(order), KillAt('before_train', 3)])
+    counts = Counts(order)
+    resumed(tmp_path, n_epoch=4, cbs=[counts])
+    assert counts.seen==['fit', 'before 2', 'after 2', 'before 3', 'after 3'] and counts.run
+
 class Runs:
     "Runs code when it is read"
     def __reduce__(self): return note,(1,)

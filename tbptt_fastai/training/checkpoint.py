@@ -298,6 +298,8 @@ class TbpttCheckpoint(Callback):
         if self._resumed is None: self._write(0, 0)
 
 # %% ../../nbs/training/12_checkpoint.ipynb #1d677e7b
+_content = ('form','epoch','step','finished','window','at_window','n_parts','start','now','trained','carried')
+
 def _in_all(places):
     "The places that all processes have"
     if num_distrib()<2: return places
@@ -311,6 +313,9 @@ def _find(self:TbpttCheckpoint):
     places = _in_all(self._folder.places())
     if not places: return
     found = newest(self._folder, places)
+    missing = [k for k in _content if k not in found]
+    if missing: raise ValueError(
+        f"The checkpoints in {self._folder.folder} lack {missing}: they were not written by this library, or changed afterwards.")
     if self.resume:
         check_same_form(self._form, found['form'], self._folder.folder)
         for o in (found['start'], found['now']): check_same_strings(_parts(self.learn), o['parts'], self._folder.folder)
@@ -323,26 +328,42 @@ def _find(self:TbpttCheckpoint):
 
 # %% ../../nbs/training/12_checkpoint.ipynb #02fc385e
 @patch
-def _mute(self:TbpttCheckpoint):
-    others = [cb for cb in self.learn.cbs if cb is not self]
-    self._muted = self._muted or [(cb, cb.run) for cb in others]
-    for cb in others: cb.run = False
+def _mute(self:TbpttCheckpoint, cbs):
+    known = [cb for cb,_ in self._muted]
+    new = [cb for cb in cbs if cb is not self and not any(cb is o for o in known)]
+    self._muted = [*self._muted, *((cb, cb.run) for cb in new)]
+    for cb in new: cb.run = False
 
 @patch
-def _unmute(self:TbpttCheckpoint):
-    for cb,run in self._muted: cb.run = run
-    self._muted = ()
+def _unmute(self:TbpttCheckpoint, cbs=None):
+    "Those, or all"
+    for cb,run in self._muted:
+        if cbs is None or cb in cbs: cb.run = run
+    self._muted = () if cbs is None else [o for o in self._muted if o[0] not in cbs]
+
+@patch(as_prop=True)
+def _earlier(self:TbpttCheckpoint):
+    "The callbacks that have each event before this one"
+    cbs = list(self.learn.cbs.sorted('order'))
+    return cbs[:cbs.index(self)]
 
 @patch
 def before_epoch(self:TbpttCheckpoint):
-    if self._muted: raise CancelEpochException
+    if not self._is_done(self.learn.epoch): return self._unmute()
+    self._mute(self.learn.cbs) # those after this one have had `before_fit` by now
+    raise CancelEpochException
+
+@patch
+def _is_done(self:TbpttCheckpoint, epoch):
+    "Was it in the training that is gone on with?"
+    return self._resumed is not None and epoch<self._resumed['epoch']
 
 @patch
 def _begin_epoch(self:TbpttCheckpoint, epoch):
     "All is as at the beginning of an epoch"
+    if self._is_done(epoch): return self._mute(self._earlier)
+    self._unmute(self._earlier)
     found = self._resumed
-    if found is not None and epoch<found['epoch']: return self._mute()
-    self._unmute()
     self._window,self._n_parts = 0,0
     self._at_window = self._before_next = self._last_window = None
     if found is None: self._start = self._at_start()
@@ -384,6 +405,7 @@ def after_epoch(self:TbpttCheckpoint):
 def after_fit(self:TbpttCheckpoint):
     if not self._active: return
     self._begin_epoch(self.learn.n_epoch)
+    self._unmute()
     self._write(self.learn.n_epoch, 0, finished=True)
 
 # %% ../../nbs/training/12_checkpoint.ipynb #70e60a7c
