@@ -1,4 +1,4 @@
-import os
+import os, sys
 from pathlib import Path
 import matplotlib
 import numpy as np
@@ -18,6 +18,13 @@ def pytest_collection_modifyitems(items):
 def in_tmp_path(tmp_path, monkeypatch):
     "Whatever a test saves, it saves in a folder of its own"
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    "What a test draws is gone when it ends"
+    yield
+    if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_a_measurement_changes_nothing(stream):
 
 def test_without_a_decay_the_longest_length_is_used():
     scheme = Adaptive(delta=.1, k_max=12)
-    fit_own_lr(adaptive_learner(scheme, Leaky(1.05), cbs=[]), 2)
+    with pytest.warns(UserWarning, match='the weights are not finite'): fit_own_lr(adaptive_learner(scheme, Leaky(1.05), cbs=[]), 2)
     assert [(o['k'], o['reached']) for o in scheme.trace]==[(12, False)]*2
     ax = scheme.plot()
     assert ax.get_legend_handles_labels()[1]==['longest, as none was']

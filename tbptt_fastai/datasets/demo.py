@@ -39,7 +39,10 @@ def train(name, dls, sub_seq_len, n_epoch, lr, seed, threads, **rnn) -> Run:
     dls.train.rng.seed(seed)
     learn = RNNLearner(dls, sub_seq_len=sub_seq_len, metrics=fun_rmse, num_threads=threads, **rnn)
     start = time.perf_counter()
-    try: learn.fit_flat_cos(n_epoch, lr)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '(?s).*the weights are not finite') # `compare` says so
+            learn.fit_flat_cos(n_epoch, lr)
     except KeyboardInterrupt:
         done = learn.recorder.values
         reached = f', where the validation MAE was {1e3*done[-1][1]:.3g} mV' if done else ''

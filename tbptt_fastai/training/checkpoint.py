@@ -351,7 +351,7 @@ def _earlier(self:TbpttCheckpoint):
 def before_epoch(self:TbpttCheckpoint):
     if not self._is_done(self.learn.epoch): return self._unmute()
     self._mute(self.learn.cbs) # those after this one have had `before_fit` by now
-    raise CancelEpochException
+    raise CancelEpochException(f"Epoch {self.learn.epoch} is done already.")
 
 @patch
 def _is_done(self:TbpttCheckpoint, epoch):
