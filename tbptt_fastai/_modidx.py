@@ -2175,6 +2175,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'tbptt_fastai/training/checkpoint.py'),
                                                   'tbptt_fastai.training.checkpoint._settings_of': ( 'training/checkpoint.html#_settings_of',
                                                                                                      'tbptt_fastai/training/checkpoint.py'),
+                                                  'tbptt_fastai.training.checkpoint._settings_of_loss': ( 'training/checkpoint.html#_settings_of_loss',
+                                                                                                          'tbptt_fastai/training/checkpoint.py'),
                                                   'tbptt_fastai.training.checkpoint._state_of': ( 'training/checkpoint.html#_state_of',
                                                                                                   'tbptt_fastai/training/checkpoint.py'),
                                                   'tbptt_fastai.training.checkpoint._stateful': ( 'training/checkpoint.html#_stateful',

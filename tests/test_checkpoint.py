@@ -594,3 +594,18 @@ def test_arrays_that_cannot_be_written_to_are_compared_without_a_warning():
 def test_a_file_without_a_version_is_refused(tmp_path):
     torch.save(dict(format='tbptt_fastai checkpoint'), tmp_path/'a.pt')
     with pytest.raises(ValueError, match='version None'): read_checkpoint(tmp_path/'a.pt')
+
+@pytest.mark.parametrize('one,other,message', [
+    (dict(loss_func=nn.HuberLoss(delta=1.)), dict(loss_func=nn.HuberLoss(delta=2.)), 'loss_settings.delta was 1.0 and is 2.0'),
+    (dict(loss_func=MSELossFlat()), dict(loss_func=MSELossFlat(reduction='sum')), 'loss_settings.reduction was mean and is sum'),
+    (dict(loss_func=nn.BCEWithLogitsLoss(pos_weight=torch.ones(2))), dict(loss_func=nn.BCEWithLogitsLoss(pos_weight=torch.full((2,), 3.))),
+        'loss_settings.pos_weight was'),
+    (dict(counts=_some), dict(), 'counts was _some and is None')])
+def test_settings_of_the_loss_are_compared(tmp_path, one, other, message):
+    interrupted(tmp_path, **one)
+    with pytest.raises(ValueError, match=message): resumed(tmp_path, **other)
+
+def test_what_a_killed_process_has_half_written_goes_with_the_next_checkpoint(tmp_path):
+    (tmp_path/'epoch0-step7.new').write_bytes(b'half')
+    CheckpointFolder(tmp_path).write((0, 14), {})
+    assert names(tmp_path)==['epoch0-step14.pt']

@@ -204,6 +204,13 @@ def _digest(o):
     o = torch.as_tensor(o).as_subclass(Tensor).detach().cpu()
     return f'{tuple(o.shape)} {crc32(o.contiguous().flatten().view(torch.uint8).numpy()):08x}'
 
+def _settings_of_loss(loss):
+    "The numbers, strings and weights of a loss of PyTorch, fastai or this library"
+    known = [o for o in (loss, getattr(loss, 'func', None)) if type(o).__module__.split('.')[0] in ('torch', 'fastai', 'tbptt_fastai')]
+    plain = {k:v for o in known for k,v in getattr(o, '__dict__', {}).items() if type(v) in (bool, int, float, str)}
+    weights = {k:_digest(v) for o in known if isinstance(o, nn.Module) for k,v in o.named_buffers()}
+    return {k:v for k,v in {**plain, **weights}.items() if k!='training' and not k.startswith('_')}
+
 def _form_of_loader(dl):
     dl = inner_loader(dl)
     n,item = getattr(dl, 'n', None),first_item(dl)
@@ -233,8 +240,9 @@ def training_form(
     cbs = {name:_settings_of(o) or 'there' for name,o in _name_all(_callbacks(learn)).items()}
     schedules = _form_of_schedules(learn)
     hypers = [{k:v for k,v in o.items() if type(v) in (bool, int, float) and k not in schedules} for o in learn.opt.hypers]
-    scheme = first(_described(o.setting) for o in learn.cbs if isinstance(o, TbpttResetCB))
-    return encode(dict(**_form_of_model(get_model(learn.model)), loss=_described(learn.loss_func), epochs=learn.n_epoch,
+    scheme,counts = first((_described(o.setting),_described(o.counts)) for o in learn.cbs if isinstance(o, TbpttResetCB))
+    return encode(dict(**_form_of_model(get_model(learn.model)), loss=_described(learn.loss_func), loss_settings=_settings_of_loss(learn.loss_func),
+        epochs=learn.n_epoch, counts=counts,
         optimizer=type(learn.opt).__name__, hypers=hypers, schedules=schedules, truncation=scheme, callbacks=cbs,
         metrics=[o.name for o in learn.metrics], data=list(map(_form_of_loader, learn.dls.loaders)), processes=num_distrib()))
 

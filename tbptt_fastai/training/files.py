@@ -81,6 +81,7 @@ class CheckpointFolder:
         kept = places[:places.index(place)+1][-self.keep:]
         for o in places:
             if o not in kept: self.path(o).unlink(missing_ok=True)
+        for o in self.folder.glob('epoch*-step*.new'): o.unlink(missing_ok=True) # of a process that was killed while writing
 
     def clear(self):
         "None is left"
