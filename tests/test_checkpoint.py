@@ -1,9 +1,10 @@
 "A training that is interrupted anywhere ends as one that never was"
 from functools import partial
+from typing import NamedTuple
 import random
 import numpy as np, pytest, torch
 from torch import nn
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException, CancelTrainException
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
@@ -18,7 +19,9 @@ from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.models.sequence import SequenceRNN
 from tbptt_fastai.models.text import TextRNN
 from tbptt_fastai.state.stateful import StatefulRNN
-from tbptt_fastai.training.checkpoint import TbpttCheckpoint
+from tbptt_fastai.training.checkpoint import TbpttCheckpoint, _digest
+from tbptt_fastai.training.files import CheckpointFolder, read_checkpoint
+from tbptt_fastai.training.once import once_per_window
 from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
 from tbptt_fastai.instruments.adaptive import Adaptive
 
@@ -435,3 +438,174 @@ def test_a_loss_that_is_a_module(tmp_path, loss, kill, data):
     whole = uninterrupted(tmp_path, make, 2, every=1000)
     check_same(results(whole), results(killed_and_resumed(tmp_path, [kill], make, 2, every=1000)))
     check_same(results(whole), results(fit(make(tmp_path/'whole', 99), 2, [TbpttCheckpoint(every=1000, resume=True)]))) # it has ended
+
+
+# What is random, cut short or out of sight
+
+class RandomLengths(torch.utils.data.Dataset):
+    "Windows whose batches are put together at a random length"
+    def __len__(self): return 24
+    def __getitem__(self, i): return U[i*50:i*50+60],Y[i*50:i*50+60]
+
+def _cut_at_random(items):
+    n = 40+int(torch.randint(0, 21, ()))
+    return tuple(torch.stack([o[:n] for o in element]) for element in zip(*items))
+
+def random_lengths(seed):
+    set_seed(seed)
+    make = partial(torch.utils.data.DataLoader, RandomLengths(), batch_size=4, collate_fn=_cut_at_random)
+    return DataLoaders(make(shuffle=True), make())
+
+def check_goes_on(tmp_path, make, cbs=list, kills=KILLS, every=4):
+    check_same(results(uninterrupted(tmp_path, make, 2, cbs, every=every)), results(killed_and_resumed(tmp_path, kills, make, 2, every, cbs)))
+
+def _some(y): return (y[...,0]>.9)&(y[...,1]>.5)
+
+@pytest.mark.parametrize('every', [1, 3])
+@pytest.mark.parametrize('kwargs', [dict(sub_seq_len=15), dict(truncation=Jittered(12)), dict(truncation=RandomUnbiased(12)),
+    dict(sub_seq_len=15, counts=_some)])
+def test_windows_that_have_another_length_when_they_are_read_again(tmp_path, kwargs, every):
+    check_goes_on(tmp_path, partial(learner, data=random_lengths, **kwargs), every=every)
+
+class LeaveOut(Callback):
+    "Each third batch is cancelled, before or after it was run"
+    n_seen = 0
+    def __init__(self, event, order):
+        self.order = order
+        setattr(self, event, self._leave_out)
+    def _leave_out(self):
+        if not self.training: return
+        self.n_seen += 1
+        if self.n_seen%3==0: raise CancelBatchException
+
+@pytest.mark.parametrize('event,order', [('before_batch', -5), ('before_batch', 5), ('before_batch', 30), ('after_loss', 0)])
+@pytest.mark.parametrize('data', [windows, stream])
+def test_batches_that_are_left_out(tmp_path, event, order, data):
+    check_goes_on(tmp_path, partial(learner, data=data, model=two_layers), lambda: [LeaveOut(event, order)])
+
+class EndAt(Callback):
+    "Each epoch ends after so many batches, by their number"
+    order = -20
+    def before_batch(self):
+        if self.training and self.iter==13: raise CancelTrainException
+
+def test_every_callback_sees_the_number_of_the_batch(tmp_path): check_goes_on(tmp_path, learner, lambda: [EndAt()])
+
+class Mix(Callback):
+    order = 60
+    def before_batch(self):
+        if not self.training: return
+        share,rows = torch.rand(()),torch.randperm(len(self.x))
+        self.learn.xb = tuple(share*o+(1-share)*o[rows] for o in self.xb)
+
+@pytest.mark.parametrize('every', [1, 4])
+def test_what_a_callback_has_drawn_once_for_a_window(tmp_path, every):
+    check_goes_on(tmp_path, learner, lambda: [once_per_window(Mix())], every=every)
+
+class Scaled(nn.Module):
+    "A running scale that no state_dict has, and a number of calls"
+    def __init__(self, in_place):
+        super().__init__()
+        self.rnn,self.head,self.in_place,self.n_calls = StatefulRNN(nn.GRU(1, 4, batch_first=True)),nn.Linear(4, 2),in_place,0
+        self.register_buffer('scale', torch.ones(()), persistent=False)
+    def forward(self, x):
+        if self.training:
+            scale = .9*self.scale+.1*x.detach().abs().mean()
+            if self.in_place: self.scale.copy_(scale)
+            else: self.scale = scale
+            self.n_calls += 1
+        return self.head(self.rnn(x/self.scale*(1+self.n_calls/1000)))
+
+@pytest.mark.parametrize('kills', [KILLS, [('after_train', 1)], [('after_epoch', 1)]])
+@pytest.mark.parametrize('in_place', [True, False])
+def test_what_a_module_keeps_outside_its_state_dict(tmp_path, in_place, kills):
+    check_goes_on(tmp_path, partial(learner, model=partial(Scaled, in_place)), kills=kills)
+
+class Louder(Callback):
+    "Counts as long as it lives"
+    n_seen = 0
+    def after_pred(self):
+        if not self.training: return
+        self.n_seen += 1
+        self.learn.pred = self.pred*(1+self.n_seen/1000)
+
+@pytest.mark.parametrize('every', [4, 100]) # 100: the only checkpoint is that of the beginning
+@pytest.mark.parametrize('model', [lstm, partial(Scaled, False)])
+def test_a_learner_that_goes_on_itself_forgets_the_steps_after_the_checkpoint(tmp_path, every, model):
+    def make(path, seed): return learner(path, seed, model=model, cbs=[Louder()])
+    whole,learn = results(uninterrupted(tmp_path, make, 2, every=every)),make(tmp_path, 10)
+    for n in (6, 7):
+        with pytest.raises(Killed): fit(learn, 2, [TbpttCheckpoint(every=every, resume=True), KillAt('after_batch', n)])
+    check_same(whole, results(fit(learn, 2, [TbpttCheckpoint(every=every, resume=True), KillAt('after_fit', 10**9)])))
+
+def test_an_error_while_epochs_are_passed_over_leaves_no_callback_out(tmp_path):
+    interrupted(tmp_path, n=50)
+    learn = learner(tmp_path, 10)
+    class Broken(TbpttCheckpoint):
+        def before_epoch(self): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(learn, 3, [Broken(every=7, resume=True), KillAt('after_fit', 10**9)])
+    assert all(cb.run for cb in learn.cbs)
+
+def test_learning_rates_of_each_group_are_compared(tmp_path):
+    def make(path, seed): return learner(path, seed, splitter=lambda m: [list(o.parameters()) for o in (m.rnn, nn.ModuleList([m.norm, m.head]))])
+    def run(lr, *cbs):
+        learn = make(tmp_path, 1)
+        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, slice(lr, 1e-2), cbs=cbs)
+    with pytest.raises(Killed): run(1e-5, TbpttCheckpoint(every=4), KillAt('after_batch', 9))
+    with pytest.raises(ValueError, match='schedules.lr.0 was'): run(1e-3, TbpttCheckpoint(every=4, resume=True), KillAt('after_fit', 10**9))
+
+def test_a_second_training_in_the_folder_of_a_first_is_refused(tmp_path):
+    learn = fit(learner(tmp_path, 1), 1, [TbpttCheckpoint(resume=True)])
+    with pytest.raises(ValueError, match='trained to the end.*path of its own'): fit(learn, 1, [TbpttCheckpoint(resume=True)])
+    fit(learn, 1, [TbpttCheckpoint('second', resume=True)])
+
+def test_a_model_that_has_no_shapes_yet_is_refused(tmp_path):
+    def lazy(): return nn.Sequential(StatefulRNN(nn.GRU(1, 4, batch_first=True)), nn.LazyLinear(2))
+    learn = learner(tmp_path, 1, model=lazy)
+    with pytest.raises(ValueError, match='1.weight, 1.bias have no shape'): fit(learn, 1, [TbpttCheckpoint()])
+    learn.model(learn.dls.one_batch()[0])
+    fit(learn, 1, [TbpttCheckpoint()])
+
+class Pair(NamedTuple):
+    h: torch.Tensor
+
+class Named(Looped):
+    def forward(self, x, state=None):
+        pred,after = super().forward(x, None if state is None else dict(h=[state.h]))
+        return pred,Pair(after['h'][0])
+
+def test_a_state_that_cannot_be_stored_is_refused_in_the_first_step(tmp_path):
+    learn = learner(tmp_path, 1, model=lambda: StatefulRNN(Named()))
+    with pytest.raises(TypeError, match='A Pair is not stored. Carry tuples, lists or dicts'): fit(learn, 1, [TbpttCheckpoint(every=1000)])
+    assert learn.train_iter==1
+
+def test_the_newest_is_kept_beside_one_that_was_further_on(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    for place in ((0, 21), (0, 15)): folder.write(place, {})
+    assert names(tmp_path)==['epoch0-step15.pt']
+
+@pytest.mark.filterwarnings('error:.*not writable')
+def test_arrays_that_cannot_be_written_to_are_compared_without_a_warning():
+    a = np.arange(6.)
+    digest = _digest(a)
+    a.flags.writeable = False
+    assert _digest(a)==digest
+
+def test_a_file_without_a_version_is_refused(tmp_path):
+    torch.save(dict(format='tbptt_fastai checkpoint'), tmp_path/'a.pt')
+    with pytest.raises(ValueError, match='version None'): read_checkpoint(tmp_path/'a.pt')
+
+@pytest.mark.parametrize('one,other,message', [
+    (dict(loss_func=nn.HuberLoss(delta=1.)), dict(loss_func=nn.HuberLoss(delta=2.)), 'loss_settings.delta was 1.0 and is 2.0'),
+    (dict(loss_func=MSELossFlat()), dict(loss_func=MSELossFlat(reduction='sum')), 'loss_settings.reduction was mean and is sum'),
+    (dict(loss_func=nn.BCEWithLogitsLoss(pos_weight=torch.ones(2))), dict(loss_func=nn.BCEWithLogitsLoss(pos_weight=torch.full((2,), 3.))),
+        'loss_settings.pos_weight was'),
+    (dict(counts=_some), dict(), 'counts was _some and is None')])
+def test_settings_of_the_loss_are_compared(tmp_path, one, other, message):
+    interrupted(tmp_path, **one)
+    with pytest.raises(ValueError, match=message): resumed(tmp_path, **other)
+
+def test_what_a_killed_process_has_half_written_goes_with_the_next_checkpoint(tmp_path):
+    (tmp_path/'epoch0-step7.new').write_bytes(b'half')
+    CheckpointFolder(tmp_path).write((0, 14), {})
+    assert names(tmp_path)==['epoch0-step14.pt']

@@ -9,7 +9,7 @@ __all__ = ['inner_loader', 'first_item', 'time_dim_of', 'resolve_time_dim', 'Sub
 # %% ../../nbs/loaders/01_views.ipynb #3f9fa67c
 import random
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from random import Random
 from statistics import mean
 from types import SimpleNamespace
@@ -97,6 +97,7 @@ class SubWindows(GetAttr):
         self.segment,self.warm_up,self._begun,self._rows = Segment(),[],None,None
         self._n_before,self._left = 0,[] # windows in a row that had no training step, and what is to be run before the next
         self._place = None # where the next run goes on, if it does not begin at the start
+        self.n_read,self._before_read = 0,noop # windows before the current one, and what is called with that before it is read
 
     def __iter__(self):
         steps,place,self._place = self._steps(),self._place,None
@@ -106,11 +107,20 @@ class SubWindows(GetAttr):
     def _steps(self):
         batches,self._begun = self._begun or self._batches(),None
         self.rng,self._rows = self._new_rng(),None
-        for batch in batches:
+        for batch in self._read(batches):
             for self.segment,self.warm_up in self._segments(batch):
                 yield batch if self.window is None else self.window.cut(*self.sub_window[:2])
         if self._cuts: self._agree(0, 0)
         self._check_counted()
+
+    def _read(self, batches):
+        "The batches, counted"
+        batches = iter(batches)
+        for self.n_read in count():
+            self._before_read(self.n_read)
+            try: batch = next(batches)
+            except StopIteration: return
+            yield batch
 
     def __len__(self):
         "Steps of an epoch, if all windows are as long as the first"
@@ -476,20 +486,26 @@ class Place:
     "A step of a run over the data, and what is to be done on the way to it"
     def __init__(self,
         step:int, # Steps before it
-        window:int=0, # The step at which its window was read
-        at_window=noop, # Function that is called before that
+        window:int=0, # Windows that were read before its own; in a stream, the step at which its sequences were
+        part:int=1, # Sub-windows of its own window up to it; in a stream of no matter
+        before_read=noop, # Function that is called with a number of windows, or steps, before the next is read
         arrived=noop, # Function of the segment that the carried states are at the end of
-    ): self.step,self.window,self.at_window,self.arrived = step,window,at_window,arrived
+    ): self.step,self.window,self.part,self.before_read,self.arrived = step,window,part,before_read,arrived
 
     def reach(self, view, steps):
-        "Pass over what comes before"
-        seen = None
-        for i in range(self.step):
-            if i==self.window and i: self.at_window()
+        """Pass over what comes before
+
+        Windows are counted, and not their sub-windows: a window of random length may be of another length when it is read again."""
+        seen,n,part = None,0,0
+        view._before_read = noop if view.flat else self.before_read
+        while n<self.step if view.flat else part<self.part:
+            if view.flat: self.before_read(n)
             if next(steps, None) is None: raise ValueError(
-                f"The training was interrupted at step {self.step} of its epoch, but this loader has {i} steps.")
+                f"The training was interrupted at step {self.step} of its epoch, but this loader has {n} steps.")
             for seen,_ in view.warm_up: pass
             seen = view.segment.after(seen)
+            n,part = n+1,part+(view.n_read==self.window)
+        view._before_read = noop
         self.arrived(seen)
 
 @patch

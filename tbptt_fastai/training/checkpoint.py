@@ -7,6 +7,7 @@ __all__ = ['object_state', 'set_object_state', 'training_form', 'check_same_form
 
 # %% ../../nbs/training/12_checkpoint.ipynb #32689b41
 import re, warnings
+from weakref import WeakKeyDictionary
 from copy import deepcopy
 from functools import partial
 from inspect import signature
@@ -19,11 +20,14 @@ from fastai.optimizer import Optimizer
 from fastai.torch_core import get_model, num_distrib, rank_distrib, to_device
 from fastcore.basics import first, patch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._pytree import tree_leaves
 from ..loaders.views import Place, first_item, inner_loader
+from ..state.carry import Carry
 from ..state.own import own_resets
 from .callback import TbpttResetCB
 from .length import LengthHintCB
+from .once import LastSeen
 from .threads import ThreadHintCB
 from .files import CheckpointFolder, newest
 from tbptt_fastai.training.plain import (NotPlain, changed, decode, encode, encode_random, plain_attributes, random_state, set_attributes,
@@ -117,14 +121,42 @@ def _set_gradients(model, stored):
         if isinstance(g, Tensor): g = g.to(p.device, copy=True)
         p.grad = torch.zeros_like(p) if isinstance(g, int) else g
 
+# %% ../../nbs/training/12_checkpoint.ipynb #6c4cf9b6
+def _is_from_torch(m): return type(m).__module__.startswith('torch.nn')
+
+def _own_state(m):
+    "Attributes and buffers of a module that are in no `state_dict`"
+    known = vars(nn.Module()).keys()
+    attributes = {} if _is_from_torch(m) else {k:v for k,v in plain_attributes(m).items() if k not in known}
+    return dict(attributes=attributes, buffers={k:encode(m._buffers[k]) for k in m._non_persistent_buffers_set})
+
+def _own_states(model):
+    "Those of all modules, but for states that a `Carry` holds"
+    held = {id(m) for m in Carry(model).modules.values()}
+    return {name:_own_state(m) for name,m in model.named_modules() if id(m) not in held}
+
+def _changed_states(model, before):
+    "Of a model that keeps its state by itself all, of others what has changed since the beginning of the fit"
+    states = _own_states(model)
+    if own_resets(model): return states
+    return {name:{k:changed(v, before[name][k]) for k,v in o.items()} for name,o in states.items() if name in before}
+
+def _set_own(model, stored):
+    modules,device = dict(model.named_modules()),first(model.parameters()).device
+    for name,o in stored.items():
+        vars(modules[name]).update(to_device(decode(o['attributes']), device))
+        modules[name]._buffers.update(to_device(decode(o['buffers']), device))
+
+
 # %% ../../nbs/training/12_checkpoint.ipynb #e17daf41
 _counters = 'train_iter','pct_train','loss','smooth_loss','final_record'
 
-def _trained(learn):
+def _trained(learn, before):
     "The state of what is trained, and the counters of the training"
     model = get_model(learn.model)
     counters = {k:encode(vars(learn)[k]) for k in _counters if k in vars(learn)}
-    return dict(model=encode(model.state_dict()), gradients=_gradients(model), opt=encode(learn.opt.state_dict()), counters=counters)
+    own = {name:o for name,o in _changed_states(model, before).items() if any(o.values())}
+    return dict(model=encode(model.state_dict()), own=own, gradients=_gradients(model), opt=encode(learn.opt.state_dict()), counters=counters)
 
 def _set_opt(learn, stored):
     stored = decode(stored)
@@ -136,35 +168,22 @@ def _set_opt(learn, stored):
 def _set_trained(learn, stored):
     model = get_model(learn.model)
     model.load_state_dict(decode(stored['model']))
+    _set_own(model, stored['own'])
     _set_gradients(model, stored['gradients'])
     _set_opt(learn, stored['opt'])
     vars(learn).update(decode({k:v for k,v in stored['counters'].items() if k in _counters}))
 
 # %% ../../nbs/training/12_checkpoint.ipynb #82e4b1e2
-def _own_modules(model):
-    "Those of a model that keeps its state by itself, with their names"
-    if not own_resets(model): return {}
-    return {name:m for name,m in model.named_modules() if not type(m).__module__.startswith('torch.nn')}
-
-def _own_state(m):
-    "Attributes and buffers of a module that are in no `state_dict`"
-    known = vars(nn.Module()).keys()
-    attributes = {k:v for k,v in plain_attributes(m).items() if k not in known}
-    return dict(attributes=attributes, buffers={k:encode(m._buffers[k]) for k in m._non_persistent_buffers_set})
-
 def _carried(carry):
     "What is carried to the next step"
     try: slots = {name:encode(values) for name,values in carry.snapshot().items()}
     except NotPlain as e: raise TypeError(
         f"The carried state cannot be put into a checkpoint: {e} Carry tuples, lists or dicts of tensors.") from None
-    return dict(slots=slots, own={name:_own_state(m) for name,m in _own_modules(carry.inner).items()})
+    return dict(slots=slots)
 
 def _set_carried(carry, stored, device):
     carry.restore(to_device(decode(stored['slots']), device))
-    modules = _own_modules(carry.inner)
-    for name,o in stored['own'].items():
-        vars(modules[name]).update(to_device(decode(o['attributes']), device))
-        modules[name]._buffers.update(to_device(decode(o['buffers']), device))
+
 
 # %% ../../nbs/training/12_checkpoint.ipynb #ed322f07
 def _described(o):
@@ -172,13 +191,25 @@ def _described(o):
     return re.sub(r' at 0x[0-9a-f]+', '', getattr(o, '__name__', None) or repr(o))
 
 def _form_of_model(model):
+    lazy = [name for name,p in model.state_dict(keep_vars=True).items() if isinstance(p, UninitializedTensorMixin)]
+    if lazy: raise ValueError(
+        f"{', '.join(lazy)} have no shape before the model has run once, so a checkpoint cannot be compared with it. "
+        "Run it on a batch before the training: model(learn.dls.one_batch()[0]).")
     tensors = {name:f'{str(o.dtype)[6:]} {tuple(o.shape)}' for name,o in model.state_dict().items() if isinstance(o, Tensor)}
     return dict(model=type(model).__name__, tensors=tensors, frozen=[k for k,p in model.named_parameters() if not p.requires_grad])
 
 def _digest(o):
     "Shape and checksum of an array"
+    if isinstance(o, np.ndarray): o = o.copy() # one that cannot be written to
     o = torch.as_tensor(o).as_subclass(Tensor).detach().cpu()
     return f'{tuple(o.shape)} {crc32(o.contiguous().flatten().view(torch.uint8).numpy()):08x}'
+
+def _settings_of_loss(loss):
+    "The numbers, strings and weights of a loss of PyTorch, fastai or this library"
+    known = [o for o in (loss, getattr(loss, 'func', None)) if type(o).__module__.split('.')[0] in ('torch', 'fastai', 'tbptt_fastai')]
+    plain = {k:v for o in known for k,v in getattr(o, '__dict__', {}).items() if type(v) in (bool, int, float, str)}
+    weights = {k:_digest(v) for o in known if isinstance(o, nn.Module) for k,v in o.named_buffers()}
+    return {k:v for k,v in {**plain, **weights}.items() if k!='training' and not k.startswith('_')}
 
 def _form_of_loader(dl):
     dl = inner_loader(dl)
@@ -193,7 +224,8 @@ _at = [i/8 for i in range(9)] # shares of a training at which schedules are comp
 
 def _form_of_schedules(learn):
     found = [o for cb in learn.cbs if isinstance(cb, ParamScheduler) for o in cb.scheds.items()]
-    return {name:[round(float(np.asarray(sched(o)).ravel()[-1]), 12) for o in _at] for name,sched in found}
+    def values(o): return [round(v, 12) for v in np.asarray(o, float).ravel().tolist()] # of each group
+    return {name:[v for o in _at for v in values(sched(o))] for name,sched in found}
 
 def _settings_of(cb):
     "The numbers and strings that a callback of fastai or of this library was given"
@@ -208,8 +240,9 @@ def training_form(
     cbs = {name:_settings_of(o) or 'there' for name,o in _name_all(_callbacks(learn)).items()}
     schedules = _form_of_schedules(learn)
     hypers = [{k:v for k,v in o.items() if type(v) in (bool, int, float) and k not in schedules} for o in learn.opt.hypers]
-    scheme = first(_described(o.setting) for o in learn.cbs if isinstance(o, TbpttResetCB))
-    return encode(dict(**_form_of_model(get_model(learn.model)), loss=_described(learn.loss_func), epochs=learn.n_epoch,
+    scheme,counts = first((_described(o.setting),_described(o.counts)) for o in learn.cbs if isinstance(o, TbpttResetCB))
+    return encode(dict(**_form_of_model(get_model(learn.model)), loss=_described(learn.loss_func), loss_settings=_settings_of_loss(learn.loss_func),
+        epochs=learn.n_epoch, counts=counts,
         optimizer=type(learn.opt).__name__, hypers=hypers, schedules=schedules, truncation=scheme, callbacks=cbs,
         metrics=[o.name for o in learn.metrics], data=list(map(_form_of_loader, learn.dls.loaders)), processes=num_distrib()))
 
@@ -270,6 +303,7 @@ class TbpttCheckpoint(Callback):
     It is given to `fit` and its kind: `learn.fit_flat_cos(20, cbs=TbpttCheckpoint(resume=True))`."""
     order,run_valid,remove_on_fetch = 1000,False,True # after all others: what they do in a step is done
     _resumed = None # the checkpoint that is on its way to be gone on with
+    _begun,_ended = WeakKeyDictionary(),WeakKeyDictionary() # by learner: how its fit began, and the folder of one that has ended
     _muted = () # callbacks that wait until epochs that are done have passed
     def __init__(self,
         path='checkpoint', # Folder, within that of the learner; processes that train together have one each in it
@@ -280,9 +314,17 @@ class TbpttCheckpoint(Callback):
         self.path,self.resume = path,resume
         self.every,self.keep = check_steps('every', every),check_steps('keep', keep)
 
+    @property
+    def learn(self): return vars(self).get('_learn')
+    @learn.setter
+    def learn(self, learn):
+        "A learner that it is taken from, be it by an error, has all its callbacks again"
+        if learn is None: self._unmute()
+        vars(self)['_learn'] = learn
+
     def before_fit(self):
         self._unmute()
-        self._resumed,self._active,self._offset = None,_is_fit(self.learn),0
+        self._resumed,self._active,self._is_trained = None,_is_fit(self.learn),False
         if not self._active: return
         self._reset_cb = first(self.learn._grab_cbs(TbpttResetCB))
         if self._reset_cb is None: raise ValueError(
@@ -292,13 +334,17 @@ class TbpttCheckpoint(Callback):
         self._folder = CheckpointFolder(path/f'process{rank_distrib()}' if num_distrib()>1 else path, self.keep)
         self._form = training_form(self.learn)
         self._first = deepcopy({k:object_state(o) for k,o in _parts(self.learn).items()})
+        self._first_own = deepcopy(_own_states(get_model(self.learn.model)))
         self._stored = {} # names of the attributes in the checkpoint that is gone on with
         self._find()
+        parts = _parts(self.learn)
+        names = {name:set(vars(o)) for name,o in parts.items()}
+        self._begun[self.learn] = self._folder.folder,parts,self._first,self._first_own,names
         self._begin_epoch(0)
         if self._resumed is None: self._write(0, 0)
 
 # %% ../../nbs/training/12_checkpoint.ipynb #1d677e7b
-_content = ('form','epoch','step','finished','window','at_window','n_parts','start','now','trained','carried')
+_content = ('form','epoch','step','finished','window','at_window','n_read','n_parts','start','now','trained','carried')
 
 def _in_all(places):
     "The places that all processes have"
@@ -306,6 +352,19 @@ def _in_all(places):
     found = [None]*num_distrib()
     torch.distributed.all_gather_object(found, places)
     return sorted(set.intersection(*map(set, found)))
+
+@patch
+def _begin_as_before(self:TbpttCheckpoint):
+    "A learner that was interrupted, and goes on itself, forgets what its parts have become since the beginning"
+    folder,parts,before,own,names = self._begun.get(self.learn, (None,{},{},{},{}))
+    if folder!=self._folder.folder: return
+    for name,o in _parts(self.learn).items():
+        if parts.get(name) is not o: continue
+        self._first[name] = before[name]
+        for k in plain_attributes(o).keys()-names[name]: delattr(o, k)
+        set_object_state(o, before[name])
+    self._first_own = own
+    _set_own(get_model(self.learn.model), own)
 
 @patch
 def _find(self:TbpttCheckpoint):
@@ -319,7 +378,11 @@ def _find(self:TbpttCheckpoint):
     if self.resume:
         check_same_form(self._form, found['form'], self._folder.folder)
         for o in (found['start'], found['now']): check_same_strings(_parts(self.learn), o['parts'], self._folder.folder)
+        if self._ended.get(self.learn)==self._folder.folder: raise ValueError(
+            f"This learner has trained to the end with {self._folder.folder} before, and would do nothing now. Give each training "
+            "a path of its own, or leave out resume=True to train it further.")
         self._resumed = found
+        self._begin_as_before()
         self._stored = {k:o.get('plain', {}).keys() for k,o in found['now']['parts'].items()}
     elif found['finished']: self._folder.clear()
     else: raise FileExistsError(
@@ -364,7 +427,7 @@ def _begin_epoch(self:TbpttCheckpoint, epoch):
     if self._is_done(epoch): return self._mute(self._earlier)
     self._unmute(self._earlier)
     found = self._resumed
-    self._window,self._n_parts = 0,0
+    self._n_steps = self._from_read = self._n_read = self._n_after = self._n_parts = 0
     self._at_window = self._before_next = self._last_window = None
     if found is None: self._start = self._at_start()
     else: self._go_back(found)
@@ -406,6 +469,8 @@ def after_fit(self:TbpttCheckpoint):
     if not self._active: return
     self._begin_epoch(self.learn.n_epoch)
     self._unmute()
+    self._begun.pop(self.learn, None)
+    if self._is_trained: self._ended[self.learn] = self._folder.folder
     self._write(self.learn.n_epoch, 0, finished=True)
 
 # %% ../../nbs/training/12_checkpoint.ipynb #70e60a7c
@@ -413,11 +478,17 @@ def after_fit(self:TbpttCheckpoint):
 def before_train(self:TbpttCheckpoint):
     found = self._resumed
     if found is None or not self._active: return
-    self._window,self._at_window,self._offset = found['window'],found['at_window'],found['step']
-    self.learn.dl.continue_at(Place(found['step'], found['window'], partial(set_random, found['at_window']), partial(self._arrive, found)))
+    self._n_steps,self._at_window = found['step'],found['at_window']
+    self._from_read,self._n_read = found['window'],found['n_read']
+    before_read,arrive = partial(self._before_read, self.learn.dl),partial(self._arrive, found)
+    self.learn.dl.continue_at(Place(self._n_steps, self._n_read, found['n_parts'], before_read, arrive))
 
 @patch
-def after_train(self:TbpttCheckpoint): self._offset = 0
+def _before_read(self:TbpttCheckpoint, view, n):
+    "The window at hand is read with the random numbers of then"
+    if n!=self._from_read or self._at_window is None: return
+    set_random(self._at_window['random'])
+    if self._at_window['cuts'] is not None: view.rng.setstate(self._at_window['cuts'])
 
 @patch
 def _arrive(self:TbpttCheckpoint, found, seen):
@@ -426,34 +497,45 @@ def _arrive(self:TbpttCheckpoint, found, seen):
     _set_carried(carry, found['carried'], first(self.learn.model.parameters()).device)
     carry.seen = seen
     self._go_on(found)
-    self._n_parts,self._last_window,self._before_next = found['n_parts'],self._reset_cb.segment.window,found['now']['random']
+    segment = self._reset_cb.segment
+    for o in self.learn.cbs:
+        if isinstance(vars(o).get('_last'), LastSeen): o._last.segment = segment
+    self._n_parts,self._last_window = found['n_parts'],segment.window
+    self._before_next,self._n_after = self._random(),self._n_read+1
 
 # %% ../../nbs/training/12_checkpoint.ipynb #4adf87d0
 @patch
-def before_batch(self:TbpttCheckpoint):
-    if not self._active: return
-    self.learn.iter += self._offset # fastai counts the batches from here on
-    segment = self._reset_cb.segment
-    begins = segment.is_first or segment.window is not self._last_window
-    if begins: self._window,self._at_window,self._n_parts = self.learn.iter,self._before_next,0
-    self._last_window = segment.window
-    self._n_parts += 1
+def _random(self:TbpttCheckpoint):
+    "All that decides about the window that is read next"
+    rng = getattr(self._reset_cb.view, 'rng', None)
+    return random_state(),None if rng is None else rng.getstate()
 
 @patch
 def after_batch(self:TbpttCheckpoint):
+    "It comes too after a batch that another callback has cancelled"
     if not self._active: return
-    segment,step = self._reset_cb.segment,self.learn.iter+1
-    ends = segment.flat or segment.n_sub in (None, self._n_parts)
-    if ends: self._before_next = random_state()
-    if ends and not segment.flat: self._window,self._at_window = step,None # the next begins at this very place
-    if self.learn.train_iter%self.every==0: self._write(self.learn.epoch, step)
+    self._is_trained = True
+    view,segment = self._reset_cb.view,self._reset_cb.segment
+    begins = segment.is_first or segment.window is not self._last_window
+    if begins: self._from_read,self._at_window,self._n_parts = (self._n_steps if view.flat else self._n_after),self._before_next,0
+    self._last_window,self._n_read = segment.window,view.n_read
+    self._n_parts,self._n_steps = self._n_parts+1,self._n_steps+1
+    if view.flat or segment.n_sub in (None, self._n_parts): self._before_next,self._n_after = self._random(),view.n_read+1
+    if self.learn.train_iter%self.every==0: self._write(self.learn.epoch, self._n_steps)
+    elif self.learn.train_iter==1: _carried(self._reset_cb.owner) # a state that cannot be stored is refused now, and not after many steps
+
+def _encode_window(o):
+    if not isinstance(o, tuple): return o
+    everywhere,cuts = o
+    return dict(random=encode_random(everywhere), cuts=cuts)
 
 @patch
 def _write(self:TbpttCheckpoint, epoch, step, finished=False):
     self._reset_cb.go_on() # from the states of the training, if there was an evaluation in between
-    at_window = encode_random(self._at_window) if isinstance(self._at_window, tuple) else self._at_window
-    content = dict(form=self._form, epoch=epoch, step=step, finished=finished, window=self._window, at_window=at_window,
-        n_parts=self._n_parts, start=self._start, now=self._around(), trained=_trained(self.learn), carried=_carried(self._reset_cb.owner) if step else None)
+    content = dict(form=self._form, epoch=epoch, step=step, finished=finished,
+        window=self._from_read, at_window=_encode_window(self._at_window), n_read=self._n_read, n_parts=self._n_parts,
+        start=self._start, now=self._around(), trained=_trained(self.learn, self._first_own), carried=_carried(self._reset_cb.owner) if step else None)
     try: self._folder.write((epoch, step), content)
     except OSError as e: warnings.warn(
         f"No checkpoint could be written to {self._folder.folder}: {e}. The training goes on without it.", stacklevel=2)
+

@@ -38,7 +38,7 @@ def write_whole(
     _sync_folder(path.parent)
 
 # %% ../../nbs/training/11_files.ipynb #8d307e2d
-_format,_version = 'tbptt_fastai checkpoint',1
+_format,_version = 'tbptt_fastai checkpoint',2
 
 def read_checkpoint(
     path:Path, # The file
@@ -49,8 +49,8 @@ def read_checkpoint(
         f"{path} cannot be read: it is cut short, damaged or no checkpoint ({type(e).__name__}).") from e
     if not isinstance(content, dict) or content.get('format')!=_format: raise ValueError(
         f"{path} is a file of PyTorch, but no checkpoint of a TbpttCheckpoint.")
-    if content['version']!=_version: raise ValueError(
-        f"{path} is a checkpoint of version {content['version']}; this library reads version {_version}.")
+    if content.get('version')!=_version: raise ValueError(
+        f"{path} is a checkpoint of version {content.get('version')}; this library reads version {_version}.")
     return content
 
 # %% ../../nbs/training/11_files.ipynb #815c779d
@@ -77,7 +77,11 @@ class CheckpointFolder:
         "A new checkpoint; older ones go"
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.path(place), dict(content, format=_format, version=_version))
-        for old in self.places()[:-self.keep]: self.path(old).unlink(missing_ok=True)
+        places = self.places() # newer ones were damaged, or given up
+        kept = places[:places.index(place)+1][-self.keep:]
+        for o in places:
+            if o not in kept: self.path(o).unlink(missing_ok=True)
+        for o in self.folder.glob('epoch*-step*.new'): o.unlink(missing_ok=True) # of a process that was killed while writing
 
     def clear(self):
         "None is left"

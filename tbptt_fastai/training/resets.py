@@ -6,7 +6,7 @@
 __all__ = ['cancels', 'CarryingRun', 'back_to_method', 'StateResets']
 
 # %% ../../nbs/training/02_resets.ipynb #99436ea6
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 import torch
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException,
                                   CancelFitException, CancelStepException, CancelTrainException, CancelValidException)
@@ -39,7 +39,7 @@ class CarryingRun:
         outer = cb.carry
         try:
             cb.carry = PieceCarry(learn.model, evaluation=not learn.training)
-            with self._turn(get_model(learn.model)), cb.within(), channels_explained(learn.model):
+            with self._turn(get_model(learn.model)), cb.within(), channels_explained(learn.model), _counted_on(learn):
                 type(learn).all_batches(learn)
         except BaseException as e:
             back_to_method(learn, 'all_batches')
@@ -48,6 +48,15 @@ class CarryingRun:
         finally:
             cb.carry = outer
             if outer is None: cb._states = None
+
+@contextmanager
+def _counted_on(learn):
+    "In it, the batches of a training that goes on in the middle of an epoch have the numbers that they would have had"
+    place = getattr(learn.dl, '_place', None)
+    if place is not None: learn.one_batch = lambda i, b: type(learn).one_batch(learn, i+place.step*learn.training, b)
+    try: yield
+    finally:
+        if place is not None: back_to_method(learn, 'one_batch')
 
 def back_to_method(
     o, # An object that was given a function in the place of a method of its class
