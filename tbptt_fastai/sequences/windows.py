@@ -143,7 +143,8 @@ class Sequences:
         "The same settings without the data, as `Learner.export` needs it"
         empty = object.__new__(type(self))
         arrays = [[seqs[0][:0].clone()] for seqs in self.arrays]
-        empty.__dict__ = {**self.__dict__, 'index': None, 'rows': None, 'warm_up': None, 'arrays': arrays, 'steps': np.zeros(0, int), '_names': []}
+        gone = dict(index=None, rows=None, warm_up=None, steps=np.zeros(0, int), _names=[])
+        empty.__dict__ = {**self.__dict__, **gone, 'arrays': arrays}
         return empty
 
     @property

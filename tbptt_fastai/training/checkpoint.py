@@ -156,7 +156,8 @@ def _trained(learn, before):
     model = get_model(learn.model)
     counters = {k:encode(vars(learn)[k]) for k in _counters if k in vars(learn)}
     own = {name:o for name,o in _changed_states(model, before).items() if any(o.values())}
-    return dict(model=encode(model.state_dict()), own=own, gradients=_gradients(model), opt=encode(learn.opt.state_dict()), counters=counters)
+    return dict(model=encode(model.state_dict()), own=own, gradients=_gradients(model),
+        opt=encode(learn.opt.state_dict()), counters=counters)
 
 def _set_opt(learn, stored):
     stored = decode(stored)
@@ -241,7 +242,8 @@ def training_form(
     schedules = _form_of_schedules(learn)
     hypers = [{k:v for k,v in o.items() if type(v) in (bool, int, float) and k not in schedules} for o in learn.opt.hypers]
     scheme,counts = first((_described(o.setting),_described(o.counts)) for o in learn.cbs if isinstance(o, TbpttResetCB))
-    return encode(dict(**_form_of_model(get_model(learn.model)), loss=_described(learn.loss_func), loss_settings=_settings_of_loss(learn.loss_func),
+    loss = dict(loss=_described(learn.loss_func), loss_settings=_settings_of_loss(learn.loss_func))
+    return encode(dict(**_form_of_model(get_model(learn.model)), **loss,
         epochs=learn.n_epoch, counts=counts,
         optimizer=type(learn.opt).__name__, hypers=hypers, schedules=schedules, truncation=scheme, callbacks=cbs,
         metrics=[o.name for o in learn.metrics], data=list(map(_form_of_loader, learn.dls.loaders)), processes=num_distrib()))
@@ -534,7 +536,8 @@ def _write(self:TbpttCheckpoint, epoch, step, finished=False):
     self._reset_cb.go_on() # from the states of the training, if there was an evaluation in between
     content = dict(form=self._form, epoch=epoch, step=step, finished=finished,
         window=self._from_read, at_window=_encode_window(self._at_window), n_read=self._n_read, n_parts=self._n_parts,
-        start=self._start, now=self._around(), trained=_trained(self.learn, self._first_own), carried=_carried(self._reset_cb.owner) if step else None)
+        start=self._start, now=self._around(), trained=_trained(self.learn, self._first_own),
+        carried=_carried(self._reset_cb.owner) if step else None)
     try: self._folder.write((epoch, step), content)
     except OSError as e: warnings.warn(
         f"No checkpoint could be written to {self._folder.folder}: {e}. The training goes on without it.", stacklevel=2)
