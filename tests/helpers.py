@@ -40,3 +40,12 @@ def item_loaders(items, n_valid=None, bs=4, cls=TfmdDL, **kwargs):
 def learner(dls, model, sub_seq_len, cbs=(), **kwargs):
     "A Learner of fastai with a TbpttResetCB, as one that exists gets it"
     return Learner(dls, model, cbs=[TbpttResetCB(sub_seq_len), *cbs], **{**dict(loss_func=MSELossFlat()), **kwargs})
+
+def check_trains_on(make, meanwhile):
+    "A learner that has done something else in between trains as one that has not, bit by bit"
+    a,b = make(),make()
+    meanwhile(a)
+    for learn in (a,b):
+        set_seed(1)
+        fit(learn, 1)
+    for p,q in zip(a.model.parameters(), b.model.parameters(), strict=True): assert torch.equal(p, q)

@@ -609,3 +609,13 @@ def test_what_a_killed_process_has_half_written_goes_with_the_next_checkpoint(tm
     (tmp_path/'epoch0-step7.new').write_bytes(b'half')
     CheckpointFolder(tmp_path).write((0, 14), {})
     assert names(tmp_path)==['epoch0-step14.pt']
+
+def test_a_learner_that_was_interrupted_is_not_kept(tmp_path):
+    "What is remembered of the beginning of its fit does not hold it"
+    import gc, weakref
+    learn = learner(tmp_path, 10)
+    with pytest.raises(Killed): fit(learn, 3, [TbpttCheckpoint(every=7), KillAt('after_batch', 9)])
+    gone = weakref.ref(learn)
+    del learn
+    gc.collect()
+    assert gone() is None

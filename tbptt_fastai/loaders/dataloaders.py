@@ -18,7 +18,7 @@ from fastai.torch_core import default_device
 from fastcore.meta import delegates
 from ..sequences.arrays import FlatArrays, HDF5Array, named, one_or_many
 from ..sequences.forms import FrameForm, cut_at_gaps
-from tbptt_fastai.sequences.frames import (check_one_label, encode_column, rows_of_groups, split_groups,
+from tbptt_fastai.sequences.frames import (check_one_label, check_valid_pct, encode_column, rows_of_groups, split_groups,
     target_values)
 from ..sequences.labels import are_labels, by_sequence, check_vocab, encode_sequences, find_vocab
 from .whole import WholeDL
@@ -27,7 +27,7 @@ from .streams import StreamDL
 from .warm_up import check_warm_up, warm_from
 from ..sequences.text import TextRows
 from ..truncation.plan import check_steps
-from ..truncation.settings import check_bools, check_dense, check_device, check_names, check_number
+from ..truncation.settings import check_bools, check_dense, check_device, check_names
 from ..sequences.windows import SequenceParts, SequenceWindows, Sequences, check_same_channels
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #eb196fb2
@@ -51,7 +51,7 @@ def split_by_time(
     warm_up:int=0, # Most steps before it that are in the validation part too
 )->tuple[list,list]: # Training and validation parts: views
     "Hold back the last part of every sequence for validation"
-    valid_pct = check_number('valid_pct', valid_pct, 'a share between 0 and 1, such as 0.2', above=0, below=1)
+    valid_pct = check_valid_pct(valid_pct)
     if isinstance(seqs, FlatArrays):
         cuts = _cuts(seqs.lengths, valid_pct)
         return seqs.cut(cuts)[0],seqs.cut(np.maximum(cuts-warm_up, 0))[1]

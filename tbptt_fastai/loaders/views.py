@@ -101,7 +101,7 @@ class SubWindows(GetAttr):
 
     def __iter__(self):
         steps,place,self._place = self._steps(),self._place,None
-        if place is not None: place.reach(self, steps)
+        if place is not None: self._pass_over(place, steps)
         return steps
 
     def _steps(self):
@@ -492,25 +492,26 @@ class Place:
         arrived=noop, # Function of the segment that the carried states are at the end of
     ): self.step,self.window,self.part,self.before_read,self.arrived = step,window,part,before_read,arrived
 
-    def reach(self, view, steps):
-        """Pass over what comes before
-
-        Windows are counted, and not their sub-windows: a window of random length may be of another length when it is read again."""
-        seen,n,part = None,0,0
-        view._before_read = noop if view.flat else self.before_read
-        while n<self.step if view.flat else part<self.part:
-            if view.flat: self.before_read(n)
-            if next(steps, None) is None: raise ValueError(
-                f"The training was interrupted at step {self.step} of its epoch, but this loader has {n} steps.")
-            for seen,_ in view.warm_up: pass
-            seen = view.segment.after(seen)
-            n,part = n+1,part+(view.n_read==self.window)
-        view._before_read = noop
-        self.arrived(seen)
-
 @patch
 def continue_at(self:SubWindows,
     place:Place, # Where the next run begins
 ):
     "The next run over the data begins there"
     self._place = place
+
+@patch
+def _pass_over(self:SubWindows, place, steps):
+    """Read what comes before a place
+
+    Windows are counted, and not their sub-windows: a window of random length may be of another length when it is read again."""
+    seen,n,part = None,0,0
+    self._before_read = noop if self.flat else place.before_read
+    while n<place.step if self.flat else part<place.part:
+        if self.flat: place.before_read(n)
+        if next(steps, None) is None: raise ValueError(
+            f"The training was interrupted at step {place.step} of its epoch, but this loader has {n} steps.")
+        for seen,_ in self.warm_up: pass
+        seen = self.segment.after(seen)
+        n,part = n+1,part+(self.n_read==place.window)
+    self._before_read = noop
+    place.arrived(seen)

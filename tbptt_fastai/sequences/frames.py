@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['with_levels', 'check_frame', 'check_xy', 'real_values', 'target_values', 'encode_column', 'check_one_label',
-           'groups_of', 'rows_of_groups', 'group_sequences', 'split_groups']
+           'groups_of', 'rows_of_groups', 'group_sequences', 'check_valid_pct', 'split_groups']
 
 # %% ../../nbs/sequences/03_frames.ipynb #5ec0fd1a
 import numpy as np, pandas as pd
@@ -187,8 +187,10 @@ def _hold_back_groups(sequences, names):
     if not names: raise ValueError(f"valid_groups is {names}: none is held back, and all are left for training.")
     return train,{k:sequences[k] for k in names}
 
+def check_valid_pct(share): return check_number('valid_pct', share, 'a share between 0 and 1, such as 0.2', above=0, below=1)
+
 def _hold_back_ends(sequences, valid_pct):
-    valid_pct = check_number('valid_pct', valid_pct, 'a share between 0 and 1, such as 0.2', above=0, below=1)
+    valid_pct = check_valid_pct(valid_pct)
     steps = {k:len(o[0]) for k,o in sequences.items()}
     cut = {k:n-int(n*valid_pct) for k,n in steps.items()}
     train = {k:tuple(part[:cut[k]] for part in o) for k,o in sequences.items()}

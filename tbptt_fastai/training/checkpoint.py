@@ -7,7 +7,7 @@ __all__ = ['object_state', 'set_object_state', 'training_form', 'check_same_form
 
 # %% ../../nbs/training/12_checkpoint.ipynb #32689b41
 import re, warnings
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 from copy import deepcopy
 from functools import partial
 from inspect import signature
@@ -18,7 +18,7 @@ from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.learner import Metric
 from fastai.optimizer import Optimizer
 from fastai.torch_core import get_model, num_distrib, rank_distrib, to_device
-from fastcore.basics import first, patch
+from fastcore.basics import first, noop, patch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._pytree import tree_leaves
@@ -339,9 +339,8 @@ class TbpttCheckpoint(Callback):
         self._first_own = deepcopy(_own_states(get_model(self.learn.model)))
         self._stored = {} # names of the attributes in the checkpoint that is gone on with
         self._find()
-        parts = _parts(self.learn)
-        names = {name:set(vars(o)) for name,o in parts.items()}
-        self._begun[self.learn] = self._folder.folder,parts,self._first,self._first_own,names
+        parts = {name:(ref(o),set(vars(o))) for name,o in _parts(self.learn).items()}
+        self._begun[self.learn] = self._folder.folder,parts,self._first,self._first_own
         self._begin_epoch(0)
         if self._resumed is None: self._write(0, 0)
 
@@ -358,12 +357,13 @@ def _in_all(places):
 @patch
 def _begin_as_before(self:TbpttCheckpoint):
     "A learner that was interrupted, and goes on itself, forgets what its parts have become since the beginning"
-    folder,parts,before,own,names = self._begun.get(self.learn, (None,{},{},{},{}))
+    folder,parts,before,own = self._begun.get(self.learn, (None,{},{},{}))
     if folder!=self._folder.folder: return
     for name,o in _parts(self.learn).items():
-        if parts.get(name) is not o: continue
+        part,names = parts.get(name, (noop,()))
+        if part() is not o: continue
         self._first[name] = before[name]
-        for k in plain_attributes(o).keys()-names[name]: delattr(o, k)
+        for k in plain_attributes(o).keys()-names: delattr(o, k)
         set_object_state(o, before[name])
     self._first_own = own
     _set_own(get_model(self.learn.model), own)
