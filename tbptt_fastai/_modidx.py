@@ -2365,8 +2365,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'tbptt_fastai/training/finite.py'),
                                               'tbptt_fastai.training.finite.FiniteCB._found': ( 'training/finite.html#finitecb._found',
                                                                                                 'tbptt_fastai/training/finite.py'),
-                                              'tbptt_fastai.training.finite.FiniteCB._has_no_end': ( 'training/finite.html#finitecb._has_no_end',
-                                                                                                     'tbptt_fastai/training/finite.py'),
                                               'tbptt_fastai.training.finite.FiniteCB._in_data': ( 'training/finite.html#finitecb._in_data',
                                                                                                   'tbptt_fastai/training/finite.py'),
                                               'tbptt_fastai.training.finite.FiniteCB._in_rows': ( 'training/finite.html#finitecb._in_rows',
@@ -2818,4 +2816,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                   'tbptt_fastai.truncation.settings.check_number': ( 'truncation/settings.html#check_number',
                                                                                                      'tbptt_fastai/truncation/settings.py'),
                                                   'tbptt_fastai.truncation.settings.check_sizes': ( 'truncation/settings.html#check_sizes',
+                                                                                                    'tbptt_fastai/truncation/settings.py'),
+                                                  'tbptt_fastai.truncation.settings.check_whole': ( 'truncation/settings.html#check_whole',
                                                                                                     'tbptt_fastai/truncation/settings.py')}}}

@@ -96,11 +96,11 @@ class SubWindows(GetAttr):
         self.continuing = continues(inner_loader(dl)) if continuing is None else continuing
         self.segment,self.warm_up,self._begun,self._rows = Segment(),[],None,None
         self._n_before,self._left = 0,[] # windows in a row that had no training step, and what is to be run before the next
-        self._place = None # where the next run goes on, if it does not begin at the start
+        self.place = None # where the next run goes on, if it does not begin at the start
         self.n_read,self._before_read = 0,noop # windows before the current one, and what is called with that before it is read
 
     def __iter__(self):
-        steps,place,self._place = self._steps(),self._place,None
+        steps,place,self.place = self._steps(),self.place,None
         if place is not None: self._pass_over(place, steps)
         return steps
 
@@ -497,7 +497,7 @@ def continue_at(self:SubWindows,
     place:Place, # Where the next run begins
 ):
     "The next run over the data begins there"
-    self._place = place
+    self.place = place
 
 @patch
 def _pass_over(self:SubWindows, place, steps):

@@ -230,14 +230,8 @@ def _check(self:FiniteCB):
         "Use policy='stop'.")
     view = self._reset_cb.training_view(self.learn.dls.train)
     carry = Carry(self.learn.model)
-    if carry.is_own and self._has_no_end(view.flat, view.continuing):
+    if carry.is_own and (view.flat or view.continuing):
         check_rows(carry, "policy is 'skip', which has single rows start anew")
-
-# %% ../../nbs/training/13_finite.ipynb #aa1ad016
-@patch
-def _has_no_end(self:FiniteCB, flat, continuing):
-    "Does a state go on from one batch to the next, so that there is no window whose rest could be left out?"
-    return bool(flat or continuing)
 
 # %% ../../nbs/training/13_finite.ipynb #8c4ebab1
 def _keep_buffers(places, kept):
@@ -325,7 +319,7 @@ def _stop(self:FiniteCB, report, advice): raise NotFiniteError(
 def _skip(self:FiniteCB):
     "Go on where no harm was done"
     reset,segment = self._reset_cb,self._reset_cb.segment
-    if self._has_no_end(segment.window is None, getattr(segment, 'continuing', False)):
+    if segment.window is None or getattr(segment, 'continuing', False): # it has no end: there is no rest to leave out
         if reset.view.carries: self._restart_rows()
     else:
         self._rest = True

@@ -52,7 +52,7 @@ class CarryingRun:
 @contextmanager
 def _counted_on(learn):
     "In it, the batches of a training that goes on in the middle of an epoch have the numbers that they would have had"
-    place = getattr(learn.dl, '_place', None)
+    place = getattr(learn.dl, 'place', None)
     if place is not None: learn.one_batch = lambda i, b: type(learn).one_batch(learn, i+place.step*learn.training, b)
     try: yield
     finally:

@@ -12,6 +12,7 @@ from operator import index
 from random import Random
 from typing import NamedTuple
 from fastcore.basics import patch
+from .settings import check_whole
 
 # %% ../../nbs/truncation/00_plan.ipynb #bc3eb9ef
 class SubWindow(NamedTuple):
@@ -57,12 +58,7 @@ def check_steps(
     least:int=1, # Smallest value allowed
 )->int:
     "`steps` as an int; a `TypeError` or `ValueError` that names the setting if it is not a whole number of steps"
-    try: n = index(steps)
-    except TypeError: raise TypeError(
-        f"{name} is {steps!r}, a {type(steps).__name__}; expected a whole number of steps.") from None
-    if isinstance(steps, bool): raise TypeError(f"{name} is {steps!r}; expected a whole number of steps.")
-    if n<least: raise ValueError(f"{name} is {n}; expected at least {least}.")
-    return n
+    return check_whole(name, steps, least, 'a whole number of steps')
 
 # %% ../../nbs/truncation/00_plan.ipynb #f1f93de9
 class Truncation:
