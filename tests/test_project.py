@@ -1,5 +1,5 @@
 "The files that describe or repeat the project agree with each other."
-import os, re, shutil, subprocess, sys
+import ast, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from nbdev.config import read_version, tomllib
@@ -64,6 +64,18 @@ def test_clean_and_export_change_nothing(tmp_path):
 def test_no_page_shows_a_path_of_the_machine_that_made_it():
     for f in (ROOT/'nbs').rglob('*.ipynb'):
         if '.ipynb_checkpoints' not in f.parts: assert 'site-packages' not in f.read_text(encoding='utf-8'), f.name
+
+def _mixed(cell):
+    "Whether `cell` imports and does something else: the build of the site runs it, and none of those before it"
+    text = ''.join(cell['source'])
+    if cell['cell_type'] != 'code' or '#| export' in text: return False
+    imports = [isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(text).body]
+    return any(imports) and not all(imports)
+
+def test_imports_of_pages_stand_in_cells_of_their_own():
+    mixed = [f'{f.relative_to(ROOT)}: {"".join(c["source"])}' for f in sorted((ROOT/'nbs').rglob('*.ipynb'))
+        if '.ipynb_checkpoints' not in f.parts for c in json.loads(f.read_text(encoding='utf-8'))['cells'] if _mixed(c)]
+    assert not mixed, mixed
 
 def test_readme_is_current(): run(sys.executable, 'tools/readme.py', '--check', cwd=ROOT)
 
