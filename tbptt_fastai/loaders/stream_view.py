@@ -182,6 +182,9 @@ def _n_runs_with_loss(self:StreamView): return sum(o>0 for o in self.run_weights
 def _check_scheme(self:StreamView, longest):
     scheme = self.truncation
     if scheme is None: return
+    if scheme.in_flight>1: raise ValueError(
+        f"{scheme} has windows take turns, but the rows of a StreamDL go on through the whole run. "
+        "Use windows (win_sz=); or its scheme alone and more rows (bs), of which each is another sequence.")
     if self.block is not None and self.block>longest:
         raise ValueError(
             f"sub_seq_len is {self.block}, but the longest sequence has {longest} steps. "

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import IterableDataset
 from .continuing import check_order, check_rows_of, check_same_rows, continues
 from .counts import NotIgnored, TargetCounts
-from .segment import CountedBatch, Segment, Window, WindowPart, is_array
+from .segment import CountedBatch, Segment, Window, WindowPart, in_turn, is_array
 from ..sequences.axis import check_time_dim, layouts
 from ..truncation.plan import SubWindow, Truncation, Fixed, as_truncation
 
@@ -107,9 +107,9 @@ class SubWindows(GetAttr):
     def _steps(self):
         batches,self._begun = self._begun or self._batches(),None
         self.rng,self._rows = self._new_rng(),None
-        for batch in self._read(batches):
-            for self.segment,self.warm_up in self._segments(batch):
-                yield batch if self.window is None else self.window.cut(*self.sub_window[:2])
+        windows = ([(batch, *o) for o in self._segments(batch)] for batch in self._read(batches))
+        for batch,self.segment,self.warm_up in in_turn(windows, self.in_flight):
+            yield batch if self.window is None else self.window.cut(*self.sub_window[:2])
         if self._cuts: self._agree(0, 0)
         self._check_counted()
 
@@ -209,7 +209,8 @@ def _segments(self:SubWindows, batch):
     segments,warm_up = [],self._left if goes_on else []
     for o in plan:
         is_first = not (segments or goes_on)
-        part = WindowPart(window, o, n_sub, is_first, 0 if segments else self._n_before, self.continuing)
+        n_before,is_last = 0 if segments else self._n_before,len(segments)+1==n_sub
+        part = WindowPart(window, o, n_sub, is_first, n_before, self.continuing, is_last)
         if o.weight:
             segments.append((part, warm_up))
             warm_up = []
@@ -360,6 +361,11 @@ def eval_seq_len(self:SubWindows):
 
 # %% ../../nbs/loaders/01_views.ipynb #4405d3bf
 @patch(as_prop=True)
+def in_flight(self:SubWindows):
+    "Windows that take turns, each with a state of its own"
+    return 1 if self.truncation is None else self.truncation.in_flight
+
+@patch(as_prop=True)
 def carries(self:SubWindows):
     "Does a state go on from one batch to the next?"
     return self.truncation is not None or self.continuing
@@ -426,6 +432,9 @@ def check_continuing(self:SubWindows):
     dl = inner_loader(self.dl)
     check_order(dl)
     check_rows_of(dl, self.world_size, self.time_dim)
+    if self.in_flight>1: raise ValueError(
+        f"{self.truncation} has windows take turns, but here each batch continues the last, as one window. "
+        "Use a scheme without turns, or windows that begin anew (continuing=False).")
     if self.n_skip: raise ValueError(
         f"n_skip is {self.n_skip}, but each batch continues the last, so a washout would be the start of the whole run alone. "
         "Leave it out; or use a StreamDL, whose sequences each have a washout, or windows (continuing=False).")

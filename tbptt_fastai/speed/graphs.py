@@ -25,6 +25,7 @@ class CudaGraphCB(Callback):
     "Replay forward, loss and backward of a sub-window as one CUDA graph, once a sub-window of its shape was seen"
     order = TbpttResetCB.order+1 # after MixedPrecision (10), DistributedTrainer (11) and the reset of the state
     run_valid = False
+    follows_windows = True # its graphs hold the states
     graph,_stateattrs = CudaGraph,('_steps','_seen')
     def __init__(self,
         n_shapes:int=4, # Most shapes of a sub-window that get a graph each; all others run kernel by kernel

@@ -47,6 +47,7 @@ class Carry:
         self.model,self.evaluation,self.keep_graph = model,evaluation,keep_graph
         self._covered = 0 # by how many contexts within this one
         self._stack,self._owned = None,[] # what ends with the context, and its slots
+        self._aside = {} # of windows in flight that do not have their turn: what their states are at the end of, and these
         self.inner = get_model(model)
         self.resets_itself = resets_state(self.inner) # has it a `reset()` of a state? fastai gives one to DistributedDataParallel
         self.layers = {name:m for m,name in recurrent_layers(self.inner).items()}
@@ -176,6 +177,20 @@ def restore(self:Carry,
 def states(self:Carry)->dict:
     "The state that each module has carried here, by name; without those that have none"
     return {name:o.state for name,o in self.slots.items() if o.state is not None}
+
+# %% ../../nbs/state/02_carry.ipynb #d90aa69b
+@patch
+def turn_to(self:Carry,
+    window, # That of the next step
+):
+    "Go on from the states of that window, if it has begun, and remember those of the last one, if it goes on later"
+    seen = self.seen
+    if seen is None or seen.window is window: return
+    if not seen.is_last: self._aside[id(seen.window)] = seen,self.snapshot()
+    found = self._aside.pop(id(window), None)
+    if found is None: return
+    self.seen,states = found
+    self.restore(states)
 
 # %% ../../nbs/state/02_carry.ipynb #6af6fcef
 @contextmanager

@@ -100,8 +100,21 @@ class TbpttResetCB(CountedLoss):
             carry.check()
             if self.check: check_carries(self.model)
             if scheme is not None and scheme.recompute: check_statistics(self.model, scheme)
+            if scheme is not None and scheme.in_flight>1: self._check_turns(scheme, carry)
         for view in views: view.check_training(scheme, carry)
     after_create = check_settings
+
+# %% ../../nbs/training/04_callback.ipynb #bff8f0fb
+@patch
+def _check_turns(self:TbpttResetCB, scheme, carry):
+    "A `ValueError` if a state cannot be put aside, or a callback goes through one window after the other"
+    if carry.is_own: raise ValueError(
+        f"{scheme} has windows take turns, but {type(carry.inner).__name__} carries its state by itself, where it cannot be put "
+        "aside. Carry it in a StatefulRNN.")
+    found = first(cb for cb in self.learn.cbs if getattr(cb, 'follows_windows', False))
+    if found is not None: raise ValueError(
+        f"{scheme} has windows take turns, but {type(found).__name__} goes through one window after the other. "
+        f"Leave one of them out: {scheme.scheme} alone takes the windows in their order.")
 
 # %% ../../nbs/training/04_callback.ipynb #4ad29d7a
 @patch

@@ -304,6 +304,7 @@ class TbpttCheckpoint(Callback):
 
     It is given to `fit` and its kind: `learn.fit_flat_cos(20, cbs=TbpttCheckpoint(resume=True))`."""
     order,run_valid,remove_on_fetch = 1000,False,True # after all others: what they do in a step is done
+    follows_windows = True # goes through one window after the other
     _resumed = None # the checkpoint that is on its way to be gone on with
     _begun,_ended = WeakKeyDictionary(),WeakKeyDictionary() # by learner: how its fit began, and the folder of one that has ended
     _muted = () # callbacks that wait until epochs that are done have passed

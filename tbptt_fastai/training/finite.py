@@ -175,6 +175,7 @@ class FiniteCB(Callback):
     ):
         if policy not in _policies: raise ValueError(f"policy is {policy!r}; expected one of {_policies}.")
         self.policy,self.limit = policy,check_steps('limit', limit, least=0)
+        self.follows_windows = policy=='skip' # leaves out what comes next, up to the next window
         self.skipped = [] # reports of the last fit, as text
         self._begin_epoch()
 

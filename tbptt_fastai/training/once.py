@@ -19,6 +19,7 @@ def once_per_window(
 )->Callback: # The same callback
     "Have a callback draw once per window: in later sub-windows it meets the random numbers of the first one"
     cb._drawing,cb._last = cb.before_batch,LastSeen()
+    cb.follows_windows = True # what it has drawn is for the window at hand
     cb.before_batch = MethodType(_draw_once, cb)
     return cb
 

@@ -122,6 +122,7 @@ def begin_batch(self:StateResets,
     if not (self.carrying or self.learn.training):
         owner.reset_own()
         return owner.name_groups(segment.groups)
+    if view.in_flight>1: owner.turn_to(segment.window)
     for earlier,xb in view.warm_up: self._warm_up(owner, earlier, xb)
     pieces,after = segment.pieces(owner.seen),segment.after(owner.seen)
     if len(pieces)>1 or not segment.ends_at_last: return self._in_pieces(view, owner, pieces, after)

@@ -66,6 +66,7 @@ class Truncation:
     least_window = 1 # Steps that a window has to have
     sub_seq_len = None # Steps that gradients usually go back over; `None`: those of the window
     random = False # Does the plan draw random numbers?
+    in_flight = 1 # Batches of windows that take turns, each with a state of its own
     recompute = False # Are activations computed again in the backward pass, piece by piece between the `cuts`?
     # A method `lengths(rng)` that yields lengths without end, if they vary and sub-windows follow each other:
     # then it works on a `StreamDL` too

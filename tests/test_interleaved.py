@@ -1,0 +1,267 @@
+"Windows that take turns: each update on another one, each with a state of its own, as a loop by hand has them"
+import copy
+import pytest, torch
+from fastai.callback.mixup import MixUp
+from fastai.data.core import DataLoaders, TfmdDL
+from torch import nn
+from torch.utils._pytree import tree_map
+from functools import partial
+from fastai.callback.core import Callback
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import set_seed
+from tbptt_fastai.all import (Exact, Fixed, Interleaved, Jittered, Overlap, RandomUnbiased, Sequences, StatefulRNN, StreamDL, TbpttDL,
+    TbpttLearner, fun_rmse)
+from tbptt_fastai.training.checkpoint import TbpttCheckpoint
+from tbptt_fastai.training.finite import FiniteCB
+from tbptt_fastai.training.once import once_per_window
+
+WIN,SUB,BS = 23,5,4
+
+def data(n=18, win=WIN, seed=0):
+    torch.manual_seed(seed)
+    x = torch.randn(n, win, 2, dtype=torch.float64)
+    return x,(x.cumsum(1)/3).sin().sum(-1, keepdim=True)
+
+class Net(nn.Module):
+    def __init__(self, layer=nn.GRU):
+        super().__init__()
+        self.rnn,self.head = StatefulRNN(layer(2, 6, batch_first=True)),nn.Linear(6, 1)
+    def forward(self, x): return self.head(self.rnn(x))
+
+def net(layer=nn.GRU):
+    torch.manual_seed(1)
+    return Net(layer).double()
+
+def made(x, y, scheme, model, cls=TbpttDL, valid=None, **kwargs):
+    items = list(zip(x, y))
+    train = cls(items, bs=BS, shuffle=False, num_workers=0)
+    valid = TbpttDL(items if valid is None else list(zip(*valid)), bs=BS, num_workers=0)
+    kwargs = dict(loss_func=nn.MSELoss(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), **kwargs)
+    return TbpttLearner(DataLoaders(train, valid), model, truncation=scheme, **kwargs)
+
+def fit(learn, n_epoch=1, lr=.1, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n_epoch, lr, **kwargs)
+    return learn
+
+def plans(win, scheme, skip):
+    "Start, first step with a loss, stop, and where the next one starts, of each sub-window; written out for the schemes here"
+    if isinstance(scheme, int): bounds = [(a, a, min(a+scheme, win), min(a+scheme, win)) for a in range(0, win, scheme)]
+    else:
+        k1,k2 = scheme
+        stops = [*range(k1, win, k1), win]
+        starts = [max(o-k2, 0) for o in stops]
+        bounds = list(zip(starts, [0, *stops], stops, [*starts[1:], win]))
+    return [(a, max(b, min(skip, c)), c, d) for a,b,c,d in bounds]
+
+def by_hand(model, batches, scheme, in_flight, lr, n_epoch=1, skip=0):
+    "A loop over windows in flight, each with a state of its own"
+    rnn,head = model.rnn.rnn,model.head
+    opt,order = torch.optim.SGD(model.parameters(), lr=lr),[]
+    for _ in range(n_epoch):
+        waiting,flying = list(enumerate(batches)),[]
+        while waiting or flying:
+            while waiting and len(flying)<in_flight:
+                i,(x,y) = waiting.pop(0)
+                plan = plans(x.shape[1], scheme, skip)
+                flying.append(dict(i=i, x=x, y=y, plan=plan, state=None, most=max(c-b for _,b,c,_ in plan)))
+            o = flying.pop(0)
+            while True: # parts without a loss bring the state on
+                start,first,stop,carry = o['plan'].pop(0)
+                at = carry-start
+                x = o['x'][:,start:stop]
+                if first<stop or not o['plan']: break
+                with torch.no_grad(): o['state'] = rnn(x[:,:at], o['state'])[1]
+            if at<stop-start:
+                a,mid = rnn(x[:,:at], o['state']) if at else (x.new_zeros(len(x), 0, rnn.hidden_size), o['state'])
+                b,_ = rnn(x[:,at:], mid)
+                out,end = torch.cat([a, b], 1),mid
+            else: out,end = rnn(x, o['state'])
+            o['state'] = tree_map(torch.detach, end) if end is not None else None
+            order.append((o['i'], start, stop))
+            loss = (head(out)[:,first-start:]-o['y'][:,first:stop]).square().mean()*(stop-first)/o['most']
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            if o['plan']: flying.append(o)
+    return order
+
+
+class Order(Callback):
+    "Which window, and which steps of it, each training step is on"
+    order = 20
+    def __init__(self, x): self.first = [o[0,0,0].item() for o in x.split(BS)]
+    def before_fit(self): self.seen = []
+    def before_batch(self):
+        cb = self.learn.tbptt_reset_cb
+        if not self.training: return
+        i = self.first.index(cb.segment.window.batch[0][0,0,0].item())
+        self.seen.append((i, cb.sub_window.start, cb.sub_window.stop))
+
+def batches_of(x, y): return list(zip(x.split(BS), y.split(BS)))
+
+def equal(a, b, tol=1e-10):
+    return all(torch.allclose(p, q, rtol=0, atol=tol) for p,q in zip(a.parameters(), b.parameters()))
+
+@pytest.mark.parametrize('layer', [nn.GRU, nn.LSTM])
+@pytest.mark.parametrize('in_flight', [1, 2, 3, 16])
+@pytest.mark.parametrize('scheme,k', [(Fixed(SUB), SUB), (Overlap(3, 8), (3, 8)), (Overlap(4, 4), (4, 4)), (Fixed(WIN), WIN)])
+def test_a_training_equals_the_loop_by_hand(layer, in_flight, scheme, k):
+    x,y = data()
+    model,other = net(layer),net(layer)
+    learn = fit(made(x, y, Interleaved(scheme, in_flight), model, cbs=Order(x)), n_epoch=2)
+    order = by_hand(other, batches_of(x, y), k, in_flight, .1, n_epoch=2)
+    assert learn.order.seen==order
+    assert equal(model, other)
+
+@pytest.mark.parametrize('skip', [2, 5, 7, 12])
+def test_with_a_washout(skip, recwarn):
+    x,y = data()
+    model,other = net(),net()
+    fit(made(x, y, Interleaved(SUB, 3), model, n_skip=skip), n_epoch=2)
+    by_hand(other, batches_of(x, y), SUB, 3, .1, n_epoch=2, skip=skip)
+    assert equal(model, other)
+
+def test_windows_of_different_lengths():
+    "Where one ends early, the next joins in"
+    batches = [data(3, n, seed=n) for n in (7, 23, 4, 31, 12, 9)]
+    model,other = net(),net()
+    dls = DataLoaders(*[batches]*2, device='cpu')
+    learn = TbpttLearner(dls, model, truncation=Interleaved(4, 3), loss_func=nn.MSELoss(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
+    fit(learn)
+    by_hand(other, batches, 4, 3, .1)
+    assert equal(model, other)
+
+def test_one_window_at_a_time_is_the_scheme_alone_bit_by_bit():
+    x,y = data()
+    for scheme in (Fixed(SUB), Overlap(3, 8), Jittered(6, std=2., least=2), RandomUnbiased(6)):
+        a,b = net(),net()
+        for model,o in ((a, scheme), (b, Interleaved(scheme, 1))):
+            set_seed(3)
+            fit(made(x, y, o, model))
+        assert all(torch.equal(*o) for o in zip(a.parameters(), b.parameters())), scheme
+
+def test_in_an_epoch_each_step_is_seen_once_in_its_order():
+    x,y = data()
+    learn = fit(made(x, y, Interleaved(SUB, 3), net(), cbs=Order(x)))
+    for i in range(5): assert [o[1:] for o in learn.order.seen if o[0]==i]==[(a, min(a+SUB, WIN)) for a in range(0, WIN, SUB)]
+    assert learn.order.seen[:4]==[(0, 0, 5), (1, 0, 5), (2, 0, 5), (0, 5, 10)]
+
+def test_an_evaluation_in_between_changes_nothing():
+    class Between(Callback):
+        "As a user's callback does it, who puts the learner back"
+        order,run_valid = 70,False
+        def after_batch(self):
+            learn = self.learn
+            kept = {k: vars(learn)[k] for k in ('dl','iter','n_iter','training','xb','yb','pred','loss') if k in vars(learn)}
+            with learn.removed_cbs([self, learn.recorder]): learn.get_preds(dl=learn.dls.valid)
+            for k,v in kept.items(): setattr(learn, k, v)
+            learn.model.train()
+    x,y = data()
+    a,b = net(),net()
+    fit(made(x, y, Interleaved(SUB, 3), a))
+    fit(made(x, y, Interleaved(SUB, 3), b, cbs=Between()))
+    assert all(torch.equal(*o) for o in zip(a.parameters(), b.parameters()))
+
+def test_evaluation_is_that_of_whole_windows():
+    x,y = data()
+    model = net()
+    learn = made(x, y, Interleaved(SUB, 3), model, metrics=[fun_rmse])
+    fit(learn)
+    with torch.no_grad(): pred = model.head(model.rnn.rnn(x)[0])
+    loss,rmse = learn.validate()
+    assert abs(loss-(pred-y).square().mean().item())<1e-6 and abs(rmse-(pred-y).square().mean().sqrt().item())<1e-6
+    assert torch.allclose(learn.get_preds()[0], pred)
+
+def test_a_second_fit_and_an_interrupted_one_begin_anew():
+    class Stop(Callback):
+        order = 30
+        def after_batch(self):
+            if self.learn.train_iter==7: raise KeyboardInterrupt('enough')
+    x,y = data()
+    model = net()
+    learn = made(x, y, Interleaved(SUB, 3), model)
+    with pytest.raises(KeyboardInterrupt): fit(learn, cbs=Stop())
+    other = copy.deepcopy(model)
+    fit(learn)
+    by_hand(other, batches_of(x, y), SUB, 3, .1)
+    assert equal(model, other)
+
+def test_windows_that_have_ended_are_let_go():
+    "States and windows that are held are those in flight"
+    held = []
+    class Held(Callback):
+        order = 30
+        def after_batch(self):
+            if self.training: held.append(len(self.learn.tbptt_reset_cb.owner._aside))
+    x,y = data(40)
+    fit(made(x, y, Interleaved(SUB, 3), net(), cbs=Held()))
+    assert max(held)==2
+    nan = y.clone()
+    nan[:,-8:] = float('nan') # the last part of a window has no loss
+    held.clear()
+    fit(made(x, nan, Interleaved(SUB, 3), net(), cbs=Held(), counts=lambda y: ~y[...,0].isnan()))
+    assert max(held)==2
+
+def test_steps_of_a_scheme_that_draws_cover_each_window():
+    x,y = data()
+    learn = fit(made(x, y, Interleaved(Jittered(6, std=2., least=2), 3), net(), cbs=Order(x)))
+    for i in range(5):
+        parts = [o[1:] for o in learn.order.seen if o[0]==i]
+        assert parts[0][0]==0 and parts[-1][1]==WIN and all(a[1]==b[0] for a,b in zip(parts, parts[1:]))
+
+def test_exact_recomputes_whole_windows():
+    x,y = data()
+    a,b = net(),net()
+    fit(made(x, y, Exact(7), a))
+    fit(made(x, y, Interleaved(Exact(7), 3), b))
+    assert equal(a, b)
+
+def test_lr_find_and_schedules_run():
+    x,y = data(60)
+    learn = made(x, y, Interleaved(SUB, 3), net().float())
+    learn.dls = DataLoaders(*(TbpttDL(list(zip(x.float(), y.float())), bs=BS, num_workers=0) for _ in range(2)))
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(show_plot=False, num_it=30)
+        learn.fit_flat_cos(1, 1e-2)
+
+class Own(nn.Module):
+    "Carries its state by itself"
+    def __init__(self):
+        super().__init__()
+        self.rnn,self.head,self.h = nn.GRU(2, 6, batch_first=True),nn.Linear(6, 1),None
+    def forward(self, x):
+        out,h = self.rnn(x, self.h)
+        self.h = h.detach()
+        return self.head(out)
+    def reset(self): self.h = None
+
+def test_what_cannot_take_turns_is_refused_before_training():
+    x,y = data()
+    scheme = Interleaved(SUB, 3)
+    with pytest.raises(ValueError, match='carries its state by itself'): made(x, y, scheme, Own().double())
+    for cb in (FiniteCB('skip'), TbpttCheckpoint(), once_per_window(MixUp())):
+        model = net()
+        before = copy.deepcopy(model.state_dict())
+        learn = made(x, y, scheme, model)
+        with pytest.raises(ValueError, match=f'windows take turns, but {type(cb).__name__}'): fit(learn, cbs=cb)
+        assert all(torch.equal(o, model.state_dict()[k]) for k,o in before.items())
+        fit(learn)
+    fit(made(x, y, scheme, net(), cbs=FiniteCB('stop')))
+    rows = Sequences(list(x), list(y))
+    with pytest.raises(ValueError, match='StreamDL go on through the whole run'):
+        TbpttLearner(DataLoaders(*(StreamDL(rows, bs=4, sub_seq_len=SUB) for _ in range(2))), net(), truncation=scheme, loss_func=nn.MSELoss())
+    batches = batches_of(x[:16], y[:16])
+    with pytest.raises(ValueError, match='each batch continues the last'):
+        TbpttLearner(DataLoaders(*[batches]*2), net(), truncation=scheme, loss_func=nn.MSELoss(), continuing=True)
+
+@pytest.mark.parametrize('scheme', [None, Interleaved(5), 0, -1, 2.5, 'a', True])
+def test_settings_that_cannot_be_are_refused(scheme):
+    with pytest.raises((TypeError, ValueError)): Interleaved(scheme)
+
+@pytest.mark.parametrize('in_flight', [0, -1, 1.5, None, 'a', True])
+def test_numbers_in_flight_that_cannot_be_are_refused(in_flight):
+    with pytest.raises((TypeError, ValueError), match='in_flight'): Interleaved(SUB, in_flight)
+
+def test_windows_too_short_for_the_scheme_are_refused():
+    x,y = data()
+    with pytest.raises(ValueError, match='steps'): made(x, y, Interleaved(WIN+1, 3), net())
