@@ -16,7 +16,9 @@ from fastai.torch_core import get_model
 from fastcore.basics import patch
 from torch import Tensor
 from .activation import activation_memory
+from .forgetting import Forgetting, measure_forgetting
 from .lags import gradients_by_lag, unchanged
+from ..loaders.views import inner_loader, view_of
 from ..state.carry import Carry
 from ..state.tree import state_leaves
 from ..training.checks import check_carries
@@ -69,6 +71,13 @@ class TbpttFind:
     reached:bool=False # Does the suggestion stay below `bias`, or is it only the largest lag that was measured?
     memory:int|None=None # Bytes of activations of a training step of so many steps
     seconds:float|None=None # Time of its forward and backward pass; measured once, so rough
+    forgetting:Forgetting|None=field(default=None, repr=False) # How long the first state is felt; `None`: without steps in predictions or targets
+    advice:str=field(default='', repr=False) # What follows for burn-in, windows and loaders
+
+    @property
+    def burn_in(self):
+        "Steps after which it is not felt any more in the loss; `None`: it was, as far as could be seen"
+        return self.forgetting and self.forgetting.burn_in
 
     @property
     def delta_sub(self):
@@ -166,6 +175,31 @@ def _check_measurable(model):
     advice = 'Unfreeze it.' if params else 'Its states have none either, so there is nothing to measure.'
     raise ValueError(f"{name} has {len(params)} parameters, none of which has a gradient. {advice}")
 
+# %% ../../nbs/instruments/03_find.ipynb #aa2d6423
+def _advice(res, dl):
+    "Sentences, one a line"
+    o,view = res.forgetting,view_of(dl)
+    if o is None: return 'How long a first state is felt was not measured: predictions or targets have no steps, or are not finite.'
+    if o.burn_in is None: return (
+        f"The first state is felt in more than {o.share:.0%} of the loss for all of the {len(o.excess)} steps that could be seen: "
+        "train a little more, or use longer windows. Until then carry the state, and do not begin windows at zero.")
+    said = [f'A first state is felt in the loss for {o.burn_in} steps (more than {o.share:.0%}); predictions forget it by {o.rate:.3g} per step.']
+    steps = view.usual_steps
+    if view.flat: said += _of_stream(inner_loader(dl), o.burn_in)
+    elif 5*o.burn_in>steps: said.append(
+        f"That is {o.burn_in/steps:.0%} of a window of {steps} steps. Use windows of {10*o.burn_in} or more, cut by sub_seq_len, or burn_in={o.burn_in}.")
+    elif res.suggestion and 10*o.burn_in<res.suggestion: said.append(
+        "That is little beside the length of a gradient: a carried state gains little here, and windows that begin at zero lose little.")
+    else: said.append(f"Windows of {steps} steps, shuffled and cut by sub_seq_len with the state carried, need no burn-in.")
+    return '\n'.join(said)
+
+def _of_stream(dl, burn_in):
+    "Rows of a stream are the same sequences in one update after the other"
+    if dl.n>4*dl.bs: return ['Sequences begin and end all the time, so updates do not repeat themselves.']
+    longest = int(dl.dataset.lengths.max())
+    return [f"The {min(dl.bs, dl.n)} rows of this stream go through {dl.n} sequences of up to {longest} steps: one update after the other is on the same rows, "
+        f"and a carried state is likely to lose against shuffled windows. Try win_sz={max(10*burn_in, 100)} or more, cut by sub_seq_len."]
+
 # %% ../../nbs/instruments/03_find.ipynb #d6e09ff9
 @patch
 def tbptt_find(self:Learner,
@@ -175,14 +209,16 @@ def tbptt_find(self:Learner,
     step:int=1, # Resolution: steps of a block, and from one lag to the next
     n_losses:int=4, # Losses in each window, at steps spread evenly over what has `max_lag` steps before it and is no washout
     tau:int=None, # Lag from which on the decay is fitted; default: a tenth of the largest
+    share:float=.1, # Share of the loss that a first state may still have after the burn-in
     show:bool=True, # Plot?
 )->TbpttFind:
-    """Measure how far gradients reach back, and suggest a `sub_seq_len` (Aicher, Foti and Fox 2019)
+    """Measure how far gradients reach back and how long a first state is felt; suggest a `sub_seq_len` (Aicher, Foti and Fox 2019) and a `burn_in`
 
     The learner stays as it is. No callback is run, and nothing in mixed precision."""
     n_batches,step = check_steps('n_batches', n_batches),check_steps('step', step)
     n_losses = check_steps('n_losses', n_losses)
     _check_settings(bias, max_lag, step, tau)
+    check_number('share', share, 'a share of the loss above 0, such as 0.1', above=0)
     _check_measurable(self.model)
     with unchanged(self), torch.enable_grad():
         self.model.train()
@@ -197,5 +233,7 @@ def tbptt_find(self:Learner,
                 f"No lag up to {res.lags[-1]} has a relative bias below {bias}: the suggestion is the largest one. "
                 "Use longer windows and a larger max_lag, or a larger bias.", stacklevel=2)
             res.memory,res.seconds = _cost(self.model, *example, res.suggestion)
+    res.forgetting = measure_forgetting(self, n_batches, share)
+    res.advice = _advice(res, self.dls.train)
     if show: res.plot()
     return res
