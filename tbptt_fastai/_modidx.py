@@ -2017,6 +2017,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                         'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._refuse_empty': ( 'training/callback.html#tbpttresetcb._refuse_empty',
                                                                                                                'tbptt_fastai/training/callback.py'),
+                                                'tbptt_fastai.training.callback.TbpttResetCB._refuse_untrained': ( 'training/callback.html#tbpttresetcb._refuse_untrained',
+                                                                                                                   'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._searching': ( 'training/callback.html#tbpttresetcb._searching',
                                                                                                             'tbptt_fastai/training/callback.py'),
                                                 'tbptt_fastai.training.callback.TbpttResetCB._set_smooth_loss': ( 'training/callback.html#tbpttresetcb._set_smooth_loss',
