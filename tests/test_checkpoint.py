@@ -619,3 +619,72 @@ def test_a_learner_that_was_interrupted_is_not_kept(tmp_path):
     del learn
     gc.collect()
     assert gone() is None
+
+
+# ---- two fits with one callback, and evaluations in between
+
+def fine_tuned(path, seed, *cbs, **kwargs):
+    "A training of the head, and of the whole model"
+    learn = learner(path, seed, data=kwargs.pop('data', windows), splitter=lambda m: [list(o.parameters()) for o in (m.rnn, nn.ModuleList([m.norm, m.head]))])
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=[TbpttCheckpoint(every=5, **kwargs), *cbs])
+    return learn
+
+@pytest.mark.parametrize('data', [windows, stream])
+@pytest.mark.parametrize('ns', [(3,), (20,), (47,), (7, 8, 30, 12)], ids=str)
+def test_a_fine_tuning_goes_on_in_either_of_its_fits(tmp_path, ns, data):
+    whole = fine_tuned(tmp_path/'whole', 10, data=data)
+    class KillAfter(Callback):
+        "That many batches of both fits"
+        order,left = 2000,0
+        def after_batch(self):
+            KillAfter.left -= self.training
+            if KillAfter.left==0: raise Killed
+    for i,n in enumerate(ns):
+        KillAfter.left = n
+        with pytest.raises(Killed): fine_tuned(tmp_path, 10+i, KillAfter(), resume=True, data=data)
+    KillAfter.left = 10**9
+    check_same(results(whole), results(fine_tuned(tmp_path, 99, KillAfter(), resume=True, data=data)))
+    again = fine_tuned(tmp_path, 98, KillAfter(), resume=True, data=data) # nothing is left to do
+    check_same(dict(p=results(whole)['params']), dict(p=results(again)['params']))
+
+def test_a_fine_tuning_that_was_interrupted_in_its_second_fit_is_not_written_over(tmp_path):
+    def run(seed, **kwargs): return fine_tuned(tmp_path, seed, KillAt('after_batch', 40), **kwargs)
+    with pytest.raises(Killed): run(1)
+    before = {o:o.read_bytes() for o in sorted(tmp_path.rglob('*.pt'))}
+    assert any('fit2' in str(o) for o in before)
+    with pytest.raises(FileExistsError, match='fit2 has checkpoints of a training that was interrupted'): fine_tuned(tmp_path, 2)
+    assert before=={o:o.read_bytes() for o in sorted(tmp_path.rglob('*.pt'))}
+    fine_tuned(tmp_path, 3, KillAt('after_fit', 10**9), resume=True)
+    fine_tuned(tmp_path, 4) # all has ended: it is written over
+
+def test_a_first_fit_that_begins_anew_takes_the_second_one_with_it(tmp_path):
+    fine_tuned(tmp_path, 1)
+    with pytest.raises(Killed): fine_tuned(tmp_path, 2, KillAt('after_batch', 8))
+    whole = fine_tuned(tmp_path/'whole', 2, KillAt('after_fit', 10**9))
+    check_same(results(whole), results(fine_tuned(tmp_path, 3, KillAt('after_fit', 10**9), resume=True)))
+
+def test_the_same_learner_goes_on_with_its_fine_tuning(tmp_path):
+    whole,learn = fine_tuned(tmp_path/'whole', 10, KillAt('after_fit', 10**9)),None
+    learn = learner(tmp_path, 10, splitter=lambda m: [list(o.parameters()) for o in (m.rnn, nn.ModuleList([m.norm, m.head]))])
+    def run(*cbs):
+        with learn.no_bar(), learn.no_logging(): learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=cbs)
+    one = TbpttCheckpoint(every=5, resume=True)
+    for cb in (one, one, TbpttCheckpoint(every=5, resume=True)):
+        with pytest.raises(Killed): run(cb, KillAt('after_batch', 25))
+    run(TbpttCheckpoint(every=5, resume=True), KillAt('after_fit', 10**9))
+    check_same(results(whole), results(learn))
+
+@pytest.mark.parametrize('event', ['after_train', 'after_validate', 'after_epoch'])
+def test_checkpoints_go_on_after_an_evaluation_in_the_middle_of_a_training(tmp_path, event):
+    class Evaluates(Callback):
+        order = 70
+        def __call__(self, name):
+            if name==event and not self.learn.lock.locked(): self.learn.validate()
+    learn,times = learner(tmp_path, 1),[]
+    class Looks(Callback):
+        order = 2000
+        def after_epoch(self):
+            if not self.learn.lock.locked(): times.append(CheckpointFolder(tmp_path/'checkpoint').places()[-1])
+    fit(learn, 3, [TbpttCheckpoint(every=7), Evaluates(), Looks()])
+    assert times[:2]==[(1, 0), (2, 0)] and times[2][0]==2 and times[2][1]>0
+    assert names(tmp_path/'checkpoint')[-1]=='epoch3-step0.pt'

@@ -307,6 +307,9 @@ class TbpttCheckpoint(Callback):
     _resumed = None # the checkpoint that is on its way to be gone on with
     _begun,_ended = WeakKeyDictionary(),WeakKeyDictionary() # by learner: how its fit began, and the folder of one that has ended
     _muted = () # callbacks that wait until epochs that are done have passed
+    _active = _is_within = False # is this a fit, or the search of a rate; and has one begun, and not ended?
+    _epoch = 0 # the one at hand
+    _n_ended = 0 # fits that it has seen the end of, one after the other: `fine_tune` has two
     def __init__(self,
         path='checkpoint', # Folder, within that of the learner; processes that train together have one each in it
         every:int=1000, # Training steps, that is sub-windows, from one checkpoint to the next; each epoch begins with one too
@@ -322,27 +325,55 @@ class TbpttCheckpoint(Callback):
     def learn(self, learn):
         "A learner that it is taken from, be it by an error, has all its callbacks again"
         if learn is None: self._unmute()
+        if learn is None and self._is_within: self._is_within,self._n_ended = False,0
         vars(self)['_learn'] = learn
 
     def before_fit(self):
+        is_fit = _is_fit(self.learn)
+        if self._is_within and self.learn.lock.locked(): return # an evaluation in the middle of it
         self._unmute()
-        self._resumed,self._active,self._is_trained = None,_is_fit(self.learn),False
-        if not self._active: return
-        self._reset_cb = first(self.learn._grab_cbs(TbpttResetCB))
-        if self._reset_cb is None: raise ValueError(
-            "A TbpttCheckpoint stores what a TbpttResetCB carries, but this learner has none: "
-            "use TbpttLearner, or add TbpttResetCB() to it.")
-        path = self.learn.path/self.path
-        self._folder = CheckpointFolder(path/f'process{rank_distrib()}' if num_distrib()>1 else path, self.keep)
-        self._form = training_form(self.learn)
-        self._first = deepcopy({k:object_state(o) for k,o in _parts(self.learn).items()})
-        self._first_own = deepcopy(_own_states(get_model(self.learn.model)))
-        self._stored = {} # names of the attributes in the checkpoint that is gone on with
-        self._find()
-        parts = {name:(ref(o),set(vars(o))) for name,o in _parts(self.learn).items()}
-        self._begun[self.learn] = self._folder.folder,parts,self._first,self._first_own
-        self._begin_epoch(0)
-        if self._resumed is None: self._write(0, 0)
+        self._resumed,self._active,self._is_trained = None,is_fit,False
+        self._is_within = is_fit
+        if is_fit: self._begin_fit()
+
+
+# %% ../../nbs/training/12_checkpoint.ipynb #d17bdec9
+@patch
+def _folder_of(self:TbpttCheckpoint, n_ended):
+    "That of the fit after so many"
+    path = self.learn.path/self.path
+    if num_distrib()>1: path = path/f'process{rank_distrib()}'
+    return CheckpointFolder(path/f'fit{n_ended+1}' if n_ended else path, self.keep)
+
+@patch
+def _later_folders(self:TbpttCheckpoint):
+    "Those of fits after this one that have checkpoints"
+    found,n = [],self._n_ended+1
+    while (folder := self._folder_of(n)).places():
+        found.append(folder)
+        n += 1
+    return found
+
+@patch
+def _begin_fit(self:TbpttCheckpoint):
+    self._reset_cb = first(self.learn._grab_cbs(TbpttResetCB))
+    if self._reset_cb is None: raise ValueError(
+        "A TbpttCheckpoint stores what a TbpttResetCB carries, but this learner has none: "
+        "use TbpttLearner, or add TbpttResetCB() to it.")
+    self._folder = self._folder_of(self._n_ended)
+    self._form = training_form(self.learn)
+    self._first = deepcopy({k:object_state(o) for k,o in _parts(self.learn).items()})
+    self._first_own = deepcopy(_own_states(get_model(self.learn.model)))
+    self._stored = {} # names of the attributes in the checkpoint that is gone on with
+    if self._n_ended: self._ended.pop(self.learn, None) # what has ended before it is to be gone on with as well
+    self._find()
+    parts = {name:(ref(o),set(vars(o))) for name,o in _parts(self.learn).items()}
+    self._begun[self.learn] = self._folder.folder,parts,self._first,self._first_own
+    self._begin_epoch(0)
+    if self._resumed is not None: return
+    for o in self._later_folders(): o.clear()
+    self._write(0, 0)
+
 
 # %% ../../nbs/training/12_checkpoint.ipynb #1d677e7b
 _content = ('form','epoch','step','finished','window','at_window','n_read','n_parts','start','now','trained','carried')
@@ -368,9 +399,24 @@ def _begin_as_before(self:TbpttCheckpoint):
     self._first_own = own
     _set_own(get_model(self.learn.model), own)
 
+
+# %% ../../nbs/training/12_checkpoint.ipynb #14ee0e84
+@patch
+def _refuse_interrupted(self:TbpttCheckpoint):
+    "A `FileExistsError` if the last fit that has checkpoints here has not ended"
+    folder = [self._folder, *self._later_folders()][-1]
+    places = _in_all(folder.places())
+    if not places: return
+    found = newest(folder, places)
+    if found.get('finished', True): return
+    raise FileExistsError(
+        f"{folder.folder} has checkpoints of a training that was interrupted in epoch {found['epoch']} at step {found['step']}. "
+        "Go on with it by resume=True, give another path, or delete the folder.")
+
 @patch
 def _find(self:TbpttCheckpoint):
     "The checkpoint that this training goes on with, or a folder without any"
+    if not self.resume: self._refuse_interrupted()
     places = _in_all(self._folder.places())
     if not places: return
     found = newest(self._folder, places)
@@ -386,10 +432,8 @@ def _find(self:TbpttCheckpoint):
         self._resumed = found
         self._begin_as_before()
         self._stored = {k:o.get('plain', {}).keys() for k,o in found['now']['parts'].items()}
-    elif found['finished']: self._folder.clear()
-    else: raise FileExistsError(
-        f"{self._folder.folder} has checkpoints of a training that was interrupted in epoch {found['epoch']} at step {found['step']}. "
-        "Go on with it by resume=True, give another path, or delete the folder.")
+    else: self._folder.clear()
+
 
 # %% ../../nbs/training/12_checkpoint.ipynb #02fc385e
 @patch
@@ -414,6 +458,8 @@ def _earlier(self:TbpttCheckpoint):
 
 @patch
 def before_epoch(self:TbpttCheckpoint):
+    if self.learn.lock.locked(): return # an evaluation
+    self._epoch = self.learn.epoch # which an evaluation sets to 0
     if not self._is_done(self.learn.epoch): return self._unmute()
     self._mute(self.learn.cbs) # those after this one have had `before_fit` by now
     raise CancelEpochException(f"Epoch {self.learn.epoch} is done already.")
@@ -462,17 +508,18 @@ def _go_on(self:TbpttCheckpoint, found):
 
 @patch
 def after_epoch(self:TbpttCheckpoint):
-    if not self._active: return
-    self._begin_epoch(self.learn.epoch+1)
-    if self._resumed is None and self.learn.epoch+1<self.learn.n_epoch: self._write(self.learn.epoch+1, 0)
+    if not self._active or self.learn.lock.locked(): return
+    self._begin_epoch(self._epoch+1)
+    if self._resumed is None and self._epoch+1<self.learn.n_epoch: self._write(self._epoch+1, 0)
 
 @patch
 def after_fit(self:TbpttCheckpoint):
-    if not self._active: return
+    if not self._active or self.learn.lock.locked(): return
     self._begin_epoch(self.learn.n_epoch)
     self._unmute()
     self._begun.pop(self.learn, None)
     if self._is_trained: self._ended[self.learn] = self._folder.folder
+    self._is_within,self._n_ended = False,self._n_ended+1
     self._write(self.learn.n_epoch, 0, finished=True)
 
 # %% ../../nbs/training/12_checkpoint.ipynb #70e60a7c
