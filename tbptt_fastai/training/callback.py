@@ -34,7 +34,7 @@ from .counting import CountedLoss
 from .finite import warn_of_weights
 from .resets import CarryingRun, StateResets, back_to_method, cancels
 from ..truncation.plan import Truncation, check_steps
-from ..truncation.settings import check_bools
+from ..truncation.settings import check_bools, check_switch
 
 # %% ../../nbs/training/04_callback.ipynb #054d8ba4
 class TbpttResetCB(CountedLoss):
@@ -70,7 +70,7 @@ class TbpttResetCB(CountedLoss):
                 "For sub-windows of one length: sub_seq_len.")
         self.sub_seq_len,self.truncation = sub_seq_len,truncation
         self.n_skip,self.timed = check_steps('n_skip', n_skip, least=0),check_bools('timed', timed, several=True)
-        self.check = check
+        self.check = check_switch('check', check)
         self.time_dim = check_time_dim(time_dim)
         if not (counts is None or callable(counts)): raise TypeError(
             f"counts is {counts!r}; expected a function of the targets that says which of them count, such as "

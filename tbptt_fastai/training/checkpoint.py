@@ -6,7 +6,7 @@
 __all__ = ['object_state', 'set_object_state', 'training_form', 'check_same_form', 'check_same_strings', 'TbpttCheckpoint']
 
 # %% ../../nbs/training/12_checkpoint.ipynb #32689b41
-import re, warnings
+import os, re, warnings
 from weakref import WeakKeyDictionary, ref
 from copy import deepcopy
 from functools import partial
@@ -33,6 +33,7 @@ from .files import CheckpointFolder, newest
 from tbptt_fastai.training.plain import (NotPlain, changed, decode, encode, encode_random, plain_attributes, random_state, set_attributes,
     set_random)
 from ..truncation.plan import Truncation, check_steps
+from ..truncation.settings import check_switch
 
 # %% ../../nbs/training/12_checkpoint.ipynb #ec9c2479
 def _has_dict(o): return callable(getattr(o, 'state_dict', None)) and callable(getattr(o, 'load_state_dict', None))
@@ -316,7 +317,9 @@ class TbpttCheckpoint(Callback):
         resume:bool=False, # Go on with the newest checkpoint, if there is one?
         keep:int=2, # Checkpoints that are kept
     ):
-        self.path,self.resume = path,resume
+        if not isinstance(path, (str,os.PathLike)): raise TypeError(
+            f"path is {path!r}, a {type(path).__name__}; expected the name of a folder.")
+        self.path,self.resume = path,check_switch('resume', resume)
         self.every,self.keep = check_steps('every', every),check_steps('keep', keep)
 
     @property

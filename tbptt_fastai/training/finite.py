@@ -173,7 +173,7 @@ class FiniteCB(Callback):
         policy:str='stop', # What to do: 'stop' or 'skip'
         limit:int=10, # Most windows that are skipped in a fit; of a stream, blocks
     ):
-        if policy not in _policies: raise ValueError(f"policy is {policy!r}; expected one of {_policies}.")
+        if not (isinstance(policy, str) and policy in _policies): raise ValueError(f"policy is {policy!r}; expected one of {_policies}.")
         self.policy,self.limit = policy,check_steps('limit', limit, least=0)
         self.skipped = [] # reports of the last fit, as text
         self._begin_epoch()
