@@ -1,4 +1,5 @@
 "A training that is interrupted anywhere ends as one that never was"
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 import random
@@ -570,14 +571,57 @@ class Pair(NamedTuple):
     h: torch.Tensor
 
 class Named(Looped):
+    def initial_state(self, bs, device, dtype): return Pair(torch.zeros(bs, 4))
     def forward(self, x, state=None):
         pred,after = super().forward(x, None if state is None else dict(h=[state.h]))
         return pred,Pair(after['h'][0])
 
+class Opaque(Looped):
+    "Names what no file can hold, in a place that is not detached"
+    def forward(self, x, state=None):
+        pred,after = super().forward(x, state)
+        return pred,{**after, 'name':Text('a')}
+
+class Text(str): "A string of another class"
+
 def test_a_state_that_cannot_be_stored_is_refused_in_the_first_step(tmp_path):
-    learn = learner(tmp_path, 1, model=lambda: StatefulRNN(Named()))
-    with pytest.raises(TypeError, match='A Pair is not stored. Carry tuples, lists or dicts'): fit(learn, 1, [TbpttCheckpoint(every=1000)])
+    learn = learner(tmp_path, 1, model=lambda: StatefulRNN(Opaque()))
+    with pytest.raises(TypeError, match='A Text is not made of tensors.*Carry tensors and numbers in tuples'): fit(learn, 1, [TbpttCheckpoint(every=1000)])
     assert learn.train_iter==1
+
+@dataclass
+class Kept:
+    h: torch.Tensor
+    pair: Pair
+    n: int = 0
+
+class Counted(Looped):
+    "A dataclass with a named tuple in it, an integer tensor and a number"
+    def forward(self, x, state=None):
+        h,pair,n = (None,None,0) if state is None else (state.h,state.pair,state.n)
+        pred,after = super().forward(x, None if h is None else dict(h=[h-pair.h]))
+        return pred,Kept(after['h'][0]*2, Pair(after['h'][0]), n+1)
+    def initial_state(self, bs, device, dtype): return Kept(torch.zeros(bs, 4), Pair(torch.zeros(bs, 4)))
+
+@pytest.mark.parametrize('cell', [Named, Counted])
+@pytest.mark.parametrize('data', [windows, stream])
+def test_states_with_classes_of_their_own(tmp_path, cell, data):
+    check_goes_on(tmp_path, partial(learner, data=data, model=lambda: nn.Sequential(StatefulRNN(cell()), nn.Dropout(.2))))
+
+@pytest.mark.filterwarnings('ignore:(?s).*not longer than n_skip')
+def test_states_with_classes_of_their_own_and_a_washout(tmp_path):
+    check_goes_on(tmp_path, partial(learner, data=stream, model=lambda: StatefulRNN(Counted()), n_skip=25))
+
+def test_a_state_of_another_form_is_refused(tmp_path):
+    def make(cell): return partial(learner, model=lambda: StatefulRNN(cell()))
+    with pytest.raises(Killed): fit(make(Counted)(tmp_path, 1), 3, [TbpttCheckpoint(every=7), KillAt('after_batch', 9)])
+    class Other(Counted):
+        def forward(self, x, state=None):
+            pred,after = Looped.forward(self, x, None if state is None else dict(h=[state.h]))
+            return pred,Pair(after['h'][0])
+        def initial_state(self, bs, device, dtype): return Pair(torch.zeros(bs, 4))
+    with pytest.raises(ValueError, match='has 3 parts in the checkpoint, and 1 in this model'):
+        fit(make(Other)(tmp_path, 1), 3, [TbpttCheckpoint(every=7, resume=True), KillAt('after_batch', 99)])
 
 def test_the_newest_is_kept_beside_one_that_was_further_on(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=1)

@@ -21,13 +21,15 @@ from fastai.torch_core import get_model, num_distrib, rank_distrib, to_device
 from fastcore.basics import first, noop, patch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
-from torch.utils._pytree import tree_leaves
-from ..loaders.views import Place, first_item, inner_loader
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from ..loaders.views import Place, first_item, inner_loader, plain_batch
 from ..state.carry import Carry
 from ..state.own import own_resets
+from ..state.tree import state_leaves
 from .callback import TbpttResetCB
 from .length import LengthHintCB
 from .once import LastSeen
+from .parts import on_trial
 from .threads import ThreadHintCB
 from .files import CheckpointFolder, newest
 from tbptt_fastai.training.plain import (NotPlain, changed, decode, encode, encode_random, plain_attributes, random_state, set_attributes,
@@ -176,15 +178,46 @@ def _set_trained(learn, stored):
     vars(learn).update(decode({k:v for k,v in stored['counters'].items() if k in _counters}))
 
 # %% ../../nbs/training/12_checkpoint.ipynb #82e4b1e2
+def _encode_slot(values):
+    "State, rows that start over and groups; of a state with classes of its own, such as named tuples, its leaves"
+    try: return encode(values)
+    except NotPlain:
+        state,*others = values
+        return dict(leaves=encode(state_leaves(state)), others=encode(others))
+
 def _carried(carry):
     "What is carried to the next step"
-    try: slots = {name:encode(values) for name,values in carry.snapshot().items()}
+    try: slots = {name:_encode_slot(values) for name,values in carry.snapshot().items()}
     except NotPlain as e: raise TypeError(
-        f"The carried state cannot be put into a checkpoint: {e} Carry tuples, lists or dicts of tensors.") from None
+        f"The carried state cannot be put into a checkpoint: {e} "
+        "Carry tensors and numbers in tuples, lists, dicts, named tuples or dataclasses.") from None
     return dict(slots=slots)
 
-def _set_carried(carry, stored, device):
-    carry.restore(to_device(decode(stored['slots']), device))
+
+# %% ../../nbs/training/12_checkpoint.ipynb #c87f04d4
+def _trial_states(learn, slots):
+    "The states after a first step, for their form; the model stays as it is"
+    model,window = get_model(learn.model),learn.dl.first_window
+    groups = next((o['others'][1] for o in slots.values() if isinstance(o, dict)), None)
+    xb = plain_batch(window.cut(0, min(2, window.steps))[:learn.dl.n_inputs(window.batch)], first(model.parameters()).device)
+    own = deepcopy(_own_states(model))
+    try:
+        with on_trial(model), torch.no_grad(), Carry(model, evaluation=True) as carry:
+            carry.reset(groups=groups and groups[:1])
+            model(*xb)
+            return dict(carry.states)
+    finally: _set_own(model, own)
+
+def _with_form(leaves, like, name):
+    n = len(state_leaves(like))
+    if n!=len(leaves): raise ValueError(
+        f"The carried state of {name!r} has {len(leaves)} parts in the checkpoint, and {n} in this model: it is another one.")
+    return tree_unflatten(leaves, tree_flatten(like)[1])
+
+def _set_carried(carry, stored, device, like):
+    slots = to_device(decode(stored['slots']), device)
+    made = {name:(_with_form(o['leaves'], like.get(name), name), *o['others']) for name,o in slots.items() if isinstance(o, dict)}
+    carry.restore({**slots, **made})
 
 
 # %% ../../nbs/training/12_checkpoint.ipynb #ed322f07
@@ -532,6 +565,8 @@ def before_train(self:TbpttCheckpoint):
     if found is None or not self._active: return
     self._n_steps,self._at_window = found['step'],found['at_window']
     self._from_read,self._n_read = found['window'],found['n_read']
+    slots = found['carried']['slots'] if found['carried'] else {}
+    self._like = _trial_states(self.learn, slots) if any(isinstance(o, dict) for o in slots.values()) else {}
     before_read,arrive = partial(self._before_read, self.learn.dl),partial(self._arrive, found)
     self.learn.dl.continue_at(Place(self._n_steps, self._n_read, found['n_parts'], before_read, arrive))
 
@@ -546,7 +581,7 @@ def _before_read(self:TbpttCheckpoint, view, n):
 def _arrive(self:TbpttCheckpoint, found, seen):
     "The batches before the place have passed"
     carry = self._reset_cb.owner
-    _set_carried(carry, found['carried'], first(self.learn.model.parameters()).device)
+    _set_carried(carry, found['carried'], first(self.learn.model.parameters()).device, self._like)
     carry.seen = seen
     self._go_on(found)
     segment = self._reset_cb.segment
