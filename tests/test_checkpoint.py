@@ -1,8 +1,11 @@
 "A training that is interrupted anywhere ends as one that never was"
 from dataclasses import dataclass
 from functools import partial
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
-import random
+import random, re, warnings
 import numpy as np, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback, CancelBatchException, CancelTrainException
@@ -15,12 +18,13 @@ from fastai.losses import CrossEntropyLossFlat, L1LossFlat, MSELossFlat
 from fastai.metrics import mae, mse
 from fastai.optimizer import Adam, OptimWrapper, RMSProp
 from fastai.torch_core import set_seed
+from fastcore.basics import noop
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.models.sequence import SequenceRNN
 from tbptt_fastai.models.text import TextRNN
 from tbptt_fastai.state.stateful import StatefulRNN
-from tbptt_fastai.training.checkpoint import TbpttCheckpoint, _digest
+from tbptt_fastai.training.checkpoint import TbpttCheckpoint, _digest, left_out, warn_of_left_out
 from tbptt_fastai.training.files import CheckpointFolder, read_checkpoint
 from tbptt_fastai.training.once import once_per_window
 from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
@@ -732,3 +736,65 @@ def test_checkpoints_go_on_after_an_evaluation_in_the_middle_of_a_training(tmp_p
     fit(learn, 3, [TbpttCheckpoint(every=7), Evaluates(), Looks()])
     assert times[:2]==[(1, 0), (2, 0)] and times[2][0]==2 and times[2][1]>0
     assert names(tmp_path/'checkpoint')[-1]=='epoch3-step0.pt'
+
+
+# ---- what a checkpoint does not hold
+
+class Holds(Callback):
+    "An object that changes with each batch, or does not"
+    def __init__(self, make, use): self.held,self.use = make(),use
+    def after_batch(self):
+        if self.training: self.use(self)
+
+class Box:
+    def __init__(self): self.n,self.inner = 0,dict(values=[])
+
+def count(cb): cb.held.n += 1
+def deep(cb): cb.held.inner['values'].append(1)
+def draw(cb): cb.held.random()
+def replace(cb): cb.held = object()
+CHANGES = dict(attribute=(Box, count), inside=(Box, deep), in_a_list=(lambda: [Box()], lambda cb: count(type(cb)(lambda: cb.held[0], noop))),
+    numpy=(lambda: np.random.default_rng(0), draw), old_numpy=(lambda: np.random.RandomState(0), draw),
+    torch=(torch.Generator, lambda cb: torch.rand(1, generator=cb.held)), replaced=(object, replace),
+    deque=(lambda: deque([Box()]), lambda cb: cb.held.append(Box())), set=(set, lambda cb: cb.held.add(len(cb.held))))
+
+@pytest.mark.parametrize('kind', CHANGES)
+def test_an_object_that_changes_and_is_not_held_is_named_once(tmp_path, kind):
+    cb = Holds(*CHANGES[kind])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        fit(learner(tmp_path, 1), 2, [TbpttCheckpoint(every=3), cb])
+    told = [str(o.message) for o in seen if 'Holds.' in str(o.message)]
+    assert len(told)==1 and told[0].startswith(f'Holds.held is a {type(cb.held).__name__}, ') and 'state_dict' in told[0]
+
+class Remembers(Box):
+    def state_dict(self): return dict(n=self.n)
+    def load_state_dict(self, state): self.n = state['n']
+
+@pytest.mark.parametrize('make,use', [(Box, noop), (object, noop), (Remembers, count), (lambda: np.random.default_rng(0), noop), (lambda: [len, Box, Path('a'), re.compile('a')], noop),
+    (lambda: [1, {2: 'a'}], lambda cb: cb.held.append(3)), (lambda: random.Random(0), draw), (lambda: {Box()}, noop), (lambda: nn.GRU(1, 2), noop)])
+def test_what_does_not_change_or_is_held_is_no_matter(tmp_path, make, use):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        fit(learner(tmp_path, 1), 2, [TbpttCheckpoint(every=3), Holds(make, use)])
+
+def test_an_object_that_holds_itself_and_one_without_end_are_looked_at():
+    box = Box()
+    box.inner['me'],box.chain = box,[]
+    o = box.chain
+    for _ in range(900): o.append(o := [])
+    cb = Holds(lambda: box, count)
+    learn = SimpleNamespace(cbs=[cb], metrics=[])
+    before,told = left_out(learn),set()
+    warn_of_left_out(left_out(learn), before, told)
+    assert not told
+    count(cb)
+    with pytest.warns(UserWarning, match='Holds.held is a Box'): warn_of_left_out(left_out(learn), before, told)
+
+def test_a_list_that_holds_itself_is_named(tmp_path):
+    def itself():
+        o = []
+        o.append(o)
+        return o
+    with pytest.warns(UserWarning, match='Holds.held is a list, which has changed'):
+        fit(learner(tmp_path, 1), 1, [TbpttCheckpoint(every=3), Holds(itself, lambda cb: cb.held.append(1))])
