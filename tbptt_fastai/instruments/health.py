@@ -29,7 +29,8 @@ class GradientHealth(Callback):
         high:float=1e3, # Norms above explode, and those that are not finite
         every:int=100, # Steps between two looks at the norms; until then they stay on the device
     ):
-        low,high = (o if isinstance(o, (int,float)) else check_number(k, o, 'a norm, 0 or more') for k,o in dict(low=low, high=high).items())
+        def norm(name, o): return o if isinstance(o, (int,float)) else check_number(name, o, 'a norm, 0 or more')
+        low,high = norm('low', low),norm('high', high)
         if not 0<=low<high: raise ValueError(f"low is {low}, high is {high}; expected 0 <= low < high.")
         self.low,self.high = low,high
         self.every = check_steps('every', every)

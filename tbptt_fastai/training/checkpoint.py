@@ -133,7 +133,8 @@ def _trace(o, seen, depth=50):
 
 # %% ../../nbs/training/12_checkpoint.ipynb #8fd1c134
 def _is_small(o):
-    is_dense = isinstance(o, np.ndarray) and o.dtype.kind in 'biufc' or isinstance(o, Tensor) and o.layout is torch.strided and not o.is_quantized
+    if isinstance(o, np.ndarray): is_dense = o.dtype.kind in 'biufc'
+    else: is_dense = o.layout is torch.strided and not o.is_quantized
     return is_dense and math.prod(o.shape)<=2**20
 
 def _left_out(o):
