@@ -31,15 +31,18 @@ from .state.turns import taking_turns, training_turn
 from .loaders.views import first_item, inner_loader, resolve_time_dim
 from .loaders.streams import StreamDL
 from .speed.optimizer import FusedAdam
-from .models.sequence import SequenceRNN, Standardize
+from .models.sequence import SequenceRNN, Standardize, as_statistics
 from .sequences.text import TextRows
 from .sequences.times import as_list
 from .models.text import TextRNN
 from .training.length import LengthHintCB
 from .training.threads import ThreadHintCB, on_threads
 from .truncation.plan import Truncation, check_steps
-from .truncation.settings import check_module, check_number
+from .truncation.settings import check_callable, check_module, check_number
 from .sequences.windows import Sequences
+from .sequences.axis import check_time_dim
+from fastai.callback.core import Callback
+
 
 # %% ../nbs/learner.ipynb #01f6bc67
 def _kind(o): return f'{tuple(o.shape)} {o.dtype}' if isinstance(o, Tensor) else type(o).__name__
@@ -99,6 +102,7 @@ def scaling_from_data(
     """Mean and deviation per channel over all training steps, whose value is finite
 
     Of one batch, if the loader transforms batches or reads no `Sequences`"""
+    _check_loaders(dls)
     dl,dtype = dls.train,_signals(dls)[0].dtype
     x,y = _training_arrays(dl, resolve_time_dim(time_dim, dl))
     return [_scaling(dl, 'x', x, dtype), None if _labels(dls) else _scaling(dl, 'y', y, dtype)]
@@ -114,8 +118,8 @@ class ScaledL1Loss(nn.L1Loss):
         time_dim:int=1, # Where the time axis of predictions is; -1: `(batch, channels, time)`
     ):
         super().__init__(reduction=reduction)
-        self.time_dim = time_dim
-        self.register_buffer('std', torch.as_tensor(std))
+        self.time_dim = check_time_dim(time_dim)
+        self.register_buffer('std', as_statistics('std', std))
 
     def forward(self,
         pred, # `(..., channels)`
@@ -155,6 +159,7 @@ def default_loss(
     """The loss that the dataset names, or the mean absolute error for real targets
 
     Several outputs whose deviations in training differ are each in units of their deviation (`ScaledL1Loss`)"""
+    _check_loaders(dls)
     dl = dls.train
     time_dim = resolve_time_dim(time_dim, dl)
     if isinstance(inner_loader(dl), StreamDL): time_dim = 1 # steps come one after the other, each `(channels,)`
@@ -325,6 +330,15 @@ def _check_loaders(dls):
     if isinstance(dls, DataLoaders): return
     raise TypeError(f"dls is a {type(dls).__name__}; expected DataLoaders, such as those of SequenceDataLoaders.from_arrays.")
 
+def _check_parts(loss_func, opt_func, cbs):
+    "A `TypeError` unless they can be called, and are callbacks or classes of such"
+    check_callable('loss_func', loss_func, 'a loss of predictions and targets, such as nn.MSELoss()')
+    check_callable('opt_func', opt_func, 'a function that makes an optimizer, such as Adam')
+    for o in L(cbs):
+        if not (isinstance(o, Callback) or isinstance(o, type) and issubclass(o, Callback)): raise TypeError(
+            f"cbs has {o!r}, a {type(o).__name__}; expected callbacks.")
+
+
 # %% ../nbs/learner.ipynb #79a9ef7a
 def clipping(
     grad_clip:float, # Largest norm of the gradient
@@ -355,6 +369,7 @@ def TbpttLearner(
 )->SequenceLearner:
     "A `Learner` that trains by truncated backpropagation through time; its methods do what fastai's do"
     _check_loaders(dls)
+    _check_parts(loss_func, opt_func, cbs)
     own = dict(loss_func=loss_func, opt_func=opt_func, num_threads=num_threads)
     if model is None:
         settings = dict(sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, timed=timed, check=check)
@@ -381,6 +396,7 @@ def RNNLearner(
 )->SequenceLearner:
     "A `TbpttLearner` with a `SequenceRNN`, sized and scaled by the training data, or with a `TextRNN`"
     _check_loaders(dls)
+    _check_parts(*map(kwargs.get, ('loss_func', 'opt_func', 'cbs')))
     sizes = rnn_type,hidden_size,num_layers,dropout
     time_dim = resolve_time_dim(kwargs.get('time_dim'), dls.train)
     if isinstance(dls.train.dataset, TextRows) and time_dim!=1: raise ValueError(

@@ -1,7 +1,11 @@
 "A training that is interrupted anywhere ends as one that never was"
+from dataclasses import dataclass
 from functools import partial
+from collections import deque
+from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
-import random
+import random, re, warnings
 import numpy as np, pytest, torch
 from torch import nn
 from fastai.callback.core import Callback, CancelBatchException, CancelTrainException
@@ -14,12 +18,13 @@ from fastai.losses import CrossEntropyLossFlat, L1LossFlat, MSELossFlat
 from fastai.metrics import mae, mse
 from fastai.optimizer import Adam, OptimWrapper, RMSProp
 from fastai.torch_core import set_seed
+from fastcore.basics import noop
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.models.sequence import SequenceRNN
 from tbptt_fastai.models.text import TextRNN
 from tbptt_fastai.state.stateful import StatefulRNN
-from tbptt_fastai.training.checkpoint import TbpttCheckpoint, _digest
+from tbptt_fastai.training.checkpoint import TbpttCheckpoint, _digest, left_out, warn_of_left_out
 from tbptt_fastai.training.files import CheckpointFolder, read_checkpoint
 from tbptt_fastai.training.once import once_per_window
 from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
@@ -570,14 +575,57 @@ class Pair(NamedTuple):
     h: torch.Tensor
 
 class Named(Looped):
+    def initial_state(self, bs, device, dtype): return Pair(torch.zeros(bs, 4))
     def forward(self, x, state=None):
         pred,after = super().forward(x, None if state is None else dict(h=[state.h]))
         return pred,Pair(after['h'][0])
 
+class Opaque(Looped):
+    "Names what no file can hold, in a place that is not detached"
+    def forward(self, x, state=None):
+        pred,after = super().forward(x, state)
+        return pred,{**after, 'name':Text('a')}
+
+class Text(str): "A string of another class"
+
 def test_a_state_that_cannot_be_stored_is_refused_in_the_first_step(tmp_path):
-    learn = learner(tmp_path, 1, model=lambda: StatefulRNN(Named()))
-    with pytest.raises(TypeError, match='A Pair is not stored. Carry tuples, lists or dicts'): fit(learn, 1, [TbpttCheckpoint(every=1000)])
+    learn = learner(tmp_path, 1, model=lambda: StatefulRNN(Opaque()))
+    with pytest.raises(TypeError, match='A Text is not made of tensors.*Carry tensors and numbers in tuples'): fit(learn, 1, [TbpttCheckpoint(every=1000)])
     assert learn.train_iter==1
+
+@dataclass
+class Kept:
+    h: torch.Tensor
+    pair: Pair
+    n: int = 0
+
+class Counted(Looped):
+    "A dataclass with a named tuple in it, an integer tensor and a number"
+    def forward(self, x, state=None):
+        h,pair,n = (None,None,0) if state is None else (state.h,state.pair,state.n)
+        pred,after = super().forward(x, None if h is None else dict(h=[h-pair.h]))
+        return pred,Kept(after['h'][0]*2, Pair(after['h'][0]), n+1)
+    def initial_state(self, bs, device, dtype): return Kept(torch.zeros(bs, 4), Pair(torch.zeros(bs, 4)))
+
+@pytest.mark.parametrize('cell', [Named, Counted])
+@pytest.mark.parametrize('data', [windows, stream])
+def test_states_with_classes_of_their_own(tmp_path, cell, data):
+    check_goes_on(tmp_path, partial(learner, data=data, model=lambda: nn.Sequential(StatefulRNN(cell()), nn.Dropout(.2))))
+
+@pytest.mark.filterwarnings('ignore:(?s).*not longer than n_skip')
+def test_states_with_classes_of_their_own_and_a_washout(tmp_path):
+    check_goes_on(tmp_path, partial(learner, data=stream, model=lambda: StatefulRNN(Counted()), n_skip=25))
+
+def test_a_state_of_another_form_is_refused(tmp_path):
+    def make(cell): return partial(learner, model=lambda: StatefulRNN(cell()))
+    with pytest.raises(Killed): fit(make(Counted)(tmp_path, 1), 3, [TbpttCheckpoint(every=7), KillAt('after_batch', 9)])
+    class Other(Counted):
+        def forward(self, x, state=None):
+            pred,after = Looped.forward(self, x, None if state is None else dict(h=[state.h]))
+            return pred,Pair(after['h'][0])
+        def initial_state(self, bs, device, dtype): return Pair(torch.zeros(bs, 4))
+    with pytest.raises(ValueError, match='has 3 parts in the checkpoint, and 1 in this model'):
+        fit(make(Other)(tmp_path, 1), 3, [TbpttCheckpoint(every=7, resume=True), KillAt('after_batch', 99)])
 
 def test_the_newest_is_kept_beside_one_that_was_further_on(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=1)
@@ -619,3 +667,134 @@ def test_a_learner_that_was_interrupted_is_not_kept(tmp_path):
     del learn
     gc.collect()
     assert gone() is None
+
+
+# ---- two fits with one callback, and evaluations in between
+
+def fine_tuned(path, seed, *cbs, **kwargs):
+    "A training of the head, and of the whole model"
+    learn = learner(path, seed, data=kwargs.pop('data', windows), splitter=lambda m: [list(o.parameters()) for o in (m.rnn, nn.ModuleList([m.norm, m.head]))])
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=[TbpttCheckpoint(every=5, **kwargs), *cbs])
+    return learn
+
+@pytest.mark.parametrize('data', [windows, stream])
+@pytest.mark.parametrize('ns', [(3,), (20,), (47,), (7, 8, 30, 12)], ids=str)
+def test_a_fine_tuning_goes_on_in_either_of_its_fits(tmp_path, ns, data):
+    whole = fine_tuned(tmp_path/'whole', 10, data=data)
+    class KillAfter(Callback):
+        "That many batches of both fits"
+        order,left = 2000,0
+        def after_batch(self):
+            KillAfter.left -= self.training
+            if KillAfter.left==0: raise Killed
+    for i,n in enumerate(ns):
+        KillAfter.left = n
+        with pytest.raises(Killed): fine_tuned(tmp_path, 10+i, KillAfter(), resume=True, data=data)
+    KillAfter.left = 10**9
+    check_same(results(whole), results(fine_tuned(tmp_path, 99, KillAfter(), resume=True, data=data)))
+    again = fine_tuned(tmp_path, 98, KillAfter(), resume=True, data=data) # nothing is left to do
+    check_same(dict(p=results(whole)['params']), dict(p=results(again)['params']))
+
+def test_a_fine_tuning_that_was_interrupted_in_its_second_fit_is_not_written_over(tmp_path):
+    def run(seed, **kwargs): return fine_tuned(tmp_path, seed, KillAt('after_batch', 40), **kwargs)
+    with pytest.raises(Killed): run(1)
+    before = {o:o.read_bytes() for o in sorted(tmp_path.rglob('*.pt'))}
+    assert any('fit2' in str(o) for o in before)
+    with pytest.raises(FileExistsError, match='fit2 has checkpoints of a training that was interrupted'): fine_tuned(tmp_path, 2)
+    assert before=={o:o.read_bytes() for o in sorted(tmp_path.rglob('*.pt'))}
+    fine_tuned(tmp_path, 3, KillAt('after_fit', 10**9), resume=True)
+    fine_tuned(tmp_path, 4) # all has ended: it is written over
+
+def test_a_first_fit_that_begins_anew_takes_the_second_one_with_it(tmp_path):
+    fine_tuned(tmp_path, 1)
+    with pytest.raises(Killed): fine_tuned(tmp_path, 2, KillAt('after_batch', 8))
+    whole = fine_tuned(tmp_path/'whole', 2, KillAt('after_fit', 10**9))
+    check_same(results(whole), results(fine_tuned(tmp_path, 3, KillAt('after_fit', 10**9), resume=True)))
+
+def test_the_same_learner_goes_on_with_its_fine_tuning(tmp_path):
+    whole,learn = fine_tuned(tmp_path/'whole', 10, KillAt('after_fit', 10**9)),None
+    learn = learner(tmp_path, 10, splitter=lambda m: [list(o.parameters()) for o in (m.rnn, nn.ModuleList([m.norm, m.head]))])
+    def run(*cbs):
+        with learn.no_bar(), learn.no_logging(): learn.fine_tune(2, 1e-2, freeze_epochs=1, cbs=cbs)
+    one = TbpttCheckpoint(every=5, resume=True)
+    for cb in (one, one, TbpttCheckpoint(every=5, resume=True)):
+        with pytest.raises(Killed): run(cb, KillAt('after_batch', 25))
+    run(TbpttCheckpoint(every=5, resume=True), KillAt('after_fit', 10**9))
+    check_same(results(whole), results(learn))
+
+@pytest.mark.parametrize('event', ['after_train', 'after_validate', 'after_epoch'])
+def test_checkpoints_go_on_after_an_evaluation_in_the_middle_of_a_training(tmp_path, event):
+    class Evaluates(Callback):
+        order = 70
+        def __call__(self, name):
+            if name==event and not self.learn.lock.locked(): self.learn.validate()
+    learn,times = learner(tmp_path, 1),[]
+    class Looks(Callback):
+        order = 2000
+        def after_epoch(self):
+            if not self.learn.lock.locked(): times.append(CheckpointFolder(tmp_path/'checkpoint').places()[-1])
+    fit(learn, 3, [TbpttCheckpoint(every=7), Evaluates(), Looks()])
+    assert times[:2]==[(1, 0), (2, 0)] and times[2][0]==2 and times[2][1]>0
+    assert names(tmp_path/'checkpoint')[-1]=='epoch3-step0.pt'
+
+
+# ---- what a checkpoint does not hold
+
+class Holds(Callback):
+    "An object that changes with each batch, or does not"
+    def __init__(self, make, use): self.held,self.use = make(),use
+    def after_batch(self):
+        if self.training: self.use(self)
+
+class Box:
+    def __init__(self): self.n,self.inner = 0,dict(values=[])
+
+def count(cb): cb.held.n += 1
+def deep(cb): cb.held.inner['values'].append(1)
+def draw(cb): cb.held.random()
+def replace(cb): cb.held = object()
+CHANGES = dict(attribute=(Box, count), inside=(Box, deep), in_a_list=(lambda: [Box()], lambda cb: count(type(cb)(lambda: cb.held[0], noop))),
+    numpy=(lambda: np.random.default_rng(0), draw), old_numpy=(lambda: np.random.RandomState(0), draw),
+    torch=(torch.Generator, lambda cb: torch.rand(1, generator=cb.held)), replaced=(object, replace),
+    deque=(lambda: deque([Box()]), lambda cb: cb.held.append(Box())), set=(set, lambda cb: cb.held.add(len(cb.held))))
+
+@pytest.mark.parametrize('kind', CHANGES)
+def test_an_object_that_changes_and_is_not_held_is_named_once(tmp_path, kind):
+    cb = Holds(*CHANGES[kind])
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        fit(learner(tmp_path, 1), 2, [TbpttCheckpoint(every=3), cb])
+    told = [str(o.message) for o in seen if 'Holds.' in str(o.message)]
+    assert len(told)==1 and told[0].startswith(f'Holds.held is a {type(cb.held).__name__}, ') and 'state_dict' in told[0]
+
+class Remembers(Box):
+    def state_dict(self): return dict(n=self.n)
+    def load_state_dict(self, state): self.n = state['n']
+
+@pytest.mark.parametrize('make,use', [(Box, noop), (object, noop), (Remembers, count), (lambda: np.random.default_rng(0), noop), (lambda: [len, Box, Path('a'), re.compile('a')], noop),
+    (lambda: [1, {2: 'a'}], lambda cb: cb.held.append(3)), (lambda: random.Random(0), draw), (lambda: {Box()}, noop), (lambda: nn.GRU(1, 2), noop)])
+def test_what_does_not_change_or_is_held_is_no_matter(tmp_path, make, use):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        fit(learner(tmp_path, 1), 2, [TbpttCheckpoint(every=3), Holds(make, use)])
+
+def test_an_object_that_holds_itself_and_one_without_end_are_looked_at():
+    box = Box()
+    box.inner['me'],box.chain = box,[]
+    o = box.chain
+    for _ in range(900): o.append(o := [])
+    cb = Holds(lambda: box, count)
+    learn = SimpleNamespace(cbs=[cb], metrics=[])
+    before,told = left_out(learn),set()
+    warn_of_left_out(left_out(learn), before, told)
+    assert not told
+    count(cb)
+    with pytest.warns(UserWarning, match='Holds.held is a Box'): warn_of_left_out(left_out(learn), before, told)
+
+def test_a_list_that_holds_itself_is_named(tmp_path):
+    def itself():
+        o = []
+        o.append(o)
+        return o
+    with pytest.warns(UserWarning, match='Holds.held is a list, which has changed'):
+        fit(learner(tmp_path, 1), 1, [TbpttCheckpoint(every=3), Holds(itself, lambda cb: cb.held.append(1))])

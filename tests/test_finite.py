@@ -8,6 +8,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.metrics import mse
+from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
 from torch import nn
 from helpers import adam, fit, fit_own_lr, sgd
@@ -19,6 +20,7 @@ from tbptt_fastai.loaders.layout import Block, BlockRun
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.models.memories import LRU
 from tbptt_fastai.speed.graphs import CudaGraphCB
+from tbptt_fastai.speed.optimizer import FusedAdam
 from tbptt_fastai.sequences.windows import Sequences
 from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.training.callback import TbpttResetCB
@@ -804,3 +806,66 @@ def test_a_training_that_was_killed_goes_on_with_what_was_left_out(tmp_path, n, 
     assert_same(again.model, whole.model, 0)
     assert again.finite_cb.skipped==whole.finite_cb.skipped
     assert torch.equal(torch.stack(again.recorder.losses), torch.stack(whole.recorder.losses))
+
+
+# ---- gradients whose squares are beyond the range of their type
+
+class Larger(nn.Module):
+    "The gradient of the n-th training step is that many times as large"
+    def __init__(self, model, n, factor): super().__init__(); self.model,self.n,self.factor = model,n,factor
+    def forward(self, x):
+        out = self.model(x)
+        self.n -= self.training
+        if self.n==0 and self.training: out.register_hook(lambda g: g*self.factor)
+        return out
+
+def kept_by_optimizer(learn): return [o for state in getattr(learn.opt, 'opt', learn.opt).state.values() for o in state.values() if isinstance(o, torch.Tensor)]
+
+@pytest.mark.parametrize('opt', [FusedAdam, Adam, adam])
+@pytest.mark.parametrize('n', [1, 5, 12])
+def test_a_gradient_whose_square_is_infinite_costs_one_window_and_no_mean_of_squares(n, opt):
+    x,y = data()
+    b,k = divmod(n-1, 3)
+    def trained(bad=None):
+        model = Larger(net(), n, 1e200) if bad is None else Breaks(net(), n, 'gradient')
+        learn = learner(window_dls(x, y), model, cb := FiniteCB('skip'), opt=opt, check=False)
+        return quiet(fit_own_lr, learn, 2),cb
+    (learn,cb),(expected,_) = trained(),trained(bad=NAN)
+    assert_same(learn.model.model, expected.model.model, 0)
+    assert len(cb.skipped)==1 and "First found in the square of the gradient of 'model.0.rnn." in cb.skipped[0]
+    assert all(o.isfinite().all() for o in kept_by_optimizer(learn)) and len(learn.recorder.losses)==24-(3-k)
+
+def test_a_stop_before_a_step_with_such_a_gradient_leaves_weights_and_optimizer():
+    x,y = data()
+    learn = learner(window_dls(x, y), Larger(net(), 5, 1e200), FiniteCB(), check=False)
+    with pytest.raises(NotFiniteError, match='square of the gradient'): fit_own_lr(learn, 1)
+    expected,_ = by_hand(net(), x[:8], y[:8], {1: 1}, 1)
+    assert_same(learn.model.model, expected)
+    assert all(o.isfinite().all() for o in kept_by_optimizer(learn))
+
+def test_a_gradient_that_is_clipped_is_as_large_as_the_optimizer_gets_it():
+    x,y = data()
+    class Scaled(Callback):
+        def before_step(self):
+            for p in self.learn.model.parameters(): p.grad.mul_(1e-200 if self.learn.model.n==0 else 1)
+    learn = fit_own_lr(learner(window_dls(x, y), Larger(net(), 5, 1e200), [FiniteCB(), Scaled()], check=False), 1)
+    assert len(learn.recorder.losses)==12
+
+def test_a_learning_rate_of_one_step_is_put_back_where_it_is_left_out():
+    x,y = data()
+    learn = learner(window_dls(x, y), Larger(net(), 3, 1e200), FiniteCB('skip'), Jittered(12, std=3., rescale='lr'), check=False)
+    set_seed(0)
+    quiet(fit_own_lr, learn, 1)
+    assert learn.opt.hypers[0]['lr']==1e-2
+
+@pytest.mark.parametrize('own', [False, True])
+def test_means_that_are_not_finite_at_the_end_of_an_epoch_are_said(own):
+    x,y = data()
+    class Spoils(Callback):
+        order = 2000
+        def after_step(self): kept_by_optimizer(self.learn)[2].fill_(INF) # a mean of squares: the weights stay as they are
+    learn = learner(window_dls(x, y), net(), [Spoils(), *([FiniteCB()] if own else [])])
+    if own:
+        with pytest.raises(NotFiniteError, match="means of the optimizer after the step: '0.rnn.weight_ih_l0'"): fit_own_lr(learn, 1)
+    else:
+        with pytest.warns(UserWarning, match="the means of the optimizer are not finite: '0.rnn.weight_ih_l0'"): fit_own_lr(learn, 1)

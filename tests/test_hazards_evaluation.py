@@ -249,3 +249,62 @@ def test_language_models_are_reset_by_their_own_protocol():
 def test_without_dropout_AWD_LSTM_cannot_be_reset():
     "fastai's own: a dropout of 0 gives back the parameter itself, which `reset` then cannot replace"
     with pytest.raises(TypeError, match='cannot assign'): fit(lm([], weight_p=0.))
+
+
+# ---- an evaluation in an event of the training
+
+class EvaluatesIn(Callback):
+    "Once, in the second batch"
+    def __init__(self, event, how, order): self.event,self.how,self.order,self.is_done = event,how,order,False
+    def __call__(self, event):
+        if event!=self.event or self.is_done or event!='before_train' and self.learn.iter!=1: return
+        self.is_done = True
+        self.how(self.learn)
+
+class Steps(Callback):
+    order = -99
+    def before_fit(self):
+        if not self.learn.lock.locked(): self.n = 0
+    def after_step(self): self.n += 1
+
+def streams():
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal((60+10*i, 1)).astype(np.float32) for i in range(6)]
+    return SequenceDataLoaders.from_arrays(arrays, arrays, win_sz=None, sub_seq_len=10, bs=2)
+
+def windows():
+    x = np.random.default_rng(0).standard_normal((600, 1)).astype(np.float32)
+    return SequenceDataLoaders.from_arrays(x, x, win_sz=60, sub_seq_len=10, bs=2)
+
+LEARNERS = [lambda cbs: RNNLearner(streams(), hidden_size=3, num_threads=1, cbs=cbs),
+    lambda cbs: RNNLearner(windows(), hidden_size=3, num_threads=1, cbs=cbs),
+    lambda cbs: Learner(streams(), SequenceRNN(1, 1), loss_func=MSELossFlat(), cbs=[TbpttResetCB(), *cbs]),
+    lambda cbs: small_learner(cbs=cbs)]
+
+@pytest.mark.parametrize('how', [lambda o: o.validate(), lambda o: o.get_preds(), lambda o: o.get_preds(inner=True)], ids=['validate','preds','inner'])
+@pytest.mark.parametrize('order', [0, 100])
+@pytest.mark.parametrize('event', ['before_train', 'before_batch', 'after_pred', 'after_loss', 'after_backward', 'after_step', 'after_batch'])
+def test_steps_that_an_evaluation_in_a_batch_would_leave_untrained_are_refused(event, order, how):
+    "fastai goes on with a learner that evaluates: the rest of the epoch is not trained on"
+    for make in LEARNERS[:3]:
+        learn = make([steps := Steps()])
+        if event=='before_train' and order==0: # fastai's own loader is not yet ours: it trains
+            continue
+        with pytest.raises(RuntimeError, match='(?s)would not be trained on.*after_epoch|No state would be carried'):
+            fit(learn, 2, cbs=EvaluatesIn(event, how, order))
+        assert steps.n<=2 and not learn.lock.locked()
+        fit(learn, 1)
+        assert steps.n>8
+
+@pytest.mark.parametrize('event', ['after_train', 'after_validate', 'after_epoch'])
+def test_an_evaluation_between_the_parts_of_an_epoch_leaves_all_steps(event):
+    for make in LEARNERS:
+        a,b = make([one := Steps()]),make([two := Steps()])
+        class Evaluates(Callback):
+            order = 5
+            def __call__(self, name):
+                if name==event and self.learn.training and event=='after_train': self.learn.validate()
+                elif name==event and event!='after_train' and not self.learn.lock.locked(): self.learn.validate()
+        set_seed(1); fit(a, 2)
+        set_seed(1); fit(b, 2, cbs=Evaluates())
+        assert one.n==two.n

@@ -1,19 +1,32 @@
 "A wrong argument is refused by its name, before anything is made of it"
-import warnings
+import dis, warnings
+from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import nn
+import tbptt_fastai.instruments.diagnose, tbptt_fastai.instruments.find # noqa: with them come methods of a Learner
+from tbptt_fastai.datasets.benchmarks import simulate_duffing
 from tbptt_fastai.deploy.predictor import StreamPredictor
+from tbptt_fastai.instruments.activation import activation_memory
 from tbptt_fastai.instruments.adaptive import Adaptive
-from tbptt_fastai.learner import RNNLearner
+from tbptt_fastai.instruments.health import GradientHealth
+from tbptt_fastai.learner import RNNLearner, ScaledL1Loss, TbpttLearner, default_loss, scaling_from_data
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders, split_by_time
+from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.loaders.windows import TbpttDL
-from tbptt_fastai.models.sequence import SequenceRNN
+from tbptt_fastai.models.sequence import SequenceRNN, Standardize
 from tbptt_fastai.sequences.plot import as_label, plot_windows
 from tbptt_fastai.sequences.windows import SequenceParts, Sequences, SequenceWindows
+from tbptt_fastai.speed.graphs import CudaGraphCB
+from tbptt_fastai.speed.optimizer import FusedAdam
+from tbptt_fastai.state.carry import Carry
 from tbptt_fastai.state.stateful import InitialState, StatefulRNN
+from tbptt_fastai.state.unroll import Unroll
+from tbptt_fastai.training.checkpoint import TbpttCheckpoint
+from tbptt_fastai.training.finite import FiniteCB
+from tbptt_fastai.training.threads import ThreadHintCB, on_threads
 from tbptt_fastai.truncation.schemes import Jittered, Overlap, RandomUnbiased
 
 INF,NAN = float('inf'),float('nan')
@@ -202,3 +215,81 @@ def test_any_name_can_be_drawn(name):
 
 def test_a_formula_stays_a_formula():
     for name in ('force [N]', 'acceleration [$m/s^2$]', r'$\frac{1}{2}$ of it'): assert as_label(name)==name
+
+
+# ---- settings of callbacks, instruments, models and optimizers
+
+WILD = [1j, '', b'x', {}, object(), np.array([1., 2.]), np.array('a'), torch.zeros(0), torch.zeros(3, 2), pd.DataFrame(dict(u=[1., 2.])), pd.Series(['a','b']), nn.Linear(1, 1)]
+
+def is_raised(e):
+    "By a statement of the library, and not in an expression?"
+    tb = e.__traceback__
+    while tb.tb_next is not None: tb = tb.tb_next
+    code = tb.tb_frame.f_code
+    return 'tbptt_fastai' in code.co_filename and code.co_code[tb.tb_lasti]==dis.opmap['RAISE_VARARGS']
+
+def small_dls():
+    x = np.random.default_rng(0).standard_normal((200, 1)).astype(np.float32)
+    return SequenceDataLoaders.from_arrays(x, x, win_sz=40, sub_seq_len=10, bs=2, device='cpu')
+
+def of_learner(name): return lambda **kwargs: getattr(RNNLearner(small_dls(), hidden_size=3, num_threads=1), name)(**kwargs)
+def optimizer(**kwargs): return FusedAdam([nn.Parameter(torch.ones(2))], lr=kwargs.pop('lr', 1e-3), **kwargs)
+
+REFUSED = [(FiniteCB, 'policy'), (FiniteCB, 'limit'), (TbpttCheckpoint, 'resume'), (TbpttCheckpoint, 'every'), (ThreadHintCB, 'times'), (GradientHealth, 'low'),
+    (GradientHealth, 'high'), (CudaGraphCB, 'n_shapes'), (of_learner('tbptt_find'), 'bias'), (of_learner('tbptt_find'), 'tau'), (of_learner('tbptt_find'), 'show'),
+    (of_learner('check_memory_grads'), 'tol'), (of_learner('check_sub_windows'), 'tol'), (partial(simulate_duffing, 50), 'fs'), (partial(simulate_duffing, 50), 'noise'),
+    (partial(simulate_duffing, 50), 'zeta'), (partial(simulate_duffing, 50), 'bandwidth'), (partial(simulate_duffing, 50), 'beta'), (partial(simulate_duffing, 50), 'gain'),
+    (partial(Unroll, nn.GRUCell(1, 2)), 'batch_first'), (partial(Carry, SequenceRNN(1, 1)), 'evaluation'), (lambda num_threads: on_threads(num_threads).__enter__(), 'num_threads'),
+    (lambda **o: TbpttDL(SequenceWindows(torch.zeros(50, 1), torch.zeros(50, 1), 10), **o), 'shuffle'), (partial(RNNLearner, small_dls()), 'check'),
+    (partial(ScaledL1Loss, torch.ones(2)), 'time_dim')]
+
+@pytest.mark.parametrize('make,name', REFUSED, ids=[f'{i}-{o[1]}' for i,o in enumerate(REFUSED)])
+def test_what_can_be_no_such_setting_is_refused_by_its_name(make, name):
+    for o in WILD:
+        with pytest.raises((TypeError,ValueError), match=f'^{name}') as e: make(**{name: o})
+        assert is_raised(e.value), (name, o, e.value)
+
+@pytest.mark.parametrize('name', ['lr', 'mom', 'sqr_mom', 'eps', 'wd'])
+def test_hyperparameters_of_the_optimizer_are_numbers(name):
+    for o in (1j, '', None, np.array('a'), torch.zeros(3, 2), float('nan'), float('inf'), object(), nn.Linear(1, 1)):
+        with pytest.raises((TypeError,ValueError), match=f'^{name} is'): optimizer(**{name: o})
+    for o in (np.float32(.5), torch.tensor(.5), [.5]): assert optimizer(**{name: o}).hypers[0][name]==.5
+    if 'mom' in name:
+        with pytest.raises(ValueError, match=f'^{name} is 1; expected a number of 0 or more and below 1'): optimizer(**{name: 1})
+
+@pytest.mark.parametrize('make', [lambda o: Standardize(o), lambda o: Standardize(0., o), lambda o: ScaledL1Loss(o)])
+def test_statistics_are_real_numbers(make):
+    for o in ('', None, 2**63, 1j, True, object(), nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match='expected real numbers, one for each channel'): make(o)
+    assert Standardize(0, 2)(torch.ones(1, 1, 1)).item()==.5
+
+@pytest.mark.parametrize('name,expected', [('loss_func', 'a loss of predictions'), ('opt_func', 'makes an optimizer'), ('cbs', 'expected callbacks')])
+def test_parts_of_a_learner_are_what_they_are_for(name, expected):
+    for make in (RNNLearner, partial(TbpttLearner, model=SequenceRNN(1, 1))):
+        for o in (0, 'a', [1], np.array([1., 2.]), Overlap(2, 4)):
+            with pytest.raises(TypeError, match=f'(?s){name}.*{expected}'): make(small_dls(), **{name: o})
+    kinds = {type(o) for o in RNNLearner(small_dls(), cbs=[FiniteCB, GradientHealth()]).cbs}
+    assert {FiniteCB, GradientHealth}<=kinds
+
+@pytest.mark.parametrize('o', [0, 'a', nn.GRU, pd.DataFrame(), None])
+def test_models_and_loaders_are_such(o):
+    for make in (Carry, activation_memory):
+        with pytest.raises(TypeError, match='expected a model'): make(o)
+    for make in (scaling_from_data, default_loss):
+        with pytest.raises(TypeError, match='expected DataLoaders'): make(o)
+
+def test_devices_of_single_loaders_and_folders_of_checkpoints():
+    ds = Sequences([torch.zeros(20, 1), torch.zeros(30, 1)], [torch.zeros(20, 1), torch.zeros(30, 1)])
+    for make in (TbpttDL, StreamDL):
+        for o in (.5, -1, 2**63, 'gpu', 'meta'):
+            with pytest.raises((TypeError,ValueError), match='^device is'): make(ds, bs=1, sub_seq_len=5, device=o)
+    for o in (0, None, ['a'], b'x', nn.Linear(1, 1)):
+        with pytest.raises(TypeError, match='^path is.*name of a folder'): TbpttCheckpoint(o)
+    for o in (0, 'a', True, {'a': True}, [1]):
+        with pytest.raises(TypeError, match='^timed is'): Unroll(nn.GRUCell(1, 2), timed=o)
+
+def test_numbers_of_numpy_and_in_tensors_are_numbers():
+    learn = RNNLearner(small_dls(), hidden_size=3, num_threads=1)
+    a,b = learn.tbptt_find(.1, 1, 8, n_losses=1, tau=2, show=False),learn.tbptt_find(torch.tensor(.1), np.int64(1), np.array(8), n_losses=1, tau=torch.tensor(2), show=0)
+    assert a.beta==b.beta and a.suggestion==b.suggestion
+    assert simulate_duffing(50, noise=torch.tensor(1e-4))[1].shape==(50,)

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from fastcore.meta import delegates
 from ..loaders.dataloaders import SequenceDataLoaders
+from ..truncation.settings import check_number
+
 
 # %% ../../nbs/datasets/00_benchmarks.ipynb #cb943542
 SILVERBOX_FS = 610.35 # Hz, sampling rate of the Silverbox recording
@@ -50,18 +52,30 @@ def _odd_multisine(n, fs, bandwidth, amplitude, oversample, rng):
     return np.fft.irfft(X, N)[:n*oversample+1]
 
 # %% ../../nbs/datasets/00_benchmarks.ipynb #295a5d6f
+def _number(name, x, expected): return x if isinstance(x, (int,float)) else check_number(name, x, expected)
+
 def _check_simulation(n_steps, fs, bandwidth, positive, not_negative):
     "A `ValueError` that names the number and what is expected of it"
     if not isinstance(n_steps, Integral) or n_steps < 2:
         raise ValueError(f'n_steps={n_steps!r}: expected an integer of at least 2')
-    for name,x in positive.items():
+    above = [_number(*o, 'a positive finite number') for o in positive.items()]
+    least = [_number(*o, 'a finite number that is not negative') for o in not_negative.items()]
+    bandwidth = _number('bandwidth', bandwidth, 'a frequency in Hz')
+    for name,x in zip(positive, above):
         if not 0 < x < math.inf: raise ValueError(f'{name}={x!r}: expected a positive finite number')
-    for name,x in not_negative.items():
+    for name,x in zip(not_negative, least):
         if not 0 <= x < math.inf: raise ValueError(f'{name}={x!r}: expected a finite number that is not negative')
-    least,most = fs/(2*n_steps),fs/2
-    if not least <= bandwidth < most: raise ValueError(
-        f'bandwidth={bandwidth!r}: expected at least fs/(2*n_steps)={least:.4g} Hz and below fs/2={most:.4g} Hz')
+    low,high = above[0]/(2*n_steps),above[0]/2
+    if not low <= bandwidth < high: raise ValueError(
+        f'bandwidth={bandwidth!r}: expected at least fs/(2*n_steps)={low:.4g} Hz and below fs/2={high:.4g} Hz')
+    return above,least
 
+def _generator(seed):
+    try: return np.random.default_rng(seed)
+    except (TypeError,ValueError): raise TypeError(f'seed is {seed!r}; expected a whole number of 0 or more, or a list of such') from None
+
+
+# %% ../../nbs/datasets/00_benchmarks.ipynb #6a3cf364
 def simulate_duffing(
     n_steps:int, # number of time steps, at least 2
     fs:float=SILVERBOX_FS, # sampling rate in Hz
@@ -83,9 +97,11 @@ def simulate_duffing(
     where the recorded one falls by a third towards 200 Hz. The steps are half a period of the multisine, as the
     second half repeats the first with its sign changed.
     """
-    _check_simulation(n_steps, fs, bandwidth, dict(fs=fs, f0=f0), dict(amplitude=amplitude, noise=noise, zeta=zeta))
+    lengths = n_steps,fs,bandwidth
+    (fs,f0),(amplitude,noise,zeta) = _check_simulation(*lengths, dict(fs=fs, f0=f0), dict(amplitude=amplitude, noise=noise, zeta=zeta))
+    beta,gain = (_number(*o, 'a finite number') for o in (('beta', beta), ('gain', gain)))
     substeps = math.ceil(40*math.pi*f0/fs) # integration steps of at most 0.05 rad of the natural frequency
-    rng = np.random.default_rng(seed)
+    rng = _generator(seed)
     u = _odd_multisine(n_steps, fs, bandwidth, amplitude, 2*substeps, rng)
     y = duffing_response(u, 1/(fs*substeps), f0, zeta, beta, gain)[:-1:substeps]
     peak = float(np.abs(y).max())
@@ -93,6 +109,7 @@ def simulate_duffing(
         raise ValueError(f'amplitude={amplitude!r}: the output reaches {peak:.3g} V, '
             'where the simulation is not accurate; expected a smaller amplitude')
     return u[:-1:2*substeps].copy(), y + noise*rng.standard_normal(n_steps)
+
 
 # %% ../../nbs/datasets/00_benchmarks.ipynb #fa281725
 @delegates(SequenceDataLoaders.from_arrays, but=['x', 'y', 'valid', 'valid_pct'])

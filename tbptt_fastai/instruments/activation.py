@@ -10,6 +10,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from ..state.own import own_resets, reset_own_state
 from ..state.stateful import StatefulRNN
+from ..truncation.settings import check_module
+
 
 # %% ../../nbs/instruments/00_activation.ipynb #9ffd5127
 def _forget(model, groups=None):
@@ -23,6 +25,7 @@ def activation_memory(
     groups:list=None, # The group of each row, for the first state of a `StatefulRNN`
 )->int: # Bytes; tensors that start at one address are counted once, as the largest of them
     "Bytes that autograd keeps from the forward pass of one training step until its backward pass, parameters not counted"
+    check_module('activation_memory', model, 'a model, such as SequenceRNN(1, 1)')
     params = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved,keep = {},[] # tensors are kept, so that no address is used twice
     def pack(t):

@@ -26,6 +26,7 @@ from ..loaders.views import inner_loader, plain_batch, resolve_time_dim
 from ..training.parts import compare_parts, difference, first_output, on_trial, run_in_parts
 from ..loaders.streams import StreamDL, transform_block
 from ..truncation.plan import check_steps
+from ..truncation.settings import check_number
 from ..loaders.unread import unread
 from ..sequences.windows import Sequences
 from ..sequences.axis import has_steps
@@ -84,6 +85,7 @@ def check_sub_windows(self:Learner,
     """Raise a `ValueError` that names the layer, if sub-windows do not give what the whole window gives
 
     Models that give no step-by-step predictions are not looked at."""
+    if tol is not None: tol = check_number('tol', tol, 'a relative difference above 0, or None', above=0)
     window,_,groups = a_window(self, check_steps('steps', steps, 2))
     sub = window.steps//3 if sub_seq_len is None else check_steps('sub_seq_len', sub_seq_len)
     sub = max(min(sub, window.steps-1), 1)
@@ -273,6 +275,7 @@ def check_memory_grads(self:Learner,
     """Which parameters learn through the memory?
 
     The verdict on the model, and its cause, are above the table, and in its `.attrs['verdict']`."""
+    tol = check_number('tol', tol, 'a share, 0 or more', least=0)
     reset = first(self._grab_cbs(TbpttResetCB)) or TbpttResetCB()
     scheme = resolve_truncation(reset.setting, self.dls.train)
     sub_seq_len = scheme and scheme.sub_seq_len

@@ -23,7 +23,7 @@ from ..state.carry import Carry
 from ..state.tree import state_leaves
 from ..training.checks import check_carries
 from ..truncation.plan import check_steps
-from ..truncation.settings import check_number
+from ..truncation.settings import check_number, check_switch
 
 # %% ../../nbs/instruments/03_find.ipynb #efafbd64
 def decay_rate(
@@ -159,10 +159,10 @@ def _cost(model, window, groups, steps):
 
 # %% ../../nbs/instruments/03_find.ipynb #65def689
 def _check_settings(bias, max_lag, step, tau):
-    check_number('bias', bias, 'a relative bias above 0, such as 0.1', above=0)
+    bias = check_number('bias', bias, 'a relative bias above 0, such as 0.1', above=0)
     if max_lag is not None and check_steps('max_lag', max_lag)<2*step: raise ValueError(
         f"max_lag is {max_lag}, with step={step}: expected two lags or more to see a decay, that is at least {2*step}.")
-    if tau is not None: check_steps('tau', tau)
+    return bias,None if max_lag is None else check_steps('max_lag', max_lag),None if tau is None else check_steps('tau', tau)
 
 def _check_measurable(model):
     "Is a state carried, and has anything a gradient?"
@@ -217,8 +217,8 @@ def tbptt_find(self:Learner,
     The learner stays as it is. No callback is run, and nothing in mixed precision."""
     n_batches,step = check_steps('n_batches', n_batches),check_steps('step', step)
     n_losses = check_steps('n_losses', n_losses)
-    _check_settings(bias, max_lag, step, tau)
-    check_number('share', share, 'a share of the loss above 0, such as 0.1', above=0)
+    (bias,max_lag,tau),show = _check_settings(bias, max_lag, step, tau),check_switch('show', show)
+    share = check_number('share', share, 'a share of the loss above 0, such as 0.1', above=0)
     _check_measurable(self.model)
     with unchanged(self), torch.enable_grad():
         self.model.train()

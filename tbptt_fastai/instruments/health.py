@@ -16,6 +16,7 @@ from fastai.callback.training import GradientClip
 from fastcore.basics import patch
 from torch.nn.utils import get_total_norm
 from ..truncation.plan import check_steps
+from ..truncation.settings import check_number
 
 # %% ../../nbs/instruments/04_health.ipynb #29148169
 class GradientHealth(Callback):
@@ -28,6 +29,8 @@ class GradientHealth(Callback):
         high:float=1e3, # Norms above explode, and those that are not finite
         every:int=100, # Steps between two looks at the norms; until then they stay on the device
     ):
+        def norm(name, o): return o if isinstance(o, (int,float)) else check_number(name, o, 'a norm, 0 or more')
+        low,high = norm('low', low),norm('high', high)
         if not 0<=low<high: raise ValueError(f"low is {low}, high is {high}; expected 0 <= low < high.")
         self.low,self.high = low,high
         self.every = check_steps('every', every)

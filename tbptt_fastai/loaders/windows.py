@@ -18,6 +18,7 @@ from .views import SubWindows, view_of
 from ..sequences.axis import check_time_dim, from_rows, to_rows
 from ..sequences.windows import SequenceWindows, Sequences
 from ..truncation.plan import check_steps
+from ..truncation.settings import check_device, check_switch
 
 # %% ../../nbs/loaders/02_windows.ipynb #49d9ad55
 def _check_items(dataset):
@@ -44,6 +45,8 @@ class TbpttDL(TfmdDL):
         _check_items(dataset)
         if bs is not None and check_steps('bs', bs)>sys.maxsize: raise ValueError(f"bs is {bs}; expected at most {sys.maxsize}.")
         if kwargs.get('num_workers') is not None: check_steps('num_workers', kwargs['num_workers'], least=0)
+        if not isinstance(kwargs.get('device'), (torch.device,type(None))): kwargs['device'] = check_device(kwargs['device'])
+        if 'shuffle' in kwargs: kwargs['shuffle'] = check_switch('shuffle', kwargs['shuffle'])
         super().__init__(dataset, bs=bs, **kwargs)
         if isinstance(dataset, Sequences): view_of(self, self.sub_seq_len).check()
 

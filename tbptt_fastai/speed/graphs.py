@@ -19,6 +19,8 @@ from ..training.resets import back_to_method
 from ..state.carry import Carry
 from .known import is_known
 from .static import CudaGraph, StaticStep, accumulate, carried_states
+from ..truncation.plan import check_steps
+
 
 # %% ../../nbs/speed/06_graphs.ipynb #c4d937b8
 class CudaGraphCB(Callback):
@@ -31,7 +33,7 @@ class CudaGraphCB(Callback):
         n_shapes:int=4, # Most shapes of a sub-window that get a graph each; all others run kernel by kernel
     ):
         self._init_state()
-        self.n_shapes = n_shapes
+        self.n_shapes = check_steps('n_shapes', n_shapes, least=0)
         self.n_replayed = 0 # training steps so far that a graph stood for
 
     def _init_state(self): self._steps,self._seen = {},None

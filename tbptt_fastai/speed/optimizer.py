@@ -14,6 +14,16 @@ from torch.optim.adamw import adamw
 from fastai.optimizer import Optimizer, adam_step, average_grad, average_sqr_grad, debias, step_stat, weight_decay
 from fastcore.basics import patch
 from .known import is_known
+from ..truncation.settings import check_number
+
+
+# %% ../../nbs/speed/03_optimizer.ipynb #ad447b67
+def _hyper(name, o, **bounds):
+    "A number, or several for the groups"
+    if isinstance(o, (list, tuple, slice)) or isinstance(o, ndarray) and o.ndim==1: return o
+    limits = f" of {bounds['least']} or more{' and below 1' if 'below' in bounds else ''}" if bounds else ''
+    return check_number(name, o, f'a number{limits}, or one for each group of parameters', **bounds)
+
 
 # %% ../../nbs/speed/03_optimizer.ipynb #4d588684
 _known_adam = '200d89af0122d222' # the digest of what the kernel stands for
@@ -30,6 +40,8 @@ class FusedAdam(Optimizer):
         eps:float=1e-5, # Added to the root of the mean square, in the unit of gradients
         wd:float=0.01, # Weight decay; each step multiplies weights by `1-lr*wd`, unless their state has `do_wd=False`
     ):
+        lr,eps,wd = _hyper('lr', lr),_hyper('eps', eps, least=0),_hyper('wd', wd)
+        mom,sqr_mom = _hyper('mom', mom, least=0, below=1),_hyper('sqr_mom', sqr_mom, least=0, below=1)
         average = partial(average_grad, dampening=True)
         cbs = [weight_decay, average, average_sqr_grad, step_stat, adam_step] # of `Adam`, in its order
         super().__init__(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)

@@ -16,6 +16,8 @@ from torch import nn
 from .own import own_attributes, own_resets, put_back, reset_own_state, resets_state
 from .stateful import Slot, StatefulRNN, check_carried, refuse_bidirectional
 from .tree import where_state
+from ..truncation.settings import check_module, check_switch
+
 
 # %% ../../nbs/state/02_carry.ipynb #c44e2c4d
 def recurrent_layers(
@@ -44,7 +46,9 @@ class Carry:
         evaluation:bool=False, # Carry in evaluation mode, and leave the training state as it is?
         keep_graph:bool=False, # Keep the graph of the states, instead of detaching them?
     ):
-        self.model,self.evaluation,self.keep_graph = model,evaluation,keep_graph
+        check_module('Carry', model, 'a model, such as SequenceRNN(1, 1)')
+        self.model = model
+        self.evaluation,self.keep_graph = check_switch('evaluation', evaluation),check_switch('keep_graph', keep_graph)
         self._covered = 0 # by how many contexts within this one
         self._stack,self._owned = None,[] # what ends with the context, and its slots
         self._aside = {} # of windows in flight that do not have their turn: what their states are at the end of, and these

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .stateful import StatefulRNN, first_state_of, first_tensor, state_dtype
 from .tree import state_leaves
+from ..truncation.settings import check_bools, check_switch
+
 
 # %% ../../nbs/state/04_unroll.ipynb #12d6fa0b
 def _check_cell(cell):
@@ -57,7 +59,8 @@ class Unroll(nn.Module):
     ):
         super().__init__()
         _check_cell(cell)
-        self.cell,self.timed,self.batch_first = cell,timed,batch_first
+        self.cell,self.timed = cell,check_bools('timed', timed, several=True)
+        self.batch_first = check_switch('batch_first', batch_first)
         self._has_layers = any(isinstance(m, nn.RNNBase) for m in cell.modules())
 
     def forward(self,

@@ -11,7 +11,7 @@ import torch
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import AvgLoss, AvgSmoothLoss
+from fastai.learner import AvgLoss, AvgSmoothLoss, Learner
 from fastai.torch_core import find_bs, find_device, get_model
 from fastcore.basics import first, patch
 from torch import Tensor
@@ -34,7 +34,7 @@ from .counting import CountedLoss
 from .finite import warn_of_weights
 from .resets import CarryingRun, StateResets, back_to_method, cancels
 from ..truncation.plan import Truncation, check_steps
-from ..truncation.settings import check_bools
+from ..truncation.settings import check_bools, check_switch
 
 # %% ../../nbs/training/04_callback.ipynb #054d8ba4
 class TbpttResetCB(CountedLoss):
@@ -44,6 +44,7 @@ class TbpttResetCB(CountedLoss):
     _is_new = False # is the first batch of a fit still to be looked at?
     _trained = None # channels of the inputs in the last training
     _is_unfinished = False # has a fit begun, and not ended?
+    _has_trained = True # was there a batch in this epoch's training?
     _search = None # of a learning rate, for the time of its fit
     _refusal = None # of an evaluation that is about to begin
     _lrs = None # the schedule's learning rates, while a step has its own
@@ -69,7 +70,7 @@ class TbpttResetCB(CountedLoss):
                 "For sub-windows of one length: sub_seq_len.")
         self.sub_seq_len,self.truncation = sub_seq_len,truncation
         self.n_skip,self.timed = check_steps('n_skip', n_skip, least=0),check_bools('timed', timed, several=True)
-        self.check = check
+        self.check = check_switch('check', check)
         self.time_dim = check_time_dim(time_dim)
         if not (counts is None or callable(counts)): raise TypeError(
             f"counts is {counts!r}; expected a function of the targets that says which of them count, such as "
@@ -125,6 +126,7 @@ def before_epoch(self:TbpttResetCB):
 @patch
 def after_train(self:TbpttResetCB):
     self.before_epoch() # if it was cancelled
+    if not (self._has_trained or self.learn.training): self._refuse_untrained(True) # an evaluation in before_train
     warn_of_weights(self.learn)
 
 @patch
@@ -228,9 +230,26 @@ def end_search(self:TbpttResetCB):
     self._set_smooth_loss(without_search)
     self._search = None
 
+# %% ../../nbs/training/04_callback.ipynb #9a219685
+@patch
+def _refuse_untrained(self:TbpttResetCB,
+    has_ended:bool=False, # Is the training part of an epoch over, without a batch?
+):
+    "A `RuntimeError` if batches of a training are evaluated"
+    if not has_ended and (self.carry is None or self.carry.evaluation or self.learn.training): return
+    view = self.training_view(self.dls.train)
+    if type(self.learn) is Learner and not (view.flat or view.continuing): return # all of it is fastai's
+    raise RuntimeError(
+        "A batch of the training would not be trained on: validate() or get_preds() in before_train, or in an event of a batch, has "
+        "left the learner in evaluation, with the loader and the counts of that, and fastai puts nothing back. Evaluate in after_train "
+        "or after_epoch, or run a copy of the model: StreamPredictor(copy.deepcopy(learn.model)).")
+
+
 # %% ../../nbs/training/04_callback.ipynb #ce938fbc
 @patch
 def before_batch(self:TbpttResetCB):
+    self._refuse_untrained()
+    if self.learn.training: self._has_trained = True
     if self._is_cut: self._is_cut,self._whole = False,None # of a batch that was cancelled
     if not self._tried and self.check: self._check_inputs()
     is_new = self._is_new and self.learn.training and not self.segment.is_silent
@@ -309,7 +328,7 @@ def _target_counts(self:TbpttResetCB, dl, evaluation):
 # %% ../../nbs/training/04_callback.ipynb #d1b99335
 @patch
 def before_train(self:TbpttResetCB):
-    self.checked = False # has the model been seen to carry a state?
+    self.checked = self._has_trained = False # has the model been seen to carry a state, and was there a batch?
     self._tried = False
     view = self.training_view(self.dl)
     if view.truncation is not None: view.truncation.before_epoch(self.learn)
@@ -363,6 +382,7 @@ def before_validate(self:TbpttResetCB):
 # %% ../../nbs/training/04_callback.ipynb #0b5bf1a6
 @patch
 def after_pred(self:TbpttResetCB):
+    self._refuse_untrained()
     training,moves_on = self.learn.training,self.segment.moves_on
     if training: self.keep_states()
     self.begin_counting()

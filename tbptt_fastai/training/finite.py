@@ -11,7 +11,7 @@ import math, warnings
 from copy import copy
 from typing import NamedTuple
 import numpy as np, torch
-from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.core import Callback, CancelBatchException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
@@ -173,7 +173,7 @@ class FiniteCB(Callback):
         policy:str='stop', # What to do: 'stop' or 'skip'
         limit:int=10, # Most windows that are skipped in a fit; of a stream, blocks
     ):
-        if policy not in _policies: raise ValueError(f"policy is {policy!r}; expected one of {_policies}.")
+        if not (isinstance(policy, str) and policy in _policies): raise ValueError(f"policy is {policy!r}; expected one of {_policies}.")
         self.policy,self.limit = policy,check_steps('limit', limit, least=0)
         self.follows_windows = policy=='skip' # leaves out what comes next, up to the next window
         self.skipped = [] # reports of the last fit, as text
@@ -203,7 +203,8 @@ class FiniteCB(Callback):
 class _Parts:
     "What is looked for once in an epoch"
     def __init__(self, learn):
-        self.params = list(learn.model.parameters())
+        self.named = list(get_model(learn.model).named_parameters())
+        self.params = [p for _,p in self.named]
         self.buffers = [(m, name) for m in learn.model.modules() for name in m._buffers]
         self.scales = bool(learn._grab_cbs(NonNativeMixedPrecision))
 
@@ -315,6 +316,24 @@ def _found(self:FiniteCB, report, cancel=True):
 def _stop(self:FiniteCB, report, advice): raise NotFiniteError(
     f"{report} The weights are those before this step.{advice}", report)
 
+# %% ../../nbs/training/13_finite.ipynb #5f6d9dec
+def _too_large(grads):
+    "Which of the gradients, by name, have a number whose square is beyond the range of its type"
+    def bound(o): return math.sqrt(torch.finfo(o.dtype).max)
+    found = {name:_values(g.detach()) for name,g in grads.items() if g.dtype!=torch.float16} # there it may be, without Adam
+    values = list(found.values())
+    if not values or all(n<bound(o) for n,o in zip(torch._foreach_norm(values), values)): return []
+    return [name for name,o in found.items() if o.numel() and o.abs().max()>=bound(o)]
+
+@patch
+def before_step(self:FiniteCB):
+    if not self._active: return
+    grads = {name:p.grad for name,p in self._parts.named if p.grad is not None}
+    if not (large := _too_large(grads)): return
+    self._found(self._report(False, large), cancel=False)
+    raise CancelStepException("A step with a gradient that is too large is not taken.")
+
+
 # %% ../../nbs/training/13_finite.ipynb #81b138ea
 @patch
 def _skip(self:FiniteCB):
@@ -402,14 +421,14 @@ def _and_others(names):
     return f"{names[0]!r}"+(f" and {len(names)-1} others" if len(names)>1 else '')
 
 @patch
-def _report(self:FiniteCB, with_gradients):
-    "A `NotFinite`; `None`, if all is finite"
+def _report(self:FiniteCB, with_gradients, large=()):
+    "A `NotFinite`; `None`, if all is finite, the squares of the gradients of `large` too"
     learn,reset = self.learn,self._reset_cb
     states = bad_states(reset.owner, reset.owner.seen)
     params = get_model(learn.model).named_parameters() if with_gradients else ()
     grads = [name for name,p in params if p.grad is not None and _is_bad(p.grad)]
     has_loss = _is_bad(learn.loss)
-    if not (states or grads or has_loss): return None
+    if not (states or grads or has_loss or large): return None
     _put_back_buffers(self._values_before)
     weights = _bad_weights(get_model(learn.model))
     places = [f'{_weights}: {_and_others(weights)}'] if weights else []
@@ -418,6 +437,7 @@ def _report(self:FiniteCB, with_gradients):
     if any(map(_is_bad, _tensors(learn.pred))): places.append('the prediction')
     if has_loss: places.append('the loss')
     if grads: places.append(f'the gradient of {_and_others(grads)}')
+    if large: places.append(f'the square of the gradient of {_and_others(large)}')
     return NotFinite(learn.epoch, learn.iter, self._n_windows-1, self._named_steps(), places, self._ranges())
 
 # %% ../../nbs/training/13_finite.ipynb #23f1e9a2
@@ -495,24 +515,55 @@ def _ranges(self:FiniteCB):
         *channel_ranges(ys, 'target', names[1], view.time_dim, segment.flat, timed)]
 
 # %% ../../nbs/training/13_finite.ipynb #c6bd3304
+def _kept_by(opt):
+    "Tensors that an optimizer keeps from step to step, by the parameter that they are for"
+    state = getattr(getattr(opt, 'opt', opt), 'state', None) # an OptimWrapper has one of its own, which is empty
+    if not isinstance(state, dict): return {}
+    kept = {p:[o for o in tree_leaves(values) if isinstance(o, Tensor) and o.is_floating_point()] for p,values in state.items()}
+    return {p:tensors for p,tensors in kept.items() if tensors}
+
+def _not_finite_after(learn):
+    "What is not finite after a step, in words; `None`, if all is"
+    params,kept = list(learn.model.parameters()),_kept_by(learn.opt)
+    tensors = [*params, *(o for tensors in kept.values() for o in tensors)]
+    if not tensors or surely_finite(tensors): return None
+    named = list(get_model(learn.model).named_parameters())
+    found = [name for name,p in named if _is_bad(p)]
+    if found: return 'weights',_and_others(found)
+    found = [name for name,p in named if any(map(_is_bad, kept.get(p, ())))]
+    return ('means of the optimizer',_and_others(found)) if found else None
+
+
+# %% ../../nbs/training/13_finite.ipynb #e7517dd2
 def warn_of_weights(
     learn, # Learner at the end of the training part of an epoch
 ):
-    "A warning if weights are not finite, unless a callback such as `FiniteCB` says so; a search of the learning rate may end there"
+    """A warning if weights, or what the optimizer keeps, are not finite, unless a callback such as `FiniteCB` says so
+
+    A search of the learning rate may end there."""
     if any(isinstance(cb, LRFinder) or getattr(type(cb), 'tells_not_finite', False) for cb in learn.cbs): return
-    params = list(learn.model.parameters())
-    if not params or surely_finite(params): return
-    found = [name for name,p in get_model(learn.model).named_parameters() if _is_bad(p)]
+    found = _not_finite_after(learn)
     if found: warnings.warn(
-        f"After epoch {learn.epoch} the weights are not finite: {_and_others(found)}. "
+        f"After epoch {learn.epoch} the {found[0]} are not finite: {found[1]}. "
         "The training goes on, but nothing is learned any more. FiniteCB() ends it at the step where NaN or inf came up "
         "first, and says where that is; FiniteCB('skip') leaves it out (tbptt_fastai.training.finite).", stacklevel=2)
 
 @patch
 def after_train(self:FiniteCB):
     if not self._active: return
+    found = _not_finite_after(self.learn)
+    if not found: return self._check_statistics()
+    self._end_with(f'the {found[0]} after the step: {found[1]}')
+
+
+# %% ../../nbs/training/13_finite.ipynb #40e11253
+@patch
+def _check_statistics(self:FiniteCB):
     found = _bad_weights(get_model(self.learn.model))
-    if not found: return
-    places = [f'the weights after the step: {_and_others(found)}']
-    report = NotFinite(self.learn.epoch, self.learn.iter, self._n_windows-1, 'the last step', places, [])
+    if found: self._end_with(f'the weights after the step: {_and_others(found)}')
+
+@patch
+def _end_with(self:FiniteCB, place):
+    report = NotFinite(self.learn.epoch, self.learn.iter, self._n_windows-1, 'the last step', [place], [])
     raise NotFiniteError(f"{report} Use a smaller learning rate, or grad_clip.", report)
+

@@ -82,7 +82,7 @@ def plain_attributes(
     found = {}
     for name,value in vars(o).items():
         try: found[name] = encode(value)
-        except NotPlain: pass
+        except (NotPlain,RecursionError): pass # a list may hold itself
     return found
 
 def set_attributes(

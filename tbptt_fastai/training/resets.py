@@ -136,6 +136,8 @@ def _warm_up(self:StateResets, owner, segment, xb):
     with torch.no_grad(): owner.model(*plain_batch(xb, find_device(self.xb)))
     owner.seen = segment
 
+
+# %% ../../nbs/training/02_resets.ipynb #6c390306
 @patch
 def before_batch(self:StateResets):
     view = self.view

@@ -20,6 +20,7 @@ from ..loaders.segment import Window
 from .lr_search import without_hooks
 from .parts import on_trial
 from ..truncation.plan import check_steps
+from ..truncation.settings import check_number
 
 # %% ../../nbs/training/08_threads.ipynb #f2a320a7
 @contextmanager
@@ -28,7 +29,7 @@ def on_threads(
 ):
     "In it, PyTorch computes on that many threads of the CPU; afterwards on as many as before"
     before = torch.get_num_threads()
-    if num_threads is not None: torch.set_num_threads(num_threads)
+    if num_threads is not None: torch.set_num_threads(check_steps('num_threads', num_threads))
     try: yield
     finally:
         if num_threads is not None: torch.set_num_threads(before)
@@ -66,8 +67,8 @@ class ThreadHintCB(Callback):
         times:float=2., # How many times as long is worth a word
         steps:int=50, # Time steps of the pass that is measured, at most
     ):
-        if not times>1: raise ValueError(f"times is {times}; expected how many times as long a pass may take, above 1.")
-        self.times,self.steps = times,check_steps('steps', steps)
+        self.times = check_number('times', times, 'how many times as long a pass may take, above 1', above=1)
+        self.steps = check_steps('steps', steps)
 
     def before_batch(self):
         learn = self.learn
