@@ -37,6 +37,7 @@ ROWS = {
     'carried through all the data, in one order': Row(stream=True),
     'sub-windows of 100 in windows of 1000': Row(),
     'the same, first state learned': Row(initial=learned_state),
+    'the same, 16 batches of windows in flight': Row(scheme=Interleaved(SUB, 16)),
     'Overlap(20, 100) in windows of 1000': Row(scheme=Overlap(20, 100)),
 }
 SCHEDULES = {'Adam, constant 1e-4': ('fit', 1e-4), 'fit_flat_cos, 1e-3': ('fit_flat_cos', 1e-3)}
