@@ -237,7 +237,7 @@ def _check_burn_in(self:StreamView):
     raise ValueError(
         f"burn_in is {first.burn_in}{beside}, but in the rows of a stream {scheme} may cut a sequence before its first loss, up to {gap} "
         "steps after its start: then no gradient goes through its burn-in. Use a burn_in that is shorter than the shortest sub-window of "
-        "a sequence, a longer sub_seq_len, Overlap(k1, k2) with a k2 of at least burn_in+k1, or windows (win_sz).")
+        "a sequence, a longer sub_seq_len, Overlap(k1, k2) with a k2 above it, or windows (win_sz).")
 
 @patch
 def _check_first_steps(self:StreamView):
