@@ -341,7 +341,7 @@ def _warn_of_untaught(self:TbpttResetCB):
         f"n_skip={n_skip} leaves the first {n} steps{' after the warm-up' if self.warm_up else ''} of each {what} without any gradient: "
         f"they have no loss, and with {scheme} no gradient of a later loss goes back to them, so that nothing teaches the model to find "
         f"its state in them. Use burn_in={n_skip}, through which gradients go; or washout={n_skip}, which leaves those steps out of the "
-        "numbers of evaluations alone; or Overlap, or a longer sub-window, whose gradients reach back. If this is meant: "
+        "numbers of evaluations alone; or Overlap(k1, k2) with a k2 of n_skip+k1, or a longer sub-window, whose gradients reach back. If this is meant: "
         f"warm_up={self.warm_up+n}, and washout={n_skip} for the numbers.", stacklevel=2)
 
 # %% ../../nbs/training/04_callback.ipynb #05f47b45
