@@ -351,9 +351,9 @@ def TbpttLearner(
     time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the training loader says, or 1
     counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
     continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
-    burn_in:int=0, # First steps of each window that have no loss in training, while gradients go through them
-    warm_up:int=0, # First steps that training runs without a gradient, for the state alone; the scheme begins after them
-    washout:int=0, # First steps that training counts, but no loss and no metric of an evaluation does
+    burn_in:int=0, # First steps of each window without a loss in training; gradients go through them
+    warm_up:int=0, # First steps that training runs without a gradient; the scheme begins after them
+    washout:int=0, # First steps that count in training, and in no loss or metric of an evaluation
     **kwargs
 )->SequenceLearner:
     "A `Learner` that trains by truncated backpropagation through time; its methods do what fastai's do"

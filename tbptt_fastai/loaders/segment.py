@@ -240,8 +240,8 @@ def check_first_steps(self:Window,
     if not (first.burn_in or first.washout) or self.has_timed_targets: return
     name = 'burn_in' if first.burn_in else 'washout'
     raise ValueError(
-        f"{name} is {getattr(first, name)}, but no target has the time axis of a window of {self.steps} steps: its loss is one for "
-        f"the whole window, of which no steps can be left out. Leave out {name}; sub_seq_len says how far gradients go back.")
+        f"{name} is {getattr(first, name)}, but no target has the time axis of a window of {self.steps} steps: its loss is "
+        f"one for all of it, and no steps can be left out. Leave out {name}; sub_seq_len says how far gradients go back.")
 
 # %% ../../nbs/loaders/00_segment.ipynb #2d7275ea
 @patch

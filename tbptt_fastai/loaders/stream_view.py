@@ -235,9 +235,9 @@ def _check_burn_in(self:StreamView):
     if gap<=first.warm_up: return
     beside = f" (with n_skip={n})" if n>first.burn_in else ''
     raise ValueError(
-        f"burn_in is {first.burn_in}{beside}, but in the rows of a stream {scheme} may cut a sequence before its first loss, up to {gap} "
-        "steps after its start: then no gradient goes through its burn-in. Use a burn_in that is shorter than the shortest sub-window of "
-        "a sequence, a longer sub_seq_len, Overlap(k1, k2) with a k2 above it, or windows (win_sz).")
+        f"burn_in is {first.burn_in}{beside}, but in the rows of a stream {scheme} may cut a sequence before its first loss, "
+        f"up to {gap} steps after its start: then no gradient goes through its burn-in. Use a burn_in that is shorter than "
+        "the shortest sub-window of a sequence, a longer sub_seq_len, Overlap(k1, k2) with a k2 above it, or windows (win_sz).")
 
 @patch
 def _check_first_steps(self:StreamView):
@@ -245,8 +245,9 @@ def _check_first_steps(self:StreamView):
     warm_up,scheme = self.first_steps.warm_up,self.truncation
     has_one_size = isinstance(scheme, Fixed) and self.block==self.sub_seq_len
     if warm_up and not (has_one_size and warm_up%self.block==0): raise ValueError(
-        f"warm_up is {warm_up}, but the rows of a stream are cut by {scheme}: the first steps of a sequence can only be run without a "
-        "gradient if they are a whole number of sub-windows of one length. Use a multiple of sub_seq_len, a burn_in, or windows (win_sz).")
+        f"warm_up is {warm_up}, but the rows of a stream are cut by {scheme}: the first steps of a sequence can only be run "
+        "without a gradient if they are a whole number of sub-windows of one length. Use a multiple of sub_seq_len, a burn_in, "
+        "or windows (win_sz).")
     self._check_burn_in()
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #125acd94

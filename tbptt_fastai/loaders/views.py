@@ -381,7 +381,7 @@ def _warmed_up(self:SubWindows):
 
 @patch(as_prop=True)
 def untaught(self:SubWindows):
-    "First steps of a window that no gradient of the training reaches, because of `n_skip`; 0 if it is none of their doing"
+    "First steps of a window that no gradient of the training reaches, because of `n_skip`"
     if self.evaluation or self.truncation is None or not self.first_steps.n_skip: return 0
     window = self.first_window
     if not any(window.targets_timed) or window.steps<=self.n_skip: return 0

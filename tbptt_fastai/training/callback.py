@@ -62,9 +62,9 @@ class TbpttResetCB(CountedLoss):
         time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the training loader says, or 1
         counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
         continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
-        burn_in:int=0, # First steps of each window or sequence that have no loss in training, while gradients go through them
-        warm_up:int=0, # First steps that training runs without a gradient, for the state alone; the scheme begins after them
-        washout:int=0, # First steps that training counts, but no loss and no metric of an evaluation does
+        burn_in:int=0, # First steps of each window or sequence without a loss in training; gradients go through them
+        warm_up:int=0, # First steps that training runs without a gradient; the scheme begins after them
+        washout:int=0, # First steps that count in training, and in no loss or metric of an evaluation
     ):
         is_said = not (isinstance(sub_seq_len, str) and sub_seq_len=='dls')
         if truncation is not None and is_said:
@@ -333,16 +333,17 @@ def _refuse_empty(self:TbpttResetCB):
 @patch
 def _warn_of_untaught(self:TbpttResetCB):
     "Once: steps of `n_skip` that no gradient reaches"
-    n = 0 if self._has_warned else self.dl.untaught
+    n = 0 if self._has_warned or self.learn.epoch else self.dl.untaught # a training that goes on was told so
     if not n: return
     self._has_warned,n_skip,scheme = True,self.n_skip,self.dl.truncation
     what = 'sequence' if self.dl.flat else 'window'
+    after = ' after the warm-up' if self.warm_up else ''
     warnings.warn(
-        f"n_skip={n_skip} leaves the first {n} steps{' after the warm-up' if self.warm_up else ''} of each {what} without any gradient: "
-        f"they have no loss, and with {scheme} no gradient of a later loss goes back to them, so that nothing teaches the model to find "
-        f"its state in them. Use burn_in={n_skip}, through which gradients go; or washout={n_skip}, which leaves those steps out of the "
-        "numbers of evaluations alone; or Overlap(k1, k2) with a k2 of n_skip+k1, or a longer sub-window, whose gradients reach back. If this is meant: "
-        f"warm_up={self.warm_up+n}, and washout={n_skip} for the numbers.", stacklevel=2)
+        f"n_skip={n_skip} leaves the first {n} steps{after} of each {what} without any gradient: they have no loss, and with "
+        f"{scheme} no gradient of a later loss goes back to them, so that nothing teaches the model to find its state in "
+        f"them. Use burn_in={n_skip}, through which gradients go; or washout={n_skip}, which leaves those steps out of the "
+        "numbers of evaluations alone; or a longer sub-window, or Overlap(k1, k2) with a k2 of n_skip+k1, whose gradients "
+        f"reach back. If this is meant: warm_up={self.warm_up+n}, and washout={n_skip} for the numbers.", stacklevel=2)
 
 # %% ../../nbs/training/04_callback.ipynb #05f47b45
 @patch

@@ -82,7 +82,7 @@ def joined(
     plan:list[SubWindow], # With weights: 0 where no step counts
     burn_in:int, # First steps of the window that gradients are to go through
     begin:int=0, # First of them, after a warm-up
-    at_joints:bool=False, # Are sub-windows cut where they were joined, with a gradient that passes: to be computed again in pieces?
+    at_joints:bool=False, # Does it say where they were joined, so that activations can be computed again in pieces?
 )->list[SubWindow]:
     "A plan whose first loss has a gradient that goes back to the start"
     before = [o for o in plan if o.start<begin]
@@ -92,8 +92,8 @@ def joined(
     silent,first = rest[:n],rest[n]
     cuts = [cut for o in silent for cut in o.cuts if cut[0]<o.next_start]+list(first.cuts)
     if at_joints: cuts += [(o.start, 1.) for o in [*silent, first] if o.start>begin]
-    kept = sorted({(step, factor) for step,factor in cuts if step>burn_in or factor==1}) # a factor of 1 cuts no gradient
-    return [*before, first._replace(start=begin, cuts=tuple(kept)), *rest[n+1:]]
+    kept = {(step, factor) for step,factor in cuts if step>burn_in or factor==1} # a factor of 1 cuts no gradient
+    return [*before, first._replace(start=begin, cuts=tuple(sorted(kept))), *rest[n+1:]]
 
 # %% ../../nbs/truncation/03_first_steps.ipynb #f83201d8
 class Whole(Truncation):
