@@ -194,6 +194,16 @@ def test_recomputed_parts_stay_parts_in_a_burn_in():
     assert first==SubWindow(0, 30, 25, .5, cuts=((10, 1.), (20, 1.))) and second==SubWindow(30, 40, 30, 1.)
 
 
+def test_cuts_of_parts_that_are_run_several_times_are_taken_once():
+    "Sub-windows that overlap have factors in common; what counts is the one that the state has been through"
+    class Fading(Overlap):
+        def plan(self, win_sz, rng):
+            for o in super().plan(win_sz, rng): yield o._replace(cuts=tuple((s, 1/s) for s in range(o.start+1, o.stop)))
+    first,second,_ = Window((torch.zeros(1, 30, 1), torch.zeros(1, 30, 1))).plan(Fading(5, 10), FirstSteps(burn_in=17))
+    assert first[:5]==(0, 20, 17, .6, 15) and first.cuts==((1, 1.), *((s, 1/s) for s in (18, 19)))
+    assert second==SubWindow(15, 25, 20, 1., 20, tuple((s, 1/s) for s in range(16, 25)))
+
+
 # What the numbers are of
 
 def numpy_numbers(model, x, y, washout):
@@ -344,6 +354,15 @@ def train_stream_sgd(rnn, head, xs, ys, bs, size, n_skip):
     runs = [(k, k+1, k, k+1, {}) for k in range(n_blocks)]
     most = max(min(a+size, n)-max(a, min(n_skip, n)) for n in lengths for a in range(0, n, size))
     for _ in range(2): train_scheme_on_stream(rnn, head, xs, ys, bs, size, runs, opt, nn.functional.mse_loss, lambda run,n,rows: n/(most*rows), n_skip)
+
+def test_a_scheme_of_ones_own_leaves_its_cuts_out_of_the_burn_in_of_whole_sequences():
+    class Faded(Truncation):
+        "Each sequence at once, in pieces that pass nothing on"
+        def plan(self, win_sz, rng): yield SubWindow(0, win_sz, 0, cuts=tuple((s, 0.) for s in range(3, win_sz, 3)))
+    for burn_in in (0, 8):
+        learn = quiet(stream_learner, Faded(), None, 3, burn_in=burn_in)
+        view = learn.tbptt_reset_cb.training_view(learn.dls.train)
+        assert [min(s for s,_ in view.segment.plan.cuts) for _ in view][0]==(9 if burn_in else 3)
 
 @pytest.mark.parametrize('bs', [1, 2, 4])
 @pytest.mark.parametrize('k1,k2,burn_in', [(5, 15, 3), (5, 15, 9), (4, 8, 3), (4, 12, 7)])

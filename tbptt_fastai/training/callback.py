@@ -7,8 +7,7 @@ __all__ = ['TbpttResetCB']
 
 # %% ../../nbs/training/04_callback.ipynb #2aa02dba
 from contextlib import ExitStack
-import warnings
-import torch
+import torch, warnings
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
