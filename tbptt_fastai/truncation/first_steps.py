@@ -124,7 +124,7 @@ def untaught(self:FirstSteps,
     scheme:Truncation, # How sub-windows are cut
     steps:int, # Of a window
 )->int:
-    "First steps after the warm-up that have no gradient because of `n_skip`, whatever numbers a scheme draws"
+    "First steps after the warm-up that have no gradient because of `n_skip`; in twenty windows, if a scheme draws random numbers"
     if self.n_skip<=self.warm_up or self.burn_in>self.warm_up: return 0
     draws = range(20 if scheme.random else 1)
     return min(unreached(self.plan(scheme, steps, Random(i)), self.warm_up) for i in draws)
