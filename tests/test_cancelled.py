@@ -148,7 +148,6 @@ def test_a_search_with_a_warm_up_draws_as_the_training_does():
         return seen.preds[:6]
     for a,b in zip(drawn(True), drawn(False), strict=True): assert torch.equal(a, b)
 
-@untaught_on_purpose
 def test_an_evaluation_between_two_steps_leaves_groups_and_states_alone():
     groups = list('abcd')
     def trained(evaluate):

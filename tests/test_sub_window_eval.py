@@ -41,7 +41,6 @@ def values(learn):
     with learn.no_bar(), learn.no_logging(): return [*learn.validate(), *learn.validate(0)],learn.get_preds(with_input=True, with_loss=True)
 
 
-@untaught_on_purpose
 @pytest.mark.parametrize('sub_seq_len', [1,40,64,129,130,1000])
 def test_loss_metrics_and_predictions_are_those_of_whole_windows(learn, sub_seq_len):
     expected,expected_preds = values(learn)
@@ -53,7 +52,6 @@ def test_loss_metrics_and_predictions_are_those_of_whole_windows(learn, sub_seq_
     assert max(learn.model.seen)==min(sub_seq_len, 130)
 
 
-@untaught_on_purpose
 def test_training_is_the_same_bit_by_bit(learn, signals):
     def trained(cbs):
         torch.manual_seed(0)
@@ -64,7 +62,6 @@ def test_training_is_the_same_bit_by_bit(learn, signals):
     for a,b in zip(trained([]), trained([SubWindowEvalCB(40)])): assert torch.equal(a, b)
 
 
-@untaught_on_purpose
 def test_one_prediction_per_window_is_that_of_its_end(learn):
     learn.model.last = True
     learn.loss_func = lambda pred,y: (pred-y[:,-1]).abs().mean()
@@ -76,7 +73,6 @@ def test_one_prediction_per_window_is_that_of_its_end(learn):
         torch.testing.assert_close(learn.get_preds()[0], expected[1], atol=1e-6, rtol=0)
 
 
-@untaught_on_purpose
 def test_a_failing_evaluation_leaves_nothing_behind(learn):
     expected,_ = values(learn)
     learn.add_cb(SubWindowEvalCB(40))
@@ -93,7 +89,6 @@ def test_a_failing_evaluation_leaves_nothing_behind(learn):
     np.testing.assert_allclose(values(learn)[0], expected, atol=1e-6) # the training loader shuffles: sums are in another order
 
 
-@untaught_on_purpose
 def test_settings_and_models_that_cannot_be_cut_are_refused(learn):
     with pytest.raises(ValueError, match='sub_seq_len is 0'): SubWindowEvalCB(0)
     class Pair(Mixed):
@@ -121,7 +116,6 @@ def test_a_model_that_carries_by_itself_predicts_the_same(signals):
     with learn.no_bar(): torch.testing.assert_close(learn.get_preds()[0], expected, atol=1e-6, rtol=0)
 
 
-@untaught_on_purpose
 def test_what_comes_after_sees_the_window_and_the_type_it_would_see(learn):
     "Inputs are whole again, and predictions are cast as an earlier callback (MixedPrecision) had cast them"
     seen = []
