@@ -202,6 +202,12 @@ def test_cuts_of_parts_that_are_run_several_times_are_taken_once():
     first,second,_ = Window((torch.zeros(1, 30, 1), torch.zeros(1, 30, 1))).plan(Fading(5, 10), FirstSteps(burn_in=17))
     assert first[:5]==(0, 20, 17, .6, 15) and first.cuts==((1, 1.), *((s, 1/s) for s in (18, 19)))
     assert second==SubWindow(15, 25, 20, 1., 20, tuple((s, 1/s) for s in range(16, 25)))
+    class FromTheStart(Overlap):
+        def plan(self, win_sz, rng):
+            for o in super().plan(win_sz, rng): yield o._replace(cuts=tuple((s, 1/(1+s-o.start)) for s in range(o.start+1, o.stop)))
+    first,*_ = Window((torch.zeros(1, 30, 1), torch.zeros(1, 30, 1))).plan(FromTheStart(5, 10), FirstSteps(n_skip=17, burn_in=3))
+    began = [(4, 0), *((s, 5) for s in range(6, 10)), *((s, 10) for s in range(11, 20))]
+    assert first==SubWindow(0, 20, 17, .6, 15, tuple((s, 1/(1+s-start)) for s,start in began))
 
 
 # What the numbers are of
