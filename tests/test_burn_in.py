@@ -628,6 +628,12 @@ def test_all_learners_and_the_view_take_them():
     view = SubWindows([(x, x)], None, FirstSteps(warm_up=7))
     assert [len(a[0]) for a,_ in view]==[13] and [x.shape[1] for o in views_warm_up(view) for x in o]==[7]
 
+def test_a_view_knows_its_number_of_steps():
+    x = torch.zeros(2, 23, 1)
+    for first in (FirstSteps(warm_up=4), FirstSteps(burn_in=11), FirstSteps(4)):
+        view = SubWindows([(x, x)], 5, first)
+        assert len(view)==len(list(view))==dict(warm_up=4, burn_in=3, n_skip=5)[first.name()]
+
 def segments(view):
     found = []
     for _ in view: found.append(view.segment)
