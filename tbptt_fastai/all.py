@@ -33,5 +33,6 @@ from tbptt_fastai.training.metrics import fun_rmse
 from tbptt_fastai.training.once import once_per_window
 from tbptt_fastai.training.threads import ThreadHintCB
 from tbptt_fastai.truncation.interleaved import Interleaved
+from tbptt_fastai.truncation.first_steps import FirstSteps
 from tbptt_fastai.truncation.plan import Fixed, SubWindow, Truncation
 from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased

@@ -365,20 +365,24 @@ def TbpttLearner(
     time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the training loader says, or 1
     counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
     continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
+    burn_in:int=0, # First steps of each window without a loss in training; gradients go through them
+    warm_up:int=0, # First steps that training runs without a gradient; the scheme begins after them
+    washout:int=0, # First steps that count in training, and in no loss or metric of an evaluation
     **kwargs
 )->SequenceLearner:
     "A `Learner` that trains by truncated backpropagation through time; its methods do what fastai's do"
     _check_loaders(dls)
     _check_parts(loss_func, opt_func, cbs)
     own = dict(loss_func=loss_func, opt_func=opt_func, num_threads=num_threads)
+    first = dict(burn_in=burn_in, warm_up=warm_up, washout=washout)
     if model is None:
         settings = dict(sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, timed=timed, check=check)
-        settings.update(time_dim=time_dim, counts=counts, continuing=continuing)
+        settings.update(time_dim=time_dim, counts=counts, continuing=continuing, **first)
         return RNNLearner(dls, grad_clip=grad_clip, cbs=cbs, **settings, **own, **kwargs)
     check_module('TbpttLearner', model, 'a model, such as SequenceRNN(1, 1)')
     own['loss_func'] = default_loss(dls, time_dim=time_dim) if loss_func is None else loss_func
     check_targets(dls, own['loss_func'])
-    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check, time_dim, counts, continuing)
+    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check, time_dim, counts, continuing, **first)
     cbs += LengthHintCB()
     if num_threads is None: cbs += ThreadHintCB()
     if grad_clip is not None: cbs += clipping(grad_clip)

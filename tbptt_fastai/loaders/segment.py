@@ -22,6 +22,7 @@ from ..sequences.axis import check_time_dim, cut_steps, has_steps, layouts, to_r
 from .counts import TargetCounts
 from ..state.carry import Start
 from ..state.pieces import Piece
+from ..truncation.first_steps import FirstSteps, as_first_steps, joined
 from ..truncation.plan import SubWindow, Truncation
 
 # %% ../../nbs/loaders/00_segment.ipynb #f3a5f0f9
@@ -221,13 +222,29 @@ def weighed(self:Window,
 @patch
 def plan(self:Window,
     truncation:Truncation, # Scheme
-    n_skip:int=0, # Washout: first steps of the window whose loss does not count
+    n_skip:int=0, # Washout: first steps of the window whose loss does not count; or `FirstSteps`
     rng:Random=None, # Where random numbers come from
 )->list[SubWindow]:
     "Its sub-windows. If no target has a time axis, the loss counts in the last one only"
-    if self.has_timed_targets: return self.weighed(truncation.sub_windows(self.steps, n_skip, rng), truncation.weight)
-    *carry,last = truncation.sub_windows(self.steps, rng=rng)
+    first = as_first_steps(n_skip)
+    self.check_first_steps(first)
+    if self.has_timed_targets:
+        plan = self.weighed(first.plan(truncation, self.steps, rng), truncation.weight)
+        return joined(plan, first.burn_in, first.warm_up, truncation.recompute)
+    *carry,last = FirstSteps(warm_up=first.warm_up).plan(truncation, self.steps, rng)
     return self.weighed([o._replace(loss_start=o.stop, weight=0.) for o in carry]+[last._replace(weight=1.)])
+
+# %% ../../nbs/loaders/00_segment.ipynb #60285222
+@patch
+def check_first_steps(self:Window,
+    first:FirstSteps, # What is done with the first steps of a window
+):
+    "A `ValueError` if some losses are to be left out, but there is none for each step"
+    if not (first.burn_in or first.washout) or self.has_timed_targets: return
+    name = 'burn_in' if first.burn_in else 'washout'
+    raise ValueError(
+        f"{name} is {getattr(first, name)}, but no target has the time axis of a window of {self.steps} steps: its loss is "
+        f"one for all of it, and no steps can be left out. Leave out {name}; sub_seq_len says how far gradients go back.")
 
 # %% ../../nbs/loaders/00_segment.ipynb #2d7275ea
 @patch
@@ -241,13 +258,14 @@ def _has_other_steps(self:Window, o):
 @patch
 def check_washout(self:Window,
     n_skip:int, # Washout
+    name:str='n_skip', # The setting that asks for it
 ):
     "A `ValueError` if it cannot be left out, as targets have a time axis of another number of steps"
     if not (n_skip and self.is_guessed) or any(self.targets_timed): return
     other = next((tuple(o.shape) for o in self.targets if self._has_other_steps(o)), None)
     if other is None: return
     raise ValueError(
-        f"n_skip is {n_skip} steps of a window of {self.steps}, but its targets have shape {other}: a washout cannot be left "
+        f"{name} is {n_skip} steps of a window of {self.steps}, but its targets have shape {other}: a washout cannot be left "
         "out of another number of steps. Bring both to one rate; if the targets have no time axis, say so by timed=.")
 
 # %% ../../nbs/loaders/00_segment.ipynb #0e3052a5
@@ -399,7 +417,7 @@ def _washed(self:WindowPart, pred, yb):
     steps,n_skip = self.sub_window.steps,self.sub_window.loss_start-self.sub_window.start
     if n_skip==0 or not any(self.window.targets_timed): return pred,yb
     if n_skip==steps: raise ValueError(
-        f"A window to evaluate has {steps} steps, and all are washout (n_skip): no step would count.")
+        f"A window to evaluate has {steps} steps, and all are washout (n_skip or washout): no step would count.")
     bs,dim = self.window.bs,self.time_dim
     targets,form = tree_flatten(yb)
     classes_second = self.classes_second and dim==1 and all(o.ndim==2 for o in targets)

@@ -7,7 +7,7 @@ __all__ = ['TbpttResetCB']
 
 # %% ../../nbs/training/04_callback.ipynb #2aa02dba
 from contextlib import ExitStack
-import torch
+import torch, warnings
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
@@ -33,6 +33,7 @@ from .rows import RowsFirst
 from .counting import CountedLoss
 from .finite import warn_of_weights
 from .resets import CarryingRun, StateResets, back_to_method, cancels
+from ..truncation.first_steps import FirstSteps, as_first_steps
 from ..truncation.plan import Truncation, check_steps
 from ..truncation.settings import check_bools, check_switch
 
@@ -48,6 +49,8 @@ class TbpttResetCB(CountedLoss):
     _search = None # of a learning rate, for the time of its fit
     _refusal = None # of an evaluation that is about to begin
     _lrs = None # the schedule's learning rates, while a step has its own
+    burn_in = warm_up = washout = 0 # also of a learner that was exported before there were these
+    _has_warned = False # of steps that no gradient reaches?
     # after GatherPredsCallback (0), MixedPrecision (10), DistributedTrainer (11); before Recorder (50), ProgressCallback (60)
     order = 12
     def __init__(self,
@@ -59,6 +62,9 @@ class TbpttResetCB(CountedLoss):
         time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the training loader says, or 1
         counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
         continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
+        burn_in:int=0, # First steps of each window or sequence without a loss in training; gradients go through them
+        warm_up:int=0, # First steps that training runs without a gradient; the scheme begins after them
+        washout:int=0, # First steps that count in training, and in no loss or metric of an evaluation
     ):
         is_said = not (isinstance(sub_seq_len, str) and sub_seq_len=='dls')
         if truncation is not None and is_said:
@@ -77,11 +83,19 @@ class TbpttResetCB(CountedLoss):
             "lambda y: ~y.isnan().any(-1).")
         self.counts = counts
         self.continuing = check_bools('continuing', continuing)
+        asked = as_first_steps(FirstSteps(0, burn_in, warm_up, washout))
+        for name,n in asked._asdict().items():
+            if n: setattr(self, name, n)
 
     @property
     def setting(self):
         "What was asked for: a scheme, a number of steps, `None` or 'dls'"
         return self.sub_seq_len if self.truncation is None else self.truncation
+
+    @property
+    def first_steps(self):
+        "What is done with the first steps of a window or sequence, in training and in evaluation"
+        return as_first_steps(FirstSteps(self.n_skip, self.burn_in, self.warm_up, self.washout))
 
     def check_settings(self):
         "Refuse settings that contradict each other, the data or the model"
@@ -311,7 +325,7 @@ def evaluation_view(self:TbpttResetCB,
 @patch
 def _view(self:TbpttResetCB, dl, truncation=None, evaluation=False):
     return view_of(
-        dl, truncation, self.n_skip, self.timed, given_n_inp(self.dls), evaluation,
+        dl, truncation, self.first_steps, self.timed, given_n_inp(self.dls), evaluation,
         resolve_time_dim(self.time_dim, self.dls.train), self._target_counts(dl, evaluation), self.continuing)
 
 @patch
@@ -335,6 +349,7 @@ def before_train(self:TbpttResetCB):
     self.learn.dl = view
     self._n_windows = self.dl.n_windows
     if self._n_windows==0: self._refuse_empty()
+    self._warn_of_untaught()
 
 @patch
 def _refuse_empty(self:TbpttResetCB):
@@ -344,6 +359,22 @@ def _refuse_empty(self:TbpttResetCB):
         f"No target of the {n} sequences counts, so nothing can be learned. "
         "See what the loss ignores (ignore_index), or what counts= says.")
     raise ValueError(f"The training loader has no batches: {n} windows, bs={bs}, drop_last={drop_last}.")
+
+# %% ../../nbs/training/04_callback.ipynb #6ef8fedc
+@patch
+def _warn_of_untaught(self:TbpttResetCB):
+    "Once: steps of `n_skip` that no gradient reaches"
+    n = 0 if self._has_warned or self.learn.epoch else self.dl.untaught # a training that goes on was told so
+    if not n: return
+    self._has_warned,n_skip,scheme = True,self.n_skip,self.dl.truncation
+    what = 'sequence' if self.dl.flat else 'window'
+    after = ' after the warm-up' if self.warm_up else ''
+    warnings.warn(
+        f"n_skip={n_skip} leaves the first {n} steps{after} of each {what} without any gradient: they have no loss, and with "
+        f"{scheme} no gradient of a later loss goes back to them, so that nothing teaches the model to find its state in "
+        f"them. Use burn_in={n_skip}, through which gradients go; or washout={n_skip}, which leaves those steps out of the "
+        "numbers of evaluations alone; or a longer sub-window, or Overlap(k1, k2) with a k2 of n_skip+k1, whose gradients "
+        f"reach back. If this is meant: warm_up={self.warm_up+n}, and washout={n_skip} for the numbers.", stacklevel=2)
 
 # %% ../../nbs/training/04_callback.ipynb #05f47b45
 @patch
@@ -372,9 +403,9 @@ def before_validate(self:TbpttResetCB):
         raise ValueError(
             "Inputs cannot be put in the order of the predictions of a StreamDL: "
             "leave out with_input, and take them from its dataset.")
-    if self.view.flat and self.n_skip and self._ranks_losses:
+    if self.view.flat and self.view.n_skip and self._ranks_losses:
         raise ValueError(
-            f"The first {self.n_skip} steps of each sequence are washout (n_skip) and have no loss, but NaN, which would be the "
+            f"The first {self.view.n_skip} steps of each sequence are washout (n_skip or washout) and have no loss, but NaN, which would be the "
             "largest for Interpretation. Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], "
             "losses.nan_to_num(-float('inf')).topk(k).")
 
