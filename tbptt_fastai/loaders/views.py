@@ -75,6 +75,7 @@ class SubWindows(GetAttr):
     `segment` says what was yielded last."""
     _default = 'dl'
     flat = False # Are the predictions of a batch one step after the other, without rows?
+    n_past = 0 # First steps of each window or sequence that the state after them is estimated from
     def __init__(self,
         dl, # Loader whose batches are windows: a fastai or PyTorch `DataLoader`, or a list of batches
         truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
@@ -201,6 +202,7 @@ def _segments(self:SubWindows, batch):
     n_inp = self.n_inputs(batch)
     window = Window(batch, n_inp, self.timed, self.time_dim, self.counts)
     window.check_washout(self.n_skip)
+    if self.n_past: window.check_past(self.n_past)
     steps,plan,goes_on = window.steps,[],self._goes_on(window)
     if self.truncation is None: plan = self._washed(window)
     elif steps>self.n_skip or self.world_size==1: plan = window.plan(self.truncation, self.n_skip, self.rng)
@@ -210,6 +212,7 @@ def _segments(self:SubWindows, batch):
     for o in plan:
         is_first = not (segments or goes_on)
         part = WindowPart(window, o, n_sub, is_first, 0 if segments else self._n_before, self.continuing)
+        part.n_past = self.n_past
         if o.weight:
             segments.append((part, warm_up))
             warm_up = []
@@ -362,7 +365,7 @@ def eval_seq_len(self:SubWindows):
 @patch(as_prop=True)
 def carries(self:SubWindows):
     "Does a state go on from one batch to the next?"
-    return self.truncation is not None or self.continuing
+    return self.truncation is not None or self.continuing or self.n_past>0
 
 @patch(as_prop=True)
 def is_uneven(self:SubWindows):

@@ -19,10 +19,12 @@ from torch.utils._pytree import tree_leaves
 from .checks import check_carries, check_states, check_statistics, resolve_truncation
 from ..loaders.continuing import is_text
 from ..loaders.counts import NotIgnored, TargetCounts, has_classes_second, ignore_index_of
+from ..loaders.past import check_past
 from ..loaders.segment import Window
 from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, plain_batch, resolve_time_dim, view_of
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
+from ..state.encoded import n_past_of
 from ..state.own import check_reset
 from ..state.turns import refuse_beside_training
 from .parts import check_remembers, compare_parts, first_output
@@ -93,7 +95,9 @@ class TbpttResetCB(CountedLoss):
         self._check_mixing()
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
         if views[0].world_size>1: self._check_shared(views[0])
-        for view in views: view.check()
+        for view in views:
+            if view.n_past: check_past(view)
+            view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
         if carry.resets_itself: check_reset(carry.inner)
         if scheme is not None or self.continuing:
@@ -278,9 +282,12 @@ def evaluation_view(self:TbpttResetCB,
 
 @patch
 def _view(self:TbpttResetCB, dl, truncation=None, evaluation=False):
-    return view_of(
-        dl, truncation, self.n_skip, self.timed, given_n_inp(self.dls), evaluation,
+    n_past = n_past_of(get_model(self.model), evaluation)
+    view = view_of(
+        dl, truncation, max(self.n_skip, n_past), self.timed, given_n_inp(self.dls), evaluation,
         resolve_time_dim(self.time_dim, self.dls.train), self._target_counts(dl, evaluation), self.continuing)
+    view.n_past = n_past
+    return view
 
 @patch
 def _target_counts(self:TbpttResetCB, dl, evaluation):
@@ -334,15 +341,16 @@ def before_validate(self:TbpttResetCB):
     self._check_channels(self.dl)
     self.learn.dl = self.evaluation_view(self.dl)
     self._set_valid_loss(TargetLoss if self.view.flat else AvgLoss)
+    if self.view.n_past: check_past(self.view)
     self.view.check_continuing()
     self.is_interrupted = True
     if self.view.flat and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
         raise ValueError(
             "Inputs cannot be put in the order of the predictions of a StreamDL: "
             "leave out with_input, and take them from its dataset.")
-    if self.view.flat and self.n_skip and self._ranks_losses:
+    if self.view.flat and self.view.n_skip and self._ranks_losses:
         raise ValueError(
-            f"The first {self.n_skip} steps of each sequence are washout (n_skip) and have no loss, but NaN, which would be the "
+            f"The first {self.view.n_skip} steps of each sequence are washout (n_skip) and have no loss, but NaN, which would be the "
             "largest for Interpretation. Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], "
             "losses.nan_to_num(-float('inf')).topk(k).")
 
