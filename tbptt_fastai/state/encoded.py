@@ -42,8 +42,8 @@ def _as_leaf(part, o, dim):
     shape = [n for i,n in enumerate(o.shape) if i!=dim]
     if o.is_complex():
         part = part.to(torch.float64 if o.dtype==torch.complex128 else torch.float32)
-        part = torch.view_as_complex(part.reshape(len(part), *shape, 2))
-    return part.reshape(len(part), *shape).movedim(0, dim).to(o.dtype).contiguous()
+        part = torch.view_as_complex(part.reshape(-1, *shape, 2))
+    return part.reshape(-1, *shape).movedim(0, dim).to(o.dtype).contiguous()
 
 def with_numbers(
     state, # Hidden state of any nesting
@@ -93,7 +93,7 @@ class Past(NamedTuple):
 def _one_hot(y, n):
     "Classes `(batch, time)` as ones among zeros"
     wrong = (y<0)|(y>=n)
-    if wrong.any(): raise ValueError(
+    if not torch.jit.is_tracing() and wrong.any(): raise ValueError(
         f"A target of the past is class {y[wrong][0].item()}; expected one of {n} classes, 0 to {n-1} (n_out). "
         "A state cannot be estimated from a target that is left out.")
     return F.one_hot(y.long(), n)
@@ -125,6 +125,12 @@ class EncodedState(nn.Module):
         self.is_given = encoder is not None
         self.encoder = check_module('EncodedState', encoder, 'an encoder, such as PastMLP(30, 2, 16)') if self.is_given else None
         self.scale_x,self.scale_y,self.evaluation = scale_x,scale_y,evaluation
+
+    def warn_unused(self):
+        "In a training that knows of no past nothing is estimated"
+        if not torch.compiler.is_compiling(): warnings.warn(
+            f"A {self._rnn_name} with an EncodedState is trained outside a learner with a TbpttResetCB, and begins with its own "
+            "first state: its encoder learns nothing. Use a TbpttLearner, or Carry(model) and its estimate(Past(...)).", stacklevel=4)
 
     def extra_repr(self): return f'n_past={self.n_past}, n_state={self.n_state}, evaluation={self.evaluation!r}'
 
@@ -224,6 +230,7 @@ def _side_by_side(self:EncodedState, xs, ys):
     parts = [[channels(o).to(like.dtype) for o in os] for os in (xs, ys)]
     for name,os,n in zip(('inputs','targets'), parts, (self.n_in,self.n_out)):
         shapes = [tuple(o.shape) for o in os]
+        if torch.jit.is_tracing(): continue
         if any(o[1]!=self.n_past for o in shapes) or sum(o[2] for o in shapes)!=n: raise ValueError(
             f"The {name} of the past have shapes {shapes}; expected {self.n_past} steps of {n} channels in all "
             "(EncodedState's n_past, n_in, n_out). For anything else: EncodedState(..., encoder=...).")
@@ -240,6 +247,7 @@ def forward(self:EncodedState,
     if self.scale_x is not None and len(xs)==1: xs = (self.scale_x(xs[0]),)
     if self.scale_y is not None and len(ys)==1: ys = (self.scale_y(ys[0]),)
     res = self.encoder(*xs, *ys) if self.is_given else self.encoder(self._side_by_side(xs, ys))
+    if torch.jit.is_tracing(): return res
     bs = next(len(o) for o in tree_leaves(xs) if isinstance(o, Tensor))
     if isinstance(res, Tensor) and res.shape==(bs, self.n_state): return res
     found = f'shape {tuple(res.shape)}' if isinstance(res, Tensor) else f'a {type(res).__name__}'

@@ -351,6 +351,8 @@ def _begin(self:StatefulRNN, x, state):
     "The first state, in all rows or in those that begin anew"
     x = first_tensor(x)
     bs,make,initial = x.shape[0 if self.batch_first else 1],first_state_of(self.rnn),None
+    is_unused = hasattr(self.initial, 'warn_unused') and self.training and self.slot.owner is None
+    if is_unused: self.initial.warn_unused()
     if self._makes_first: initial = self._made_from_groups(bs)
     elif make is not None: initial = self._own_first(make, bs, x, state is not None)
     return initial if state is None else where_state(self.slot.rows, initial, state, self.batch_dim)
