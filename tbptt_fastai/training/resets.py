@@ -149,7 +149,7 @@ def before_batch(self:StateResets):
     view = self.view
     if view.carries and not self.carrying: raise RuntimeError(
         "No state would be carried: another callback evaluated in `before_epoch`, after this one, "
-        "or asked for `inner` predictions of a StreamDL, or of batches that continue each other. "
+        "or asked for `inner` predictions of a StreamDL, of batches that continue each other, or of a model with an EncodedState. "
         "Give it an order below 12, or let it evaluate in another event.")
     if self.learn.training: self.go_on()
     self.begin_batch(view, self.owner)
