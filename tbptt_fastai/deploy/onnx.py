@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from .predictor import StreamPredictor
 from ..models.sequence import EmbedClasses
 from ..state.carry import Carry
-from ..state.encoded import Past, encoded_states, n_past_of, numbers_in
+from ..state.encoded import encoded_states, leaf_forms, n_past_of
 from ..state.stateful import StatefulRNN
 from ..state.tree import batch_dims, detach_state, state_leaves
 
@@ -231,24 +231,21 @@ class _FromPast(nn.Module):
     def __init__(self, predictor):
         super().__init__()
         self.model,modules = copy.deepcopy(predictor.model).eval(),Carry(predictor.model).modules
-        self.states = {name:(predictor._states[name], modules[name].batch_dim) for name in encoded_states(predictor.model)}
+        named = {name:leaf_forms(predictor._states[name], modules[name].batch_dim) for name in encoded_states(predictor.model)}
+        self.forms = {name:[(i, o) for i,o in enumerate(forms) if o.n] for name,forms in named.items()}
 
     def names(self):
-        "Of the tensors, as those of `to_onnx`"
-        return [f'{name}.state{i}'.lstrip('.') for name,o in self.states.items() for i,n in enumerate(numbers_in(*o)) if n]
+        "Of the tensors, as those of `to_onnx`, and where the batch is in each"
+        return {f'{name}.state{i}'.lstrip('.'):o.dim for name,forms in self.forms.items() for i,o in forms}
 
     def forward(self, *past):
         "Inputs, and outputs as the last"
-        past,res = Past(past[:-1], past[-1:]),[]
-        for name,(state,dim) in self.states.items():
-            new = self.model.get_submodule(name).initial.estimate(past, state, dim)
-            res += [o for o,n in zip(state_leaves(new), numbers_in(state, dim)) if n]
+        res = []
+        for name,forms in self.forms.items():
+            numbers = self.model.get_submodule(name).initial(past[:-1], past[-1:])
+            parts = numbers.split([o.n for _,o in forms], 1)
+            res += [o.made_of(part) for (_,o),part in zip(forms, parts)]
         return tuple(res)
-
-def _dims_in(graph):
-    "Where the batch is in each of its tensors"
-    dims = [o for state,dim in graph.states.values() for o in zip(batch_dims(state, dim), numbers_in(state, dim))]
-    return [dim for dim,n in dims if n]
 
 
 # %% ../../nbs/deploy/01_onnx.ipynb #5767bd36
@@ -289,12 +286,12 @@ def past_to_onnx(
     xs,y = _known_past(predictor, x_past if isinstance(x_past, tuple) else (x_past,), y_past)
     graph,names = _FromPast(predictor).eval(),[*(f'{o}_past' for o in _input_names(xs)), 'y_past']
     axes = {name:{0:'streams'} for name in names}
-    axes.update({name:{dim:'streams'} for name,dim in zip(graph.names(), _dims_in(graph))})
+    axes.update({name:{dim:'streams'} for name,dim in graph.names().items()})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder)/'past.onnx'
-        _write(graph, (*xs, y), file, names, graph.names(), axes)
+        _write(graph, (*xs, y), file, names, [*graph.names()], axes)
         session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
         _check_past(session, graph, names, [*xs, y], tol)
         shutil.copy(file, path)
-    return graph.names()
+    return [*graph.names()]
 
