@@ -2397,6 +2397,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                     'tbptt_fastai/training/counting.py'),
                                                 'tbptt_fastai.training.counting.CountedLoss._ranks_losses': ( 'training/counting.html#countedloss._ranks_losses',
                                                                                                               'tbptt_fastai/training/counting.py'),
+                                                'tbptt_fastai.training.counting.CountedLoss._reach_encoders': ( 'training/counting.html#countedloss._reach_encoders',
+                                                                                                                'tbptt_fastai/training/counting.py'),
                                                 'tbptt_fastai.training.counting.CountedLoss._real': ( 'training/counting.html#countedloss._real',
                                                                                                       'tbptt_fastai/training/counting.py'),
                                                 'tbptt_fastai.training.counting.CountedLoss._refuse_unlabelled': ( 'training/counting.html#countedloss._refuse_unlabelled',
