@@ -26,6 +26,7 @@ from tbptt_fastai.state.unroll import Unroll
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.checkpoint import TbpttCheckpoint
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
+from tbptt_fastai.training.finite import FiniteCB
 from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
 from helpers import adam, fit, sgd
 from reference import stream_by_hand
@@ -185,6 +186,36 @@ def test_whole_windows_are_the_loop_by_hand(kind, sub, n_past):
     other = deepcopy(model)
     learn = fit(learner(model, sub=sub), 2)
     check_same(learn, other, train_by_hand(other, batches(), [(0, 30, 0)], n_past))
+
+def scaled(state, f): return torch.utils._pytree.tree_map(lambda o: o.detach()+f*(o-o.detach()), state)
+
+@pytest.mark.parametrize('n_past', [1, 4, 10])
+def test_random_cuts_are_the_loop_by_hand(n_past):
+    plans = []
+    class Plans(Callback):
+        order = 60
+        def before_step(self): plans.append((self.iter, self.learn.dl.sub_window))
+    model = Net(n_past=n_past)
+    other = deepcopy(model)
+    learn = fit(learner(model, sub=RandomUnbiased(8, block=2), opt_func=sgd, cbs=[Plans()]), lr=.1)
+    opt,steps,x,left = torch.optim.SGD(other.parameters(), lr=.1),[],None,iter(batches())
+    for _,o in plans:
+        if o.loss_start<=n_past: # a new window; sub-windows before it have no loss
+            (x,y),state = next(left),None
+        cuts,out = dict(o.cuts),[]
+        for t in range(0 if o.loss_start<=n_past else o.start, o.stop):
+            if t in cuts and t!=n_past: state = scaled(state, cuts[t])
+            if t==n_past: state = other.encoded(x[:,:t], y[:,:t], state)
+            out_t,state = other.rnn.rnn(x[:,t:t+1], state)
+            if t>=max(o.loss_start, n_past): out.append(other.head(out_t))
+        state = detached(state)
+        loss = F.mse_loss(torch.cat(out, 1), y[:,o.stop-len(out):o.stop])*o.weight
+        loss.backward()
+        steps.append((loss.item(), grads_of(other)))
+        opt.step()
+        opt.zero_grad()
+    assert next(left, None) is None
+    check_same(learn, other, steps)
 
 def test_the_gradient_goes_back_to_the_encoder():
     learn = fit(learner(Net()), 1)
@@ -561,6 +592,50 @@ def test_a_learning_rate_of_zero_finds_both_models_alike():
     fit(learn, cbs=[LRFinder(1e-30, 1e-29, 9), Keep()])
     assert len(seen)>5 and all(a==pytest.approx(b, rel=1e-6) for a,b in seen)
 
+@pytest.mark.parametrize('sub', [12, Overlap(8, 16), Exact(6)])
+def test_a_compiled_model_trains_as_the_eager_one(sub):
+    from torch._dynamo.testing import CompileCounter
+    models = []
+    for how in ('eager','compiled'):
+        model = Net('cell')
+        learn = learner(model if how=='eager' else torch.compile(model, backend=CompileCounter(), dynamic=True), sub=sub)
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'The .grad attribute of a Tensor that is not a leaf')
+            models.append(fit(learn).model)
+        assert len(learn.record.steps)>=3
+    for (name,p),q in zip(models[0].named_parameters(), models[1].parameters()): torch.testing.assert_close(p, q, **TOL, msg=name)
+
+def test_mixed_precision_leaves_the_state_in_the_type_that_it_is_carried_in():
+    class OnCpu(Callback):
+        order = 10
+        def before_batch(self): self.context = torch.autocast('cpu', torch.bfloat16); self.context.__enter__()
+        def after_loss(self): self.context.__exit__(None, None, None)
+    learn = RNNLearner(signal_loaders(*signals()), 'gru', hidden_size=4, initial=EncodedState(20), cbs=OnCpu())
+    fit(learn)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    assert learn.recorder.values[0][1]<5
+
+def test_a_window_that_is_skipped_by_finite_cb_is_no_past_of_the_next():
+    its = items()
+    its[5][0][20] = float('inf') # in the second batch, after the past
+    models = []
+    for left in (its, its[:4]+its[8:]):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            learn = fit(learner(Net(), loaders(left, items()[:4]), opt_func=sgd, sub=None, cbs=[FiniteCB('skip')]), lr=.1)
+        models.append(learn.model)
+    for p,q in zip(*(m.parameters() for m in models)): torch.testing.assert_close(p, q, **TOL)
+
+def test_classes_among_the_inputs_are_embedded_for_the_encoder_too():
+    model = SequenceRNN(2, 1, hidden_size=3, n_classes={1:4}, scale_x=Standardize(torch.tensor([2.,0]), torch.tensor([3.,1])),
+        scale_y=Standardize(1., 2.), initial=EncodedState(5))
+    state = model.rnn.initial
+    assert state.n_in==model.embed.n_out
+    x,y = torch.stack([torch.randn(3, 5), torch.randint(4, (3, 5)).float()], 2),torch.randn(3, 5, 1)
+    flat = torch.cat([model.embed(model.scale_x(x)), (y-1)/2], 2).flatten(1)
+    torch.testing.assert_close(state((x,), (y,)), state.encoder.linear(flat)+state.encoder.net(flat))
+    assert len({id(p) for p in model.parameters()})==len(list(model.parameters()))
+
 def test_a_cuda_graph_stands_for_no_step_in_which_a_state_is_estimated():
     from test_graphs import Graphs
     models = []
@@ -679,6 +754,20 @@ def test_targets_that_do_not_count_in_the_past():
     def counts(y): return (y!=0)[...,0]
     refused(Net(n_past=6), loaders(its), 'targets that do not count', counts=counts)
     fit(learner(Net(n_past=5), loaders(its), counts=counts))
+
+def test_targets_of_a_stream_that_do_not_count_in_the_past():
+    xs,ys = sequences()
+    ys[2][3] = 0.
+    def counts(y): return (y!=0)[...,0]
+    def trained(n_past): return fit(stream_learner(Net(n_past=n_past), stream_loaders(xs, ys, 8, 5), counts=counts), lr=.1)
+    trained(3)
+    with pytest.raises(ValueError, match='targets that do not count among the first n_past=4'): trained(4)
+
+def test_another_loader_than_those_of_the_learner_is_looked_at():
+    xs,ys = sequences()
+    learn = stream_learner(Net(n_past=7), stream_loaders(xs, ys, 8))
+    with pytest.raises(ValueError, match='n_past is 7, the shortest sequence has 6 steps'):
+        learn.get_preds(dl=stream_loaders(*sequences([6, 20]), 8).valid)
 
 def test_targets_that_are_ignored_in_the_past_and_after_it():
     u,_ = signals(1000)
