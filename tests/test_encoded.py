@@ -540,6 +540,27 @@ def test_a_state_of_any_form_is_made_of_the_numbers():
         torch.testing.assert_close(module.slot.state['parts'][0], expected['parts'][0])
 
 
+class Turned(nn.Module):
+    "A state that comes back with its parts in another order"
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(2, 3, batch_first=True)
+    def initial_state(self, bs, device, dtype): return dict(h=torch.zeros(bs, 3, device=device, dtype=dtype), c=torch.zeros(bs, 3, device=device, dtype=dtype))
+    def forward(self, x, state):
+        out,(h,c) = self.rnn(x, (state['h'][None], state['c'][None]))
+        return out,dict(c=c[0], h=h[0])
+
+def test_the_numbers_have_the_order_of_the_first_state():
+    module = StatefulRNN(Turned(), initial=EncodedState(4, 2, 1))
+    past = Past((torch.randn(3, 4, 2),), (torch.randn(3, 4, 1),))
+    numbers = module.initial(*past[:2])
+    for runs_before in (False, True):
+        with Carry(module) as carry:
+            if runs_before: module(past.inputs[0])
+            carry.estimate(past)
+            assert torch.equal(module.slot.state['h'], numbers[:,:3]) and torch.equal(module.slot.state['c'], numbers[:,3:])
+
+
 # The rest of a project
 
 def test_a_training_is_resumed_bit_by_bit(tmp_path):

@@ -13,10 +13,10 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from .carry import Carry
 from .stateful import StatefulRNN, first_state_of, learned_state
-from .tree import batch_dims, state_leaves
+from .tree import batch_dims, in_form, state_leaves
 from ..truncation.settings import check_module, check_sizes
 
 
@@ -198,17 +198,16 @@ def own_first_state(
     make = first_state_of(rnn)
     return None if make is None else make(bs, device or like.device, dtype or like.dtype)
 
-def _size_of(rnn, batch_dim):
-    "Numbers in the state of a row; an error if that is not known"
+def _known_first(rnn, batch_dim):
+    "The first state of two rows; an error if that is not known, or if there is nothing to estimate"
     state,name = own_first_state(rnn, 2),type(rnn).__name__
     if state is None: raise TypeError(
         f"The first state of {name} is not known, nor so what an EncodedState has to estimate: give it an "
         "`initial_state(bs, device, dtype)` or `init_hidden(bs)`.")
-    n = sum(numbers_in(state, batch_dim))
-    if n==0: raise ValueError(
+    if not any(numbers_in(state, batch_dim)): raise ValueError(
         f"The state of {name} has no real numbers with a batch in dimension {batch_dim}: there is nothing to estimate. "
         "Say where its batch is: StatefulRNN(..., batch_dim=...).")
-    return n
+    return state
 
 
 # %% ../../nbs/state/08_encoded.ipynb #1c1ce473
@@ -221,9 +220,11 @@ def fit_to(self:EncodedState,
     if self.n_state is not None: raise ValueError(
         f"This EncodedState is that of another module already, {self._rnn_name}; expected one for each, as they would "
         "share an encoder, trained or not. Make another.")
-    n_state = _size_of(rnn, batch_dim)
+    first = _known_first(rnn, batch_dim)
+    n_state = sum(numbers_in(first, batch_dim))
     if not self.is_given: self.encoder = self._make_encoder(n_state, rnn)
     self.n_state,self._rnn_name = n_state,type(rnn).__name__
+    self._form = tree_map(lambda o: 0, first) # whose order the numbers have
 
 @patch
 def _make_encoder(self:EncodedState, n_state, rnn):
@@ -283,6 +284,7 @@ def estimate(self:EncodedState,
     batch_dim, # Its batch dimension
 ):
     "The same state with the numbers that the past tells"
+    state = in_form(state, self._form)
     n = sum(numbers_in(state, batch_dim))
     if n!=self.n_state: raise ValueError(
         f"The state of a {self._rnn_name} has {n} numbers in each row, its first state {self.n_state}: one that grows "

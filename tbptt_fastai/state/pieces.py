@@ -139,9 +139,8 @@ def _run_all_but_the_last(self:PieceCarry, model, args):
         at += piece.steps
         if i==len(pieces)-1: break
         self.keep_graph = True
-        again = self._recompute and piece.grad
         with torch.set_grad_enabled(torch.is_grad_enabled() and piece.grad):
-            outs.append(self._again(model, xb) if again else self._call(model, xb))
+            outs.append(self._again(model, xb) if self._recompute else self._call(model, xb))
     self.keep_graph,self._outs = False,outs
     self._begin_pass()
     return xb
