@@ -5,6 +5,7 @@ import numpy as np, pytest, torch
 from torch import nn
 from torch.nn import functional as F
 from fastai.callback.core import Callback, FetchPredsCallback
+from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import LRFinder
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import load_learner
@@ -536,6 +537,10 @@ def test_a_state_of_any_form_is_made_of_the_numbers():
         carry.estimate(past)
         torch.testing.assert_close(module.slot.state['peak'], expected['peak'])
     with Carry(module) as carry: # nothing was run before it
+        carry.estimate(past._replace(rows=np.array([False,True,True,False,True])))
+        assert module.slot.state['peak'].shape==(2,5) and not module.slot.state['peak'][:,0].any()
+        torch.testing.assert_close(module.slot.state['peak'][:,[1,2,4]], expected['peak'])
+    with Carry(module) as carry:
         carry.estimate(past)
         torch.testing.assert_close(module.slot.state['parts'][0], expected['parts'][0])
 
@@ -738,7 +743,7 @@ def test_the_encoder_is_an_onnx_file_of_its_own(kind):
 
 def refused(model, dls=None, match='', error=ValueError, **kwargs):
     before,record = [p.clone() for p in model.parameters()],Record()
-    with pytest.raises(error, match=match): fit(learner(model, dls, cbs=[record], **kwargs))
+    with pytest.raises(error, match=match): fit(learner(model, dls, cbs=[record, *kwargs.pop('cbs', [])], **kwargs))
     assert not record.steps and all(torch.equal(p, q) for p,q in zip(before, model.parameters()))
 
 def test_windows_that_are_too_short():
@@ -816,8 +821,31 @@ def test_predictions_where_no_outputs_are_known():
     preds = learn.get_preds(dl=dl)[0]
     with torch.no_grad(): torch.testing.assert_close(preds[:1], learn.model.eval()(torch.tensor(u[None,:100])))
 
+def test_predictions_of_sequences_whose_outputs_are_not_known():
+    xs,ys = sequences()
+    learn = stream_learner(Net(n_past=7), stream_loaders(xs, ys, 8))
+    dl = learn.dls.test_dl(xs)
+    with pytest.raises(ValueError, match="a batch has no targets.*evaluation = 'own'"): learn.get_preds(dl=dl)
+    learn.model.rnn.initial.evaluation = 'own'
+    expected = torch.cat([predictions(learn.model, x, y, 7, own=True) for x,y in zip(xs, ys)])
+    torch.testing.assert_close(learn.get_preds(dl=dl)[0], expected, **TOL)
+
 def test_batches_that_continue_each_other():
     refused(Net(), match='each batch continues the last: only the first has a past', continuing=True)
+
+@pytest.mark.parametrize('step', [0, 3])
+def test_callbacks_that_change_a_batch(step):
+    class Scale(Callback):
+        def __init__(self, what): self.what = what
+        def before_batch(self):
+            x,y = self.xb[0].clone(),self.yb[0].clone()
+            dict(x=x, y=y)[self.what][:,step] *= 2
+            self.learn.xb,self.learn.yb = (x,),(y,)
+    for what in 'xy': refused(Net(), match='A callback has changed the inputs or targets', cbs=[Scale(what)])
+    refused(Net(), match='MixUp mixes windows', cbs=[MixUp()])
+    class Copy(Callback):
+        def before_batch(self): self.learn.xb,self.learn.yb = tuple(o.clone() for o in self.xb),tuple(o.clone() for o in self.yb)
+    fit(learner(Net(), cbs=[Copy()]))
 
 def test_evaluation_by_sub_windows():
     learn = learner(Net(), cbs=[SubWindowEvalCB(10)])
@@ -865,6 +893,10 @@ def test_other_channels_than_were_said():
     model = nn.Sequential(nn.Embedding(9, 2), StatefulRNN(nn.GRU(2, 3, batch_first=True), initial=EncodedState(5, 1, 1)), nn.Linear(3, 1)).double()
     its = [(torch.arange(30)%9, y) for _,y in items()]
     refused(model, loaders(its), 'type torch.int64', TypeError)
+    state = StatefulRNN(nn.GRU(1, 2), initial=EncodedState(5, 2, 1)).initial
+    u,v,y = torch.randn(3, 5, 1, 3).unbind(-1)
+    assert torch.equal(state((dict(u=u, v=v),), (y,)), state((u, v), (y,)))
+    with pytest.raises(TypeError, match='An input of the past is a str'): state((dict(u=u, v='v'),), (y,))
 
 def test_a_text_has_no_such_state():
     dls = SequenceDataLoaders.from_text('abcd '*100, sub_seq_len=10, bs=2)

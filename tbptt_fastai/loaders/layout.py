@@ -157,6 +157,8 @@ def pieces(self:Block, seen):
     pieces = [Piece(self.steps, start=start)] if self.plan is None else planned_pieces(self, self.plan, start)
     return self.with_past(pieces, self.steps)
 
+
+# %% ../../nbs/loaders/03_layout.ipynb #88dc8c49
 @patch
 def with_past(self:Block, pieces, steps, first=0):
     "Where the block is that of a run, `first` is its first step there"
@@ -165,6 +167,7 @@ def with_past(self:Block, pieces, steps, first=0):
     n,rows = self.n_past,(self.start==0)&(self.n>0)
     known = self._said is None or np.all(self._said(self.seq, self.start, np.where(rows, n, 0)))
     return estimated_at(pieces, steps, first+n, PastSteps(first, first+n, None if rows.all() else rows, bool(known)))
+
 
 # %% ../../nbs/loaders/03_layout.ipynb #88ab330c
 @patch

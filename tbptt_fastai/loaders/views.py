@@ -76,6 +76,7 @@ class SubWindows(GetAttr):
     _default = 'dl'
     flat = False # Are the predictions of a batch one step after the other, without rows?
     n_past = 0 # First steps of each window or sequence that the state after them is estimated from
+    past_is_checked = False # Was it seen, in this run, that a batch is what the loader has made?
     def __init__(self,
         dl, # Loader whose batches are windows: a fastai or PyTorch `DataLoader`, or a list of batches
         truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window

@@ -237,19 +237,25 @@ def _make_encoder(self:EncodedState, n_state, rnn):
 
 
 # %% ../../nbs/state/08_encoded.ipynb #5aeef6c8
+def _signals(xs):
+    "Tensors of any nesting; a `TypeError` if one of them is no real signal"
+    xs = tree_leaves(xs)
+    wrong = next((o for o in xs if not (isinstance(o, Tensor) and o.is_floating_point())), None)
+    if wrong is None: return xs
+    found = f'of type {wrong.dtype} and shape {tuple(wrong.shape)}' if isinstance(wrong, Tensor) else f'a {type(wrong).__name__}'
+    raise TypeError(
+        f"An input of the past is {found}; the default encoder takes real signals alone. "
+        "Give another one, such as EncodedState(..., encoder=...), that embeds it.")
+
 @patch
 def _side_by_side(self:EncodedState, xs, ys):
     "Inputs and targets `(batch, n_past, channels)`"
-    wrong = next((o for o in xs if not o.is_floating_point()), None)
-    if wrong is not None: raise TypeError(
-        f"An input of the past is of type {wrong.dtype} and shape {tuple(wrong.shape)}; the default encoder takes real signals "
-        "alone. Give another one, such as EncodedState(..., encoder=...), that embeds it.")
     def channels(o):
         is_class = not (o.is_floating_point() or o.dtype==torch.bool)
         if is_class: o = _one_hot(o.squeeze(-1) if o.ndim==3 and o.shape[-1]==1 else o, self.n_out)
         return o.flatten(2) if o.ndim>2 else o[...,None]
     like = next(self.encoder.parameters())
-    parts = [[channels(o).to(like.dtype) for o in os] for os in (xs, ys)]
+    parts = [[channels(o).to(like.dtype) for o in os] for os in (_signals(xs), tree_leaves(ys))]
     for name,os,n in zip(('inputs','targets'), parts, (self.n_in,self.n_out)):
         shapes = [tuple(o.shape) for o in os]
         if torch.jit.is_tracing(): continue
@@ -319,7 +325,8 @@ def estimate(self:StatefulRNN,
 ):
     "The next call goes on from the state that the past tells"
     slot = self.slot
-    if slot.state is None: slot.state = own_first_state(self.rnn, len(first_of(past)))
+    bs = len(first_of(past) if past.rows is None else past.rows)
+    if slot.state is None: slot.state = own_first_state(self.rnn, bs)
     slot.state = self.initial.estimate(past, slot.state, self.batch_dim)
     if past.rows is None: slot.rows = slot.groups = None
 

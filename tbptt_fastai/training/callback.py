@@ -404,6 +404,8 @@ def _gather_inputs_by_rows(self:TbpttResetCB):
 def _check_mixing(self:TbpttResetCB):
     "A `ValueError` if another callback would mix steps for rows"
     mixes = first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler))
+    if mixes is not None and n_past_of(get_model(self.model)): raise ValueError(
+        f"{type(mixes).__name__} mixes windows, but a state is estimated from the past of one of them. Leave it out.")
     if mixes is not None and resolve_time_dim(self.time_dim, self.dls.train)==0: raise ValueError(
         f"{type(mixes).__name__} mixes along the first axis of a batch, which is time with time_dim=0. "
         "Leave it out, or use batches (batch, time, ...).")

@@ -13,7 +13,7 @@ from fastai.callback.core import (Callback, CancelBackwardException, CancelBatch
 from fastai.torch_core import find_device, get_model
 from fastcore.basics import patch
 from ..loaders.views import SubWindows, plain_batch
-from ..loaders.past import read_past
+from ..loaders.past import check_unchanged, read_past
 from ..loaders.segment import Segment
 from ..state.carry import out_of_reach
 from .checks import channels_explained
@@ -160,8 +160,10 @@ def _with_known_past(self:StateResets, segment, owner, pieces):
     "The pieces, with the inputs and targets of the past"
     last = max((i for i,o in enumerate(pieces) if o.past is not None and o.past.rows is None), default=0)
     replaced = last if owner.estimates_all else 0
-    batch,device = (*self.learn.xb, *self.learn.yb),find_device(self.learn.xb)
-    def known(o): return o and read_past(self.view, segment, batch, o, device)
+    batch,device,view = (*self.learn.xb, *self.learn.yb),find_device(self.learn.xb),self.view
+    if not view.past_is_checked: check_unchanged(view.segment, batch, device)
+    view.past_is_checked = True
+    def known(o): return o and read_past(view, segment, batch, o, device)
     return [o._replace(past=known(o.past), grad=i>=replaced) for i,o in enumerate(pieces)]
 
 @patch
