@@ -4,7 +4,7 @@ from fastai.callback.all import *
 # these add check_memory_grads, check_sub_windows and tbptt_find to Learner
 import tbptt_fastai.instruments.diagnose, tbptt_fastai.instruments.find
 from tbptt_fastai.datasets.benchmarks import create_dls_duffing, create_dls_silverbox, simulate_duffing
-from tbptt_fastai.deploy.onnx import past_to_onnx, to_onnx
+from tbptt_fastai.deploy.onnx import to_onnx
 from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.instruments.activation import activation_memory
 from tbptt_fastai.instruments.adaptive import Adaptive
