@@ -544,6 +544,26 @@ def test_a_state_of_any_form_is_made_of_the_numbers():
         carry.estimate(past)
         torch.testing.assert_close(module.slot.state['parts'][0], expected['parts'][0])
 
+def test_rows_that_were_to_start_over_do_not_where_their_state_is_estimated():
+    module,x = StatefulRNN(nn.GRU(2, 3, batch_first=True), initial=EncodedState(4, 2, 1)),torch.randn(3, 6, 2)
+    past = Past((torch.randn(3, 4, 2),), (torch.randn(3, 4, 1),))
+    expected = module.rnn(x, module.initial(*past[:2])[None])[0]
+    zero = module.rnn(x)[0]
+    with Carry(module) as carry:
+        module(x)
+        carry.reset([True,True,False])
+        carry.estimate(past)
+        torch.testing.assert_close(module(x), expected)
+        carry.reset([True,True,False])
+        carry.estimate(Past((past.inputs[0][1:],), (past.targets[0][1:],), np.array([False,True,True])))
+        out = module(x)
+        torch.testing.assert_close(out[1:], expected[1:])
+        torch.testing.assert_close(out[0], zero[0])
+
+def test_what_is_said_of_the_channels_goes_before_what_the_model_knows():
+    mine = Standardize(5., 7.)
+    state = SequenceRNN(2, 1, hidden_size=3, scale_y=Standardize(1., 2.), initial=EncodedState(5, scale_y=mine)).rnn.initial
+    assert state.scale_y is mine and (state.n_in,state.n_out)==(2,1)
 
 class Turned(nn.Module):
     "A state that comes back with its parts in another order"

@@ -329,6 +329,7 @@ def estimate(self:StatefulRNN,
     if slot.state is None: slot.state = own_first_state(self.rnn, bs)
     slot.state = self.initial.estimate(past, slot.state, self.batch_dim)
     if past.rows is None: slot.rows = slot.groups = None
+    elif slot.rows is not None: slot.rows = slot.rows&~torch.as_tensor(past.rows) # they do not start over after all
 
 def first_of(past):
     "The first input of a past"
