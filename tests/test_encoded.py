@@ -16,15 +16,14 @@ from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.instruments import diagnose, find # noqa: with them come check_memory_grads and tbptt_find
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
-from tbptt_fastai.loaders.views import SubWindows
+from tbptt_fastai.loaders.layout import Layout
+from tbptt_fastai.loaders.shared import BlockPart, Part
 from tbptt_fastai.models.memories import LRU, WorkingMemory
 from tbptt_fastai.models.sequence import SequenceRNN, Standardize
-from tbptt_fastai.speed.graphs import CudaGraphCB
 from tbptt_fastai.state.carry import Carry
-from tbptt_fastai.state.encoded import EncodedState, Past, PastMLP, n_past_of, numbers_in, with_numbers
-from tbptt_fastai.state.stateful import InitialState, StatefulRNN
+from tbptt_fastai.state.encoded import EncodedState, Past, n_past_of
+from tbptt_fastai.state.stateful import StatefulRNN
 from tbptt_fastai.state.unroll import Unroll
-from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.checkpoint import TbpttCheckpoint
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
 from tbptt_fastai.training.finite import FiniteCB
@@ -362,6 +361,17 @@ def test_whole_sequences_and_exact_schemes_on_streams():
     check_same(learn, models[1], steps)
     learn = fit(stream_learner(models[2], stream_loaders(xs, ys, None), truncation=Exact(5)), lr=.1)
     check_same(learn, models[1], steps)
+
+
+def test_processes_run_a_block_in_as_many_pieces():
+    "... though a sequence begins in a row of one of them alone"
+    layout = Layout(np.array([31, 25, 45, 24, 30]), 4, 8)
+    parts = [[BlockPart(o, Part(rank, 2, 'cpu')) for o in layout] for rank in (0, 1)]
+    for o in sum(parts, []): o.n_past = 4
+    pieces = [[o.pieces(last) for o,last in zip(blocks, [None, *blocks])] for blocks in parts]
+    counts = [[len(o) for o in blocks] for blocks in pieces]
+    assert counts[0]==counts[1]==[2,1,1,1,2,1,1]
+    assert not pieces[0][4][1].past.rows.any() and pieces[1][4][1].past.rows.tolist()==[True,False]
 
 
 # Evaluation
