@@ -8,7 +8,7 @@ __all__ = ['read_past', 'check_unchanged', 'check_past']
 # %% ../../nbs/loaders/11_past.ipynb #9cb62d35
 import numpy as np, torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_unflatten, tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .segment import Segment, Window
 from .views import SubWindows, first_item, plain_batch
 from ..sequences.axis import to_rows
