@@ -23,6 +23,7 @@ from tbptt_fastai.speed.dispatch import LeanLearner
 from tbptt_fastai.speed.graphs import CudaGraphCB
 from tbptt_fastai.speed.optimizer import FusedAdam
 from tbptt_fastai.state.carry import Carry
+from tbptt_fastai.state.encoded import EncodedState
 from tbptt_fastai.state.stateful import InitialState, StatefulRNN, learned_state
 from tbptt_fastai.state.unroll import Unroll
 from tbptt_fastai.training.callback import TbpttResetCB

@@ -396,6 +396,7 @@ def RNNLearner(
     hidden_size:int=100, # Hidden units per layer
     num_layers:int=1, # Recurrent layers
     dropout:float=0., # Dropout between recurrent layers
+    initial:nn.Module=None, # First state, as for `SequenceRNN`, such as `EncodedState(n_past=30)`; default: zero
     **kwargs
 )->SequenceLearner:
     "A `TbpttLearner` with a `SequenceRNN`, sized and scaled by the training data, or with a `TextRNN`"
@@ -405,6 +406,8 @@ def RNNLearner(
     time_dim = resolve_time_dim(kwargs.get('time_dim'), dls.train)
     if isinstance(dls.train.dataset, TextRows) and time_dim!=1: raise ValueError(
         f"time_dim is {time_dim}, but a TextRNN reads (batch, time): leave it out, or pass a `model`.")
+    if isinstance(dls.train.dataset, TextRows) and initial is not None: raise ValueError(
+        f"initial is {type(initial).__name__}, but a TextRNN begins with zero: leave it out, or pass a `model`.")
     if isinstance(dls.train.dataset, TextRows): return TbpttLearner(dls, TextRNN(len(dls.vocab), 64, *sizes), **kwargs)
     if kwargs.get('loss_func') is not None: check_targets(dls, kwargs['loss_func'])
     x,y = _signals(dls)
@@ -412,6 +415,6 @@ def RNNLearner(
     channel = _channel_axis(dls.train, time_dim)
     n_out = y.shape[channel] if scale_y else len(dls.vocab)
     model = SequenceRNN(x.shape[channel], n_out, *sizes, scale_x, scale_y, last=y.ndim==0, time_dim=time_dim,
-                        n_classes=_classes(dls.train))
+                        n_classes=_classes(dls.train), initial=initial)
     if kwargs.get('loss_func') is None: kwargs['loss_func'] = default_loss(dls, scale_y, time_dim)
     return TbpttLearner(dls, model.to(x.dtype), **kwargs)

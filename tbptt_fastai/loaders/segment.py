@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from ..sequences.axis import check_time_dim, cut_steps, has_steps, layouts, to_rows
 from .counts import TargetCounts
 from ..state.carry import Start
-from ..state.pieces import Piece
+from ..state.pieces import PastSteps, Piece, estimated_at
 from ..truncation.first_steps import FirstSteps, as_first_steps, joined
 from ..truncation.plan import SubWindow, Truncation
 
@@ -43,6 +43,8 @@ class Segment:
     joins = True # Is there a prediction for each step?
     begins_apart = False # May its rows start over at different times, or in the middle?
     time_dim = 1 # Where the time axis of its batch is
+    n_past = 0 # First steps of each window or sequence that the state after them is estimated from
+    known_batch = None # Its batch, with targets, where none of them counts and the past is asked for
 
     @property
     def is_silent(self):
@@ -62,6 +64,10 @@ class Segment:
     def pieces(self, seen)->list[Piece]:
         "The calls of the model that it takes"
         return [Piece(None, start=self.starts(seen))]
+
+    def with_past(self, pieces, steps):
+        "The same pieces, of so many steps; where the past ends, the state is estimated"
+        return pieces
 
     def real(self, pred, yb):
         "Predictions and targets without padding"
@@ -268,6 +274,22 @@ def check_washout(self:Window,
         f"{name} is {n_skip} steps of a window of {self.steps}, but its targets have shape {other}: a washout cannot be left "
         "out of another number of steps. Bring both to one rate; if the targets have no time axis, say so by timed=.")
 
+# %% ../../nbs/loaders/00_segment.ipynb #e364ea45
+@patch
+def check_past(self:Window,
+    n_past:int, # First steps that the state after them is estimated from
+):
+    "A `ValueError` if nothing comes after them, or if they have no targets"
+    if self.steps<=n_past: raise ValueError(
+        f"n_past is {n_past}, but a window has {self.steps} steps: no step comes after its past. "
+        "Use longer windows, or a smaller n_past.")
+    if self.targets and any(self.targets_timed): return
+    found = 'no targets' if not self.targets else f'targets of shape {tuple(getattr(self.targets[0], "shape", ()))}'
+    raise ValueError(
+        f"A state is estimated from the first n_past={n_past} inputs and targets of a window, but a batch has {found}: expected "
+        "one for each step. Where they are not known: EncodedState.evaluation = 'own' begins with the module's own first state.")
+
+
 # %% ../../nbs/loaders/00_segment.ipynb #0e3052a5
 def planned_pieces(
     segment:Segment, # A training step
@@ -308,7 +330,15 @@ class WindowPart(Segment):
         return None if goes_on else Start()
 
     def after(self, seen): return self if self.moves_on else seen
-    def pieces(self, seen): return planned_pieces(self, self.sub_window, self.starts(seen))
+    def pieces(self, seen):
+        return self.with_past(planned_pieces(self, self.sub_window, self.starts(seen)), self.sub_window.steps)
+
+    def with_past(self, pieces, steps):
+        at = self.n_past-self.sub_window.start
+        if not self.n_past or not 0<=at<steps: return pieces
+        mask,n = self.window.mask,self.n_past
+        known = mask is None or mask.ndim<2 or bool(cut_steps(mask, 0, n, self.time_dim).all())
+        return estimated_at(pieces, steps, at, PastSteps(0, n, known=known))
 
 # %% ../../nbs/loaders/00_segment.ipynb #16856dbd
 def in_turn(

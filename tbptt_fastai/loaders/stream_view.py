@@ -85,7 +85,7 @@ class StreamView(SubWindows):
 
     def _steps(self):
         self.warm_up = []
-        blocks = self.stream.read_blocks(self.layout, self.dl.device)
+        blocks = self._with_past(self.stream.read_blocks(self.layout, self.dl.device))
         for block,batch in blocks if self.runs is None else self._run(blocks):
             block = block.laid_out(self.time_dim)
             if block.weight==0 and not self.evaluation:
@@ -168,13 +168,28 @@ def _run(self:StreamView, blocks):
         run = BlockRun([block for block,_ in held], plan, self.block, most)
         yield run,tuple(torch.cat(o, 1) for o in batches)
 
+# %% ../../nbs/loaders/04_stream_view.ipynb #7d7bc611
+@patch
+def _with_past(self:StreamView, blocks):
+    "The blocks, which know how many first steps of a sequence are its past"
+    for block,batch in blocks:
+        block.n_past = self.n_past
+        yield block,batch
+
+@patch
+def _knowing(self:StreamView, block, batch):
+    "A block that is run for the state alone; its targets may be asked for all the same"
+    if self.n_past: block.known_batch = self.laid_out(batch)
+    return block
+
+
 # %% ../../nbs/loaders/04_stream_view.ipynb #6d53544e
 @patch
 def _carried_on(self:StreamView, block, batch):
     "The blocks, and their batches, that bring the state to where the next training step starts"
-    if not isinstance(block, BlockRun): return [(block, batch)]
+    if not isinstance(block, BlockRun): return [(self._knowing(block, batch), batch)]
     parts = zip(*(o.split([b.steps for b in block.blocks], 1) for o in batch))
-    return list(zip(block.blocks, parts))[:block.plan.carry]
+    return [(self._knowing(*o), o[1]) for o in zip(block.blocks[:block.plan.carry], parts)]
 
 @patch
 def _n_runs_with_loss(self:StreamView): return sum(o>0 for o in self.run_weights)

@@ -76,6 +76,8 @@ class SubWindows(GetAttr):
     `segment` says what was yielded last."""
     _default = 'dl'
     flat = False # Are the predictions of a batch one step after the other, without rows?
+    n_past = 0 # First steps of each window or sequence that the state after them is estimated from
+    past_is_checked = False # Was it seen, in this run, that a batch is what the loader has made?
     def __init__(self,
         dl, # Loader whose batches are windows: a fastai or PyTorch `DataLoader`, or a list of batches
         truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
@@ -205,6 +207,7 @@ def _segments(self:SubWindows, batch):
     window = Window(batch, n_inp, self.timed, self.time_dim, self.counts)
     window.check_first_steps(self.first_steps)
     window.check_washout(self.n_skip, self.first_steps.name(self.evaluation))
+    if self.n_past: window.check_past(self.n_past)
     steps,plan,goes_on = window.steps,[],self._goes_on(window)
     if self.truncation is None: plan = self._washed(window)
     elif steps>self.n_skip or self.world_size==1: plan = window.plan(self.truncation, self.first_steps, self.rng)
@@ -215,6 +218,7 @@ def _segments(self:SubWindows, batch):
         is_first = not (segments or goes_on)
         n_before,is_last = 0 if segments else self._n_before,len(segments)+1==n_sub
         part = WindowPart(window, o, n_sub, is_first, n_before, self.continuing, is_last)
+        part.n_past = self.n_past
         if o.weight:
             segments.append((part, warm_up))
             warm_up = []
@@ -372,7 +376,7 @@ def in_flight(self:SubWindows):
 @patch(as_prop=True)
 def carries(self:SubWindows):
     "Does a state go on from one batch to the next?"
-    return self.truncation is not None or self.continuing
+    return self.truncation is not None or self.continuing or self.n_past>0
 
 @patch(as_prop=True)
 def is_uneven(self:SubWindows):

@@ -255,6 +255,7 @@ class StatefulRNN(nn.Module):
         if batch_dim is None: batch_dim = 1 if isinstance(rnn, nn.RNNBase) else 0
         self.batch_dim = batch_dim
         _check_dims(initial, batch_dim)
+        if hasattr(initial, 'fit_to'): initial.fit_to(rnn, batch_dim)
         self.batch_first = getattr(rnn, 'batch_first', True) if check_bools('batch_first', batch_first) is None else batch_first
         self.slot = Slot()
 
@@ -326,6 +327,11 @@ def state_dtype(
     dtypes = (p.dtype for p in module.parameters() if p.is_floating_point())
     return next(dtypes, torch.get_default_dtype())
 
+@patch(as_prop=True)
+def _makes_first(self:StatefulRNN):
+    "Does `initial` make the first state? One that is `own_first` has it made by the module, and something to say later"
+    return self.initial is not None and not getattr(self.initial, 'own_first', False)
+
 @patch
 def _own_first(self:StatefulRNN, make, bs, x, is_carried):
     "The module's own first state; where rows of it are put into a carried one, it is known where its batch is"
@@ -338,14 +344,19 @@ def _own_first(self:StatefulRNN, make, bs, x, is_carried):
         "Say where its batch is: StatefulRNN(..., batch_dim=...).")
     return initial
 
+
+# %% ../../nbs/state/01_stateful.ipynb #721180a1
 @patch
 def _begin(self:StatefulRNN, x, state):
     "The first state, in all rows or in those that begin anew"
     x = first_tensor(x)
     bs,make,initial = x.shape[0 if self.batch_first else 1],first_state_of(self.rnn),None
-    if self.initial is not None: initial = self._made_from_groups(bs)
+    is_unused = hasattr(self.initial, 'warn_unused') and self.training and self.slot.owner is None
+    if is_unused: self.initial.warn_unused()
+    if self._makes_first: initial = self._made_from_groups(bs)
     elif make is not None: initial = self._own_first(make, bs, x, state is not None)
     return initial if state is None else where_state(self.slot.rows, initial, state, self.batch_dim)
+
 
 # %% ../../nbs/state/01_stateful.ipynb #52ea9ba4
 @patch(as_prop=True)

@@ -19,10 +19,12 @@ from torch.utils._pytree import tree_leaves
 from .checks import check_carries, check_states, check_statistics, resolve_truncation
 from ..loaders.continuing import is_text
 from ..loaders.counts import NotIgnored, TargetCounts, has_classes_second, ignore_index_of
+from ..loaders.past import check_past
 from ..loaders.segment import Window
 from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, plain_batch, resolve_time_dim, view_of
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
+from ..state.encoded import n_past_of
 from ..state.own import check_reset
 from ..state.turns import refuse_beside_training
 from .parts import check_remembers, compare_parts, first_output
@@ -108,7 +110,9 @@ class TbpttResetCB(CountedLoss):
         self._check_mixing()
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
         if views[0].world_size>1: self._check_shared(views[0])
-        for view in views: view.check()
+        for view in views:
+            if view.n_past: check_past(view)
+            view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
         if carry.resets_itself: check_reset(carry.inner)
         if scheme is not None or self.continuing:
@@ -324,9 +328,13 @@ def evaluation_view(self:TbpttResetCB,
 
 @patch
 def _view(self:TbpttResetCB, dl, truncation=None, evaluation=False):
-    return view_of(
-        dl, truncation, self.first_steps, self.timed, given_n_inp(self.dls), evaluation,
+    n_past = n_past_of(get_model(self.model), evaluation)
+    first_steps = self.first_steps._replace(n_skip=max(self.n_skip, n_past))
+    view = view_of(
+        dl, truncation, first_steps, self.timed, given_n_inp(self.dls), evaluation,
         resolve_time_dim(self.time_dim, self.dls.train), self._target_counts(dl, evaluation), self.continuing)
+    view.n_past = n_past
+    return view
 
 @patch
 def _target_counts(self:TbpttResetCB, dl, evaluation):
@@ -397,6 +405,7 @@ def before_validate(self:TbpttResetCB):
     self._check_channels(self.dl)
     self.learn.dl = self.evaluation_view(self.dl)
     self._set_valid_loss(TargetLoss if self.view.flat else AvgLoss)
+    if self.view.n_past: check_past(self.view)
     self.view.check_continuing()
     self.is_interrupted = True
     if self.view.flat and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
@@ -408,7 +417,6 @@ def before_validate(self:TbpttResetCB):
             f"The first {self.view.n_skip} steps of each sequence are washout (n_skip or washout) and have no loss, but NaN, which would be the "
             "largest for Interpretation. Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], "
             "losses.nan_to_num(-float('inf')).topk(k).")
-
 
 # %% ../../nbs/training/04_callback.ipynb #0b5bf1a6
 @patch
@@ -460,6 +468,8 @@ def _gather_inputs_by_rows(self:TbpttResetCB):
 def _check_mixing(self:TbpttResetCB):
     "A `ValueError` if another callback would mix steps for rows"
     mixes = first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler))
+    if mixes is not None and n_past_of(get_model(self.model)): raise ValueError(
+        f"{type(mixes).__name__} mixes windows, but a state is estimated from the past of one of them. Leave it out.")
     if mixes is not None and resolve_time_dim(self.time_dim, self.dls.train)==0: raise ValueError(
         f"{type(mixes).__name__} mixes along the first axis of a batch, which is time with time_dim=0. "
         "Leave it out, or use batches (batch, time, ...).")

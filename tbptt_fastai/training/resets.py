@@ -13,11 +13,12 @@ from fastai.callback.core import (Callback, CancelBackwardException, CancelBatch
 from fastai.torch_core import find_device, get_model
 from fastcore.basics import patch
 from ..loaders.views import SubWindows, plain_batch
+from ..loaders.past import check_unchanged, read_past
 from ..loaders.segment import Segment
 from ..state.carry import out_of_reach
 from .checks import channels_explained
 from ..state.own import own_attributes, put_back
-from ..state.pieces import PieceCarry
+from ..state.pieces import Piece, PieceCarry
 from ..state.turns import taking_turns, training_turn
 
 # %% ../../nbs/training/02_resets.ipynb #7f7ed874
@@ -125,16 +126,46 @@ def begin_batch(self:StateResets,
     if view.in_flight>1: owner.turn_to(segment.window)
     for earlier,xb in view.warm_up: self._warm_up(owner, earlier, xb)
     pieces,after = segment.pieces(owner.seen),segment.after(owner.seen)
-    if len(pieces)>1 or not segment.ends_at_last: return self._in_pieces(view, owner, pieces, after)
+    if view.n_past: pieces = self._with_known_past(segment, owner, pieces)
+    is_cut = len(pieces)>1 or pieces[0].past is not None
+    if is_cut or not segment.ends_at_last: return self._in_pieces(view, owner, pieces, after)
     owner.start(pieces[0].start)
     owner.seen = after
 
 @patch
 def _warm_up(self:StateResets, owner, segment, xb):
     "Bring the state through steps that have no loss and get no gradient"
-    owner.start(segment.starts(owner.seen))
-    with torch.no_grad(): owner.model(*plain_batch(xb, find_device(self.xb)))
+    xb = plain_batch(xb, find_device(self.xb))
+    pieces = [Piece(None, start=segment.starts(owner.seen))]
+    if self.view.n_past: pieces = segment.with_past(pieces, self.view.inputs(xb).steps)
+    with torch.no_grad():
+        if len(pieces)==1 and pieces[0].past is None:
+            owner.start(pieces[0].start)
+            owner.model(*xb)
+        else: self._run_pieces(owner, self._with_known_past(segment, owner, pieces), xb)
     owner.seen = segment
+
+# %% ../../nbs/training/02_resets.ipynb #cecf5bcd
+@patch
+def _with_known_past(self:StateResets, segment, owner, pieces):
+    "The pieces, with the inputs and targets of the past"
+    last = max((i for i,o in enumerate(pieces) if o.past is not None and o.past.rows is None), default=0)
+    replaced = last if owner.estimates_all else 0
+    batch,device,view = (*self.learn.xb, *self.learn.yb),find_device(self.learn.xb),self.view
+    if not view.past_is_checked: check_unchanged(view.segment, batch, device)
+    view.past_is_checked = True
+    def known(o): return o and read_past(view, segment, batch, o, device)
+    return [o._replace(past=known(o.past), grad=i>=replaced) for i,o in enumerate(pieces)]
+
+@patch
+def _run_pieces(self:StateResets, owner, pieces, xb):
+    "One after the other, for the state alone"
+    inputs,at = self.view.inputs(xb),0
+    for o in pieces:
+        owner.start(o.start)
+        if o.past is not None: owner.estimate(o.past)
+        owner.model(*inputs.cut(at, at+o.steps))
+        at += o.steps
 
 
 # %% ../../nbs/training/02_resets.ipynb #6c390306
@@ -143,7 +174,7 @@ def before_batch(self:StateResets):
     view = self.view
     if view.carries and not self.carrying: raise RuntimeError(
         "No state would be carried: another callback evaluated in `before_epoch`, after this one, "
-        "or asked for `inner` predictions of a StreamDL, or of batches that continue each other. "
+        "or asked for `inner` predictions of a StreamDL, of batches that continue each other, or of a model with an EncodedState. "
         "Give it an order below 12, or let it evaluate in another event.")
     if self.learn.training: self.go_on()
     self.begin_batch(view, self.owner)
@@ -178,4 +209,5 @@ def _in_pieces(self:StateResets, view, owner, pieces, after):
         "Carry it in a StatefulRNN, or use sub-windows of one length.")
     def cut(start, stop, xb): return inputs(xb).cut(start, stop)
     axes = dict(bs=inputs(self.learn.xb).bs, time_dim=view.time_dim)
-    owner.in_pieces(pieces, cut, segment.ends_at_last, scheme.recompute, segment.joins, after, **axes)
+    recompute = scheme is not None and scheme.recompute
+    owner.in_pieces(pieces, cut, segment.ends_at_last, recompute, segment.joins, after, **axes)
