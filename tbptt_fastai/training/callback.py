@@ -372,7 +372,8 @@ def _refuse_empty(self:TbpttResetCB):
 @patch
 def _warn_of_untaught(self:TbpttResetCB):
     "Once: steps of `n_skip` that no gradient reaches"
-    n = 0 if self._has_warned or self.learn.epoch else self.dl.untaught # a training that goes on was told so
+    is_said = self._has_warned or self.learn.epoch # or was, in a training that goes on
+    n = 0 if is_said or self.n_skip<=self.dl.n_past else self.dl.untaught
     if not n: return
     self._has_warned,n_skip,scheme = True,self.n_skip,self.dl.truncation
     what = 'sequence' if self.dl.flat else 'window'
