@@ -377,6 +377,7 @@ def RNNLearner(
     hidden_size:int=100, # Hidden units per layer
     num_layers:int=1, # Recurrent layers
     dropout:float=0., # Dropout between recurrent layers
+    initial=None, # First state, as for `StatefulRNN`, such as `StoredState()`; default: zeros
     **kwargs
 )->SequenceLearner:
     "A `TbpttLearner` with a `SequenceRNN`, sized and scaled by the training data, or with a `TextRNN`"
@@ -385,13 +386,13 @@ def RNNLearner(
     time_dim = resolve_time_dim(kwargs.get('time_dim'), dls.train)
     if isinstance(dls.train.dataset, TextRows) and time_dim!=1: raise ValueError(
         f"time_dim is {time_dim}, but a TextRNN reads (batch, time): leave it out, or pass a `model`.")
-    if isinstance(dls.train.dataset, TextRows): return TbpttLearner(dls, TextRNN(len(dls.vocab), 64, *sizes), **kwargs)
+    if isinstance(dls.train.dataset, TextRows): return TbpttLearner(dls, TextRNN(len(dls.vocab), 64, *sizes, initial), **kwargs)
     if kwargs.get('loss_func') is not None: check_targets(dls, kwargs['loss_func'])
     x,y = _signals(dls)
     scale_x,scale_y = scaling_from_data(dls, time_dim)
     channel = _channel_axis(dls.train, time_dim)
     n_out = y.shape[channel] if scale_y else len(dls.vocab)
     model = SequenceRNN(x.shape[channel], n_out, *sizes, scale_x, scale_y, last=y.ndim==0, time_dim=time_dim,
-                        n_classes=_classes(dls.train))
+                        n_classes=_classes(dls.train), initial=initial)
     if kwargs.get('loss_func') is None: kwargs['loss_func'] = default_loss(dls, scale_y, time_dim)
     return TbpttLearner(dls, model.to(x.dtype), **kwargs)

@@ -75,6 +75,7 @@ class SubWindows(GetAttr):
     `segment` says what was yielded last."""
     _default = 'dl'
     flat = False # Are the predictions of a batch one step after the other, without rows?
+    drawn = None # numbers of the items of this run, in the order in which a loader of fastai gives them
     def __init__(self,
         dl, # Loader whose batches are windows: a fastai or PyTorch `DataLoader`, or a list of batches
         truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
@@ -120,6 +121,7 @@ class SubWindows(GetAttr):
             self._before_read(self.n_read)
             try: batch = next(batches)
             except StopIteration: return
+            if self.n_read==0: self.drawn = vars(self.dl).get('_DataLoader__idxs') if isinstance(self.dl, DataLoader) else None
             yield batch
 
     def __len__(self):

@@ -126,6 +126,7 @@ class SequenceRNN(nn.Module):
         last:bool=False, # One output for each window, after its last step?
         time_dim:int=1, # Where the time axis of inputs and outputs is: 0, 1 or -1
         n_classes:dict=None, # Number of classes, for each input channel that has such: it is embedded
+        initial=None, # First state, as for `StatefulRNN`; default: zeros
     ):
         super().__init__()
         check_rnn_type(rnn_type)
@@ -139,7 +140,7 @@ class SequenceRNN(nn.Module):
         self.embed = EmbedClasses(n_in, n_classes) if n_classes else None
         n_rnn = self.embed.n_out if n_classes else n_in
         rnn = rnn_types[rnn_type](n_rnn, hidden_size, num_layers, batch_first=True, dropout=dropout)
-        self.rnn = StatefulRNN(rnn)
+        self.rnn = StatefulRNN(rnn, initial=initial)
         self.head = nn.Linear(hidden_size, n_out)
 
     def forward(self,

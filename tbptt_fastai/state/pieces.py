@@ -24,6 +24,7 @@ class Piece(NamedTuple):
     start:Start=None # What starts over before it
     keep:bool=False # Is the state that it starts from the one that the next sub-window starts from?
     seen:object=None # The segment that the states are at the end of, once it was run
+    came_to:int=None # The step of the batch at its end, where `Carry.came_to` is to be called
 
 # %% ../../nbs/state/03_pieces.ipynb #7f928b42
 class _Scale(torch.autograd.Function):
@@ -109,6 +110,7 @@ def _run_all_but_the_last(self:PieceCarry, model, args):
         if i==len(pieces)-1: break
         self.keep_graph = True
         outs.append(self._again(model, xb) if self._recompute else self._call(model, xb))
+        if piece.came_to is not None: self.came_to(piece.came_to)
     self.keep_graph,self._outs = False,outs
     self._begin_pass()
     return xb

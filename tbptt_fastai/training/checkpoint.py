@@ -197,7 +197,9 @@ def _form_of_model(model):
         f"{', '.join(lazy)} have no shape before the model has run once, so a checkpoint cannot be compared with it. "
         "Run it on a batch before the training: model(learn.dls.one_batch()[0]).")
     tensors = {name:f'{str(o.dtype)[6:]} {tuple(o.shape)}' for name,o in model.state_dict().items() if isinstance(o, Tensor)}
-    return dict(model=type(model).__name__, tensors=tensors, frozen=[k for k,p in model.named_parameters() if not p.requires_grad])
+    elsewhere = {name:repr(m.initial) for name,m in Carry(model).stateful.items() if hasattr(m.initial, 'begin_from')}
+    frozen = [k for k,p in model.named_parameters() if not p.requires_grad]
+    return dict(model=type(model).__name__, tensors=tensors, frozen=frozen, first_states=elsewhere)
 
 def _digest(o):
     "Shape and checksum of an array"
