@@ -26,7 +26,8 @@ class WindowRows:
         bs:int, # Rows
         numbers:np.ndarray=None, # The window in each of them; `None`: the loader does not tell
         dataset:SequenceWindows=None, # That they are of
-    ): self.bs,self.numbers,self.dataset = bs,numbers,dataset
+        what=None, # The batch itself, or the part of it that is run
+    ): self.bs,self.numbers,self.dataset,self.what = bs,numbers,dataset,what
 
     def begins(self, rows=None): return np.ones(self.bs, bool)
     def ended(self, step=None): return np.full(self.bs, step is None)
@@ -45,7 +46,7 @@ class StreamRows:
     def __init__(self,
         block:Block, # Which steps of which sequences they have
         lengths:np.ndarray, # Steps of each sequence
-    ): self.block,self.lengths,self.bs = block,lengths,len(block.seq)
+    ): self.block,self.what,self.lengths,self.bs = block,block,lengths,len(block.seq)
 
     def begins(self,
         rows=None, # bool `(bs,)`: those that start over; default: all
@@ -101,7 +102,8 @@ def rows_here(
     if numbers is not None and len(numbers)!=bs: raise ValueError(
         f"A batch has {bs} rows, but its loader drew {len(numbers)} windows: it is not known where each of them begins. "
         "Transforms and callbacks may not leave rows out, or add some.")
-    return WindowRows(bs, numbers, inner_loader(view).dataset if numbers is not None else None)
+    what = segment if segment.window is None else segment.window
+    return WindowRows(bs, numbers, None if numbers is None else inner_loader(view).dataset, what)
 
 # %% ../../nbs/loaders/11_here.ipynb #af53ca6d
 def _check_each_its_own(carry):

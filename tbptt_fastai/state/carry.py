@@ -40,6 +40,7 @@ class Carry:
     entered = [] # the contexts that have begun and not ended, the innermost last
     seen = None # the segment that the states are at the end of
     here = None # what is known of the rows of the batch that is run, in a training with first states from elsewhere
+    begun = None # such first states and what they began: a scheme may go back to the start of a window, and begins it alike
     def __init__(self,
         model:nn.Module, # Any model, also in a `DistributedDataParallel`
         evaluation:bool=False, # Carry in evaluation mode, and leave the training state as it is?
@@ -140,7 +141,9 @@ def start(self:Carry,
     if o.rest: return self.rest(o.rows, o.groups)
     self.reset(o.rows, o.groups)
     if self.here is None: return
-    for m in self.elsewhere: m.slot.first = m.initial.begin_from(self.here, o.rows)
+    if self.begun is None or self.begun[0] is not self.here.what:
+        self.begun = self.here.what,[m.initial.begin_from(self.here, o.rows) for m in self.elsewhere]
+    for m,first in zip(self.elsewhere, self.begun[1]): m.slot.first = first
 
 @patch
 def came_to(self:Carry,

@@ -180,10 +180,11 @@ def _carried(carry):
     try: slots = {name:encode(values) for name,values in carry.snapshot().items()}
     except NotPlain as e: raise TypeError(
         f"The carried state cannot be put into a checkpoint: {e} Carry tuples, lists or dicts of tensors.") from None
-    return dict(slots=slots)
+    return dict(slots=slots, begun=encode(carry.begun and carry.begun[1]))
 
-def _set_carried(carry, stored, device):
+def _set_carried(carry, stored, device, window):
     carry.restore(to_device(decode(stored['slots']), device))
+    if stored.get('begun') is not None: carry.begun = window,to_device(decode(stored['begun']), device)
 
 
 # %% ../../nbs/training/12_checkpoint.ipynb #ed322f07
@@ -498,7 +499,7 @@ def _before_read(self:TbpttCheckpoint, view, n):
 def _arrive(self:TbpttCheckpoint, found, seen):
     "The batches before the place have passed"
     carry = self._reset_cb.owner
-    _set_carried(carry, found['carried'], first(self.learn.model.parameters()).device)
+    _set_carried(carry, found['carried'], first(self.learn.model.parameters()).device, self._reset_cb.segment.window)
     carry.seen = seen
     self._go_on(found)
     segment = self._reset_cb.segment
