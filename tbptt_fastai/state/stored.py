@@ -138,11 +138,11 @@ def keep(self:StoredState,
     batch_dim=0, # Which dimension of the state is the batch, see `batch_dims`
 ):
     "Store the states with which other windows begin"
+    state,dims = _rows_first(state, batch_dim, 'StoredState')
     numbers = here.next_numbers(step)
     rows = np.flatnonzero(numbers>=0)
     rows = rows[len(rows)-1-np.unique(numbers[rows][::-1], return_index=True)[1]] # of two at one place, the last
     if not len(rows): return
-    state,dims = _rows_first(state, batch_dim, 'StoredState')
     if self.kept is None: self._make_room(state, dims, len(here.dataset))
     to,at = torch.from_numpy(numbers[rows]),torch.from_numpy(rows)
     for kept,o in zip(tree_leaves(self._placed()), tree_leaves(state)):
@@ -212,9 +212,9 @@ def keep(self:PassedState,
     batch_dim=0, # Which dimension of the state is the batch, see `batch_dims`
 ):
     "Keep the states of those that have ended"
+    state,dims = _rows_first(state, batch_dim, 'PassedState')
     ended = here.ended(step)
     if not ended.any(): return
-    state,dims = _rows_first(state, batch_dim, 'PassedState')
     mask = torch.from_numpy(ended)
     def fits(o, old): return o is None or old.shape==o.shape and old.dtype==o.dtype and old.device==o.device
     is_new = ended.all() or self.kept is None or not all(map(fits, tree_leaves(state), tree_leaves(self.kept)))
