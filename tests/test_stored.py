@@ -45,7 +45,7 @@ def windows(bs=BS, lengths=(130, 97), stp_sz=STP, seed=SEED, **kwargs):
     ds = SequenceWindows(*signals(lengths), win_sz=WIN, stp_sz=stp_sz, dtype=torch.float64)
     return DataLoaders(TbpttDL(ds, bs=bs, **{**dict(shuffle=True, num_workers=0), **kwargs}), TbpttDL(ds, bs=bs, num_workers=0, time_dim=kwargs.get('time_dim')))
 
-def stream(bs=3, lengths=(50, 33, 47, 28, 60, 9, 40), seed=SEED, **kwargs):
+def stream(bs=3, lengths=(50, 33, 47, 28, 9, 7, 40), seed=SEED, **kwargs):
     if seed is not None: random.seed(seed)
     ds = Sequences(*signals(lengths), dtype=torch.float64)
     return DataLoaders(StreamDL(ds, bs=bs, shuffle=True, **kwargs), StreamDL(ds, bs=bs, **kwargs))
@@ -297,7 +297,7 @@ def test_a_foreign_loader_of_windows_passes_states_as_well():
     train_windows(rnn, head, [[list(range(i, min(i+BS, 38))) for i in range(0, 38, BS)]]*3, PLANS['fixed'], passed.begin, passed.came_to)
     assert same(learn, rnn, head)
 
-LENGTHS = (50, 33, 47, 28, 60, 9, 40)
+LENGTHS = (50, 33, 47, 28, 9, 7, 40)
 
 def train_stream(rnn, head, orders, sub, passed, bs=3, lengths=LENGTHS, n_skip=0):
     """Each row by itself, over its real steps alone: its final state is that at its last step
@@ -341,12 +341,12 @@ def test_sequences_of_a_stream_begin_with_the_final_state_of_others(layer, n_ski
     "Sequences end in the middle of a block, with padding behind; with a washout, in a block without a loss"
     orders = permutations(len(LENGTHS), 4, SEED)
     firsts = [stream_by_hand(LENGTHS, 3, 10, order)[0] for order in orders]
-    assert any((5, 0, 9) in o for o in firsts) # the shortest sequence ends in such a block
+    assert any(p[2]<10 for o in firsts for p in o) # a short sequence ends in such a block
     learn = learner(stream(sub_seq_len=10), PassedState(share=.7), layer, 2, n_skip=n_skip)
     rnn,head = parts(learn)
     passed = Passed(trained(learn, 4), .7)
     train_stream(rnn, head, orders, 10, passed, n_skip=n_skip)
-    assert same(learn, rnn, head) and passed.n>12
+    assert same(learn, rnn, head) and passed.n>10
 
 def test_a_stream_of_whole_sequences_of_one_length():
     lengths = (20,)*7
@@ -492,6 +492,37 @@ def test_two_layers_are_begun_in_the_same_rows():
     fit(learn, 2, LR)
     assert masks[0]==masks[1] and any(o and True in o and False in o for o in masks[0])
 
+def test_what_is_kept_is_a_copy():
+    "... of states that a CUDA graph writes over"
+    from tbptt_fastai.loaders.here import WindowRows
+    ds = SequenceWindows(torch.zeros(100), win_sz=40, stp_sz=20)
+    for o in (PassedState(), StoredState()):
+        state = torch.ones(1, 2, H)
+        o.begin_epoch(0, 0)
+        o.keep(state, WindowRows(2, np.array([0, 1]), ds), None, 1)
+        state.zero_()
+        assert o.kept.sum() in (H, 2*H) # of stored states, window 3 begins where window 1 ends
+
+def test_states_that_wait_are_not_for_an_evaluation():
+    "A window has begun, and another callback evaluates before its first step"
+    torch.manual_seed(0)
+    rnn = StatefulRNN(nn.GRU(1, H, batch_first=True), initial=PassedState())
+    rnn.slot.first = torch.ones(2, dtype=bool),torch.ones(1, 2, H)
+    x = torch.randn(2, 5, 1)
+    assert torch.equal(rnn.eval()(x), rnn.rnn(x)[0])
+    assert not torch.equal(rnn.train()(x), rnn.rnn(x)[0])
+
+def test_processes_call_the_model_as_often_as_each_other():
+    "Though sequences end in the rows of one of them alone"
+    from tbptt_fastai.loaders.here import StreamRows
+    from tbptt_fastai.loaders.shared import BlockPart, Part
+    from tbptt_fastai.loaders.layout import Block
+    from tbptt_fastai.state.pieces import Piece
+    whole = Block(np.array([0, 1, 2, 3]), np.array([0, 0, 10, 0]), np.array([10, 10, 4, 7]))
+    cut = [StreamRows(BlockPart(whole, Part(rank, 2)), np.array([30, 40, 14, 7])).cut([Piece(10)]) for rank in range(2)]
+    assert [[o.steps for o in pieces] for pieces in cut]==[[4, 3, 3]]*2
+    assert [o.came_to for o in cut[0]]==[4, 7, 10]
+
 
 # A training that was interrupted
 
@@ -520,7 +551,7 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(case, kill, tm
     whole = make(1, 'whole')
     run(whole)
     killed = make(1, 'killed')
-    with pytest.raises(Killed): run(killed, min(kill, 30) if case=='stream' else kill)
+    with pytest.raises(Killed): run(killed, min(kill, 14) if case=='stream' else kill)
     resumed = make(2, 'killed')
     run(resumed)
     assert all(map(torch.equal, whole.model.state_dict().values(), resumed.model.state_dict().values()))
@@ -574,7 +605,7 @@ def test_batches_that_continue_each_other_are_refused():
 def test_schemes_that_go_back_over_the_end_of_a_sequence_are_refused_in_streams():
     for scheme in (Overlap(10, 20), RandomUnbiased(20, block=10), Exact(8)):
         check_refused(stream(sub_seq_len=10), PassedState(), 'PassedState passes .*several times', truncation=scheme)
-    check_refused(stream(), PassedState(), '9 to 60 steps are run whole')
+    check_refused(stream(), PassedState(), '7 to 50 steps are run whole')
 
 def test_one_memory_for_two_layers_is_refused():
     initial = StoredState()
