@@ -4,23 +4,25 @@ from functools import partial
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.learner import Learner
-from fastai.losses import MSELossFlat
+from fastai.learner import load_learner
 from fastai.torch_core import set_seed
 from fasttransform import Transform
 from torch import nn
-from torch.utils._pytree import tree_map
 from helpers import fit, sgd
-from reference import permutations, rows_by_hand, stream_by_hand, window_epochs
+from reference import permutations, stream_by_hand, window_epochs
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
+from tbptt_fastai.loaders.here import StreamRows, WindowRows
+from tbptt_fastai.loaders.layout import Block
+from tbptt_fastai.loaders.shared import BlockPart, Part
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.loaders.windows import TbpttDL
+from tbptt_fastai.models.sequence import SequenceRNN
 from tbptt_fastai.sequences.windows import SequenceWindows, Sequences
-from tbptt_fastai.state.stateful import InitialState, StatefulRNN, learned_state
+from tbptt_fastai.state.pieces import Piece
+from tbptt_fastai.state.stateful import StatefulRNN, learned_state
 from tbptt_fastai.state.stored import PassedState, StoredState
 from tbptt_fastai.state.unroll import Unroll
-from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.checkpoint import TbpttCheckpoint
 from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
 
@@ -65,10 +67,11 @@ def trained(learn, n_epoch=3):
     finally: del initial.begin_epoch
     return seeds
 
-def same(learn, rnn, head, tol=1e-10):
+def is_close(params, rnn, head):
     by_hand = {**{f'0.rnn.{k}': v for k,v in rnn.state_dict().items()}, **{f'1.{k}': v for k,v in head.state_dict().items()}}
-    found = learn.model.state_dict()
-    return max((found[k]-v).abs().max().item() for k,v in by_hand.items())<tol
+    return max((params[k]-v).abs().max().item() for k,v in by_hand.items())<1e-10
+
+def same(learn, rnn, head): return is_close(learn.model.state_dict(), rnn, head)
 
 def parts(learn):
     "The layer and the head, for a loop by hand"
@@ -162,7 +165,9 @@ def test_windows_begin_with_the_state_that_their_first_step_was_last_come_to(lay
     where = window_starts((130, 97))
     for i,o in enumerate(where):
         assert (initial.since[i]>=0)==(o in memory)
-        if o in memory: assert all(torch.allclose(kept[i], mine, atol=1e-10, rtol=0) for kept,mine in zip(initial.kept if layer=='lstm' else [initial.kept], memory[o][0]))
+        if o not in memory: continue
+        kept = initial.kept if layer=='lstm' else [initial.kept]
+        assert all(torch.allclose(mine[i], theirs, atol=1e-10, rtol=0) for mine,theirs in zip(kept, memory[o][0]))
     ages = memory.ages[2]
     assert (initial.n_rows, initial.n_begun)==(len(where), len(ages))
     assert initial.staleness==pytest.approx(np.mean(ages)) and initial.staleness_max==max(ages)
@@ -225,7 +230,9 @@ def test_a_learned_first_state_is_there_where_none_is_stored():
     rnn = nn.GRU(1, H, batch_first=True)
     first = learned_state(rnn)
     with torch.no_grad(): first.tensors[0].fill_(.5)
-    learn = TbpttLearner(windows(lengths=(130,), stp_sz=WIN, bs=2, shuffle=False), nn.Sequential(StatefulRNN(rnn, initial=StoredState(otherwise=first)), nn.Linear(H, 1)).double(), loss_func=nn.MSELoss(), opt_func=sgd, sub_seq_len=20)
+    model = nn.Sequential(StatefulRNN(rnn, initial=StoredState(otherwise=first)), nn.Linear(H, 1)).double()
+    dls = windows(lengths=(130,), stp_sz=WIN, bs=2, shuffle=False)
+    learn = TbpttLearner(dls, model, loss_func=nn.MSELoss(), opt_func=sgd, sub_seq_len=20)
     begun = []
     class Look(Callback):
         def after_pred(self):
@@ -242,7 +249,6 @@ def test_a_learned_first_state_is_there_where_none_is_stored():
 
 def test_of_two_rows_at_one_place_the_last_is_stored():
     ds = SequenceWindows(torch.zeros(100), win_sz=40, stp_sz=20)
-    from tbptt_fastai.loaders.here import WindowRows
     o = StoredState()
     o.begin_epoch(2, 0)
     o.keep(torch.arange(3.)[None,:,None], WindowRows(3, np.array([0, 1, 0]), ds), 20, 1)
@@ -417,7 +423,6 @@ def test_what_is_kept_is_in_no_state_dict_buffer_copy_pickle_or_export(kind):
     torch.save(learn.model, file)
     file.seek(0)
     learn.export('a.pkl')
-    from fastai.learner import load_learner
     copies = [copy.deepcopy(learn.model), pickle.loads(pickle.dumps(learn.model)), torch.load(file, weights_only=False), load_learner('a.pkl').model]
     for o in copies:
         other = o[0].initial
@@ -455,7 +460,7 @@ def test_another_run_over_the_same_loader_in_between_changes_nothing():
         order = 70
         def after_batch(self):
             if self.training and self.train_iter==4: list(self.learn.dls.train.whole_windows())
-    (a,b),rngs = (learner(windows(), StoredState(), sub_seq_len=12) for _ in range(2)),[]
+    a,b = (learner(windows(), StoredState(), sub_seq_len=12) for _ in range(2))
     for learn,cbs in ((a, None), (b, Iterate())):
         set_seed(1)
         fit(learn, 1, LR, cbs=cbs)
@@ -494,7 +499,6 @@ def test_two_layers_are_begun_in_the_same_rows():
 
 def test_what_is_kept_is_a_copy():
     "... of states that a CUDA graph writes over"
-    from tbptt_fastai.loaders.here import WindowRows
     ds = SequenceWindows(torch.zeros(100), win_sz=40, stp_sz=20)
     for o in (PassedState(), StoredState()):
         state = torch.ones(1, 2, H)
@@ -514,10 +518,6 @@ def test_states_that_wait_are_not_for_an_evaluation():
 
 def test_processes_call_the_model_as_often_as_each_other():
     "Though sequences end in the rows of one of them alone"
-    from tbptt_fastai.loaders.here import StreamRows
-    from tbptt_fastai.loaders.shared import BlockPart, Part
-    from tbptt_fastai.loaders.layout import Block
-    from tbptt_fastai.state.pieces import Piece
     whole = Block(np.array([0, 1, 2, 3]), np.array([0, 0, 10, 0]), np.array([10, 10, 4, 7]))
     cut = [StreamRows(BlockPart(whole, Part(rank, 2)), np.array([30, 40, 14, 7])).cut([Piece(10)]) for rank in range(2)]
     assert [[o.steps for o in pieces] for pieces in cut]==[[4, 3, 3]]*2
@@ -534,8 +534,10 @@ class KillAt(Callback):
     def after_batch(self):
         if self.training and next(self.left, None) is None: raise Killed
 
-RESUMED = dict(stored=(windows, partial(StoredState, .6), dict(truncation=Overlap(8, 20))), fixed=(windows, partial(StoredState, device='cpu'), dict(sub_seq_len=12)),
-    passed=(windows, partial(PassedState, .6), dict(truncation=Overlap(8, 20))), workers=(partial(windows, num_workers=2), StoredState, dict(sub_seq_len=12)),
+OVERLAP,FIXED = dict(truncation=Overlap(8, 20)),dict(sub_seq_len=12)
+RESUMED = dict(
+    stored=(windows, partial(StoredState, .6), OVERLAP), fixed=(windows, partial(StoredState, device='cpu'), FIXED),
+    passed=(windows, partial(PassedState, .6), OVERLAP), workers=(partial(windows, num_workers=2), StoredState, FIXED),
     stream=(partial(stream, sub_seq_len=10), partial(PassedState, .6), {}))
 
 @pytest.mark.parametrize('kill', [2, 6, 18, 78])
@@ -571,7 +573,6 @@ def test_a_checkpoint_is_that_of_its_own_first_states(tmp_path):
 # Refused by name, before the first step
 
 def check_refused(dls, initial, match, error=ValueError, **how):
-    before = [o.clone() for o in net(None).state_dict().values()]
     with pytest.raises(error, match=match): learner(dls, initial, **how)
 
 def test_streams_and_loaders_that_do_not_tell_are_refused_for_stored_states():
@@ -641,7 +642,7 @@ def test_settings_are_refused_by_their_names(cls):
     with pytest.raises(TypeError, match='otherwise is'): cls(otherwise=cls())
     with pytest.raises(TypeError, match='InitialState'): StatefulRNN(nn.GRU(1, 1), initial=cls)
 
-def test_another_device_is_refused(): 
+def test_another_device_is_refused():
     with pytest.raises(ValueError, match="device is 'nowhere'"): StoredState(device='nowhere')
 
 def test_an_epoch_that_does_not_come_is_named():
@@ -687,7 +688,6 @@ def test_a_cell_that_is_unrolled():
 @pytest.mark.parametrize('time_dim', [0, -1])
 def test_time_on_another_axis(time_dim):
     "Bit by bit what it is on the second"
-    from tbptt_fastai.models.sequence import SequenceRNN
     learns = []
     for dim in (1, time_dim):
         torch.manual_seed(0)
@@ -721,7 +721,7 @@ def of_two(kind, tmp_path):
     found = [torch.load(tmp_path/f'{rank}.pt', weights_only=False) for rank in range(2)]
     assert all(map(torch.equal, found[0]['params'].values(), found[1]['params'].values()))
     rnn,head = (found[0][o] for o in ('rnn','head'))
-    def is_same(): return all((found[0]['params'][k]-v).abs().max()<1e-10 for k,v in [*((f'0.rnn.{k}', v) for k,v in rnn.state_dict().items()), *((f'1.{k}', v) for k,v in head.state_dict().items())])
+    def is_same(): return is_close(found[0]['params'], rnn, head)
     return found,rnn,head,is_same
 
 def test_each_of_two_processes_has_a_memory_of_its_own(tmp_path):

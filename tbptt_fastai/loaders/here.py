@@ -7,8 +7,6 @@ __all__ = ['WindowRows', 'StreamRows', 'tells_windows', 'window_numbers', 'rows_
 
 # %% ../../nbs/loaders/11_here.ipynb #9e89e905
 import numpy as np
-from fastai.data.load import DataLoader
-from fastcore.basics import patch
 from .layout import Block
 from .segment import Segment
 from .views import SubWindows, inner_loader

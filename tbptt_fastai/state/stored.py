@@ -11,7 +11,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from .tree import batch_dims, detach_state, state_leaves
+from .tree import batch_dims, detach_state
 from ..truncation.plan import check_steps
 from ..truncation.settings import check_device, check_number
 
@@ -161,8 +161,8 @@ def _placed(self:StoredState):
     if self.device is None: return self.kept
     device = torch.device(self.device)
     def placed(o): return o.to(device) if isinstance(o, Tensor) else o
-    if any(isinstance(o, Tensor) and o.device.type!=device.type for o in tree_leaves(self.kept)):
-        self.kept = tree_map(placed, self.kept)
+    is_elsewhere = any(isinstance(o, Tensor) and o.device.type!=device.type for o in tree_leaves(self.kept))
+    if is_elsewhere: self.kept = tree_map(placed, self.kept)
     return self.kept
 
 @patch(as_prop=True)

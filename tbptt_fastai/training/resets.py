@@ -209,9 +209,9 @@ def begin_fit_elsewhere(
     "First states from elsewhere forget what they know; a `UserWarning` if they begin no row in this fit"
     for m in Carry(learn.model).elsewhere:
         m.initial.forget()
-        if warns and m.initial.from_epoch>=learn.n_epoch: warnings.warn(
-            f"{m.initial} begins no row in this fit of {learn.n_epoch} epochs, which are counted from 0. Use a smaller from_epoch.",
-            stacklevel=3)
+        never = m.initial.from_epoch>=learn.n_epoch
+        if warns and never: warnings.warn(f"{m.initial} begins no row in this fit of {learn.n_epoch} epochs, which are counted from 0. "
+            "Use a smaller from_epoch.", stacklevel=3)
 
 def begin_epoch_elsewhere(
     models, # The model, and others that go along
