@@ -396,7 +396,7 @@ def RNNLearner(
     hidden_size:int=100, # Hidden units per layer
     num_layers:int=1, # Recurrent layers
     dropout:float=0., # Dropout between recurrent layers
-    initial:nn.Module=None, # First state, as for `SequenceRNN`, such as `EncodedState(n_past=30)`; default: zero
+    initial:nn.Module=None, # First state, as for `SequenceRNN`, such as `EncodedState(n_past=30)` or `StoredState()`; default: zero
     **kwargs
 )->SequenceLearner:
     "A `TbpttLearner` with a `SequenceRNN`, sized and scaled by the training data, or with a `TextRNN`"
@@ -406,9 +406,10 @@ def RNNLearner(
     time_dim = resolve_time_dim(kwargs.get('time_dim'), dls.train)
     if isinstance(dls.train.dataset, TextRows) and time_dim!=1: raise ValueError(
         f"time_dim is {time_dim}, but a TextRNN reads (batch, time): leave it out, or pass a `model`.")
-    if isinstance(dls.train.dataset, TextRows) and initial is not None: raise ValueError(
+    has_past = isinstance(dls.train.dataset, TextRows) and hasattr(initial, 'n_past')
+    if has_past: raise ValueError(
         f"initial is {type(initial).__name__}, but a TextRNN begins with zero: leave it out, or pass a `model`.")
-    if isinstance(dls.train.dataset, TextRows): return TbpttLearner(dls, TextRNN(len(dls.vocab), 64, *sizes), **kwargs)
+    if isinstance(dls.train.dataset, TextRows): return TbpttLearner(dls, TextRNN(len(dls.vocab), 64, *sizes, initial), **kwargs)
     if kwargs.get('loss_func') is not None: check_targets(dls, kwargs['loss_func'])
     x,y = _signals(dls)
     scale_x,scale_y = scaling_from_data(dls, time_dim)

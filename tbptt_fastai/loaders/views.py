@@ -78,6 +78,7 @@ class SubWindows(GetAttr):
     flat = False # Are the predictions of a batch one step after the other, without rows?
     n_past = 0 # First steps of each window or sequence that the state after them is estimated from
     past_is_checked = False # Was it seen, in this run, that a batch is what the loader has made?
+    drawn = None # numbers of the items of this run, in the order in which a loader of fastai gives them
     def __init__(self,
         dl, # Loader whose batches are windows: a fastai or PyTorch `DataLoader`, or a list of batches
         truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
@@ -125,6 +126,7 @@ class SubWindows(GetAttr):
             self._before_read(self.n_read)
             try: batch = next(batches)
             except StopIteration: return
+            if self.n_read==0: self.drawn = vars(self.dl).get('_DataLoader__idxs') if isinstance(self.dl, DataLoader) else None
             yield batch
 
     def __len__(self):

@@ -33,6 +33,7 @@ class Piece(NamedTuple):
     seen:object=None # The segment that the states are at the end of, once it was run
     past:object=None # What the states that it starts from are estimated from; default: they are carried
     grad:bool=True # Does a gradient go back through it?
+    came_to:int=None # The step of the batch at its end, where `Carry.came_to` is to be called
 
 # %% ../../nbs/state/03_pieces.ipynb #744325ad
 def estimated_at(
@@ -141,6 +142,7 @@ def _run_all_but_the_last(self:PieceCarry, model, args):
         self.keep_graph = True
         with torch.set_grad_enabled(torch.is_grad_enabled() and piece.grad):
             outs.append(self._again(model, xb) if self._recompute else self._call(model, xb))
+        if piece.came_to is not None: self.came_to(piece.came_to)
     self.keep_graph,self._outs = False,outs
     self._begin_pass()
     return xb

@@ -20,6 +20,7 @@ from .checks import check_carries, check_states, check_statistics, resolve_trunc
 from ..loaders.continuing import is_text
 from ..loaders.counts import NotIgnored, TargetCounts, has_classes_second, ignore_index_of
 from ..loaders.past import check_past
+from ..loaders.here import check_elsewhere
 from ..loaders.segment import Window
 from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, plain_batch, resolve_time_dim, view_of
 from ..sequences.windows import Sequences, check_same_channels
@@ -34,7 +35,7 @@ from ..sequences.axis import check_time_dim
 from .rows import RowsFirst
 from .counting import CountedLoss
 from .finite import warn_of_weights
-from .resets import CarryingRun, StateResets, back_to_method, cancels
+from .resets import CarryingRun, StateResets, back_to_method, begin_epoch_elsewhere, begin_fit_elsewhere, came_to_end, cancels
 from ..truncation.first_steps import FirstSteps, as_first_steps
 from ..truncation.plan import Truncation, check_steps
 from ..truncation.settings import check_bools, check_switch
@@ -121,6 +122,10 @@ class TbpttResetCB(CountedLoss):
             if scheme is not None and scheme.recompute: check_statistics(self.model, scheme)
             if scheme is not None and scheme.in_flight>1: self._check_turns(scheme, carry)
         for view in views: view.check_training(scheme, carry)
+        check_elsewhere(views[0], carry)
+        if views[0].n_past and carry.elsewhere: raise ValueError(
+            f"The model has an EncodedState, and a {type(carry.elsewhere[0].initial).__name__} in another layer: what comes from "
+            "elsewhere would be at the start of a window, and what is estimated after its past. Use one of them.")
     after_create = check_settings
 
 # %% ../../nbs/training/04_callback.ipynb #bff8f0fb
@@ -130,6 +135,9 @@ def _check_turns(self:TbpttResetCB, scheme, carry):
     if carry.is_own: raise ValueError(
         f"{scheme} has windows take turns, but {type(carry.inner).__name__} carries its state by itself, where it cannot be put "
         "aside. Carry it in a StatefulRNN.")
+    if carry.elsewhere: raise ValueError(
+        f"{scheme} has windows take turns, but {type(carry.elsewhere[0].initial).__name__} follows one window after the other. "
+        f"Leave one of them out: {scheme.scheme} alone takes the windows in their order.")
     found = first(cb for cb in self.learn.cbs if getattr(cb, 'follows_windows', False))
     if found is not None: raise ValueError(
         f"{scheme} has windows take turns, but {type(found).__name__} goes through one window after the other. "
@@ -187,6 +195,7 @@ def _begin_fit(self:TbpttResetCB):
     self.check_settings()
     self._drop_gradients()
     if self.carry is None: self._is_new = True # else the training goes on after it
+    if self.carry is None and not self.learn.lock.locked(): begin_fit_elsewhere(self.learn, not self.learn._grab_cbs(LRFinder))
     self._search = None
     self._set_smooth_loss(self._smooth_loss)
 
@@ -237,6 +246,7 @@ def _compare_untrained(self:TbpttResetCB):
     "The loss of the steps that count, of the model that goes along"
     learn,own = self.learn,(self.learn.pred,self.learn.yb)
     with torch.random.fork_rng(): pred = self._search.carry.model(*learn.xb)
+    came_to_end(self._search.carry, self.segment)
     learn.pred = pred if isinstance(learn.pred, tuple) else first_output(pred) # a callback has taken it apart
     learn.pred,learn.yb = self._count(self.segment, *self.segment.real(learn.pred, learn.yb))
     if len(learn.yb): self._search.loss.compare_with(learn.loss_func(learn.pred, *learn.yb))
@@ -355,6 +365,8 @@ def before_train(self:TbpttResetCB):
     view = self.training_view(self.dl)
     if view.truncation is not None: view.truncation.before_epoch(self.learn)
     self.learn.dl = view
+    going_along = [] if self._search is None else [self._search.model]
+    begin_epoch_elsewhere([self.learn.model, *going_along], self.learn.epoch)
     self._n_windows = self.dl.n_windows
     if self._n_windows==0: self._refuse_empty()
     self._warn_of_untaught()
@@ -424,7 +436,9 @@ def before_validate(self:TbpttResetCB):
 def after_pred(self:TbpttResetCB):
     self._refuse_untrained()
     training,moves_on = self.learn.training,self.segment.moves_on
-    if training: self.keep_states()
+    if training:
+        self.keep_states()
+        came_to_end(self.owner, self.segment)
     self.begin_counting()
     if training and self.carrying and not self.checked and moves_on: self._check_states()
     if self._searching: self._compare_untrained()
