@@ -8,7 +8,7 @@ from fastai.learner import load_learner
 from fastai.torch_core import set_seed
 from fasttransform import Transform
 from torch import nn
-from helpers import fit, sgd
+from helpers import fit, sgd, untaught_on_purpose
 from reference import permutations, stream_by_hand, window_epochs
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
@@ -179,6 +179,7 @@ def test_it_is_not_the_same_without():
 
 @pytest.mark.parametrize('n_skip', [5, 14])
 @pytest.mark.parametrize('how', ['fixed', 'overlap'])
+@untaught_on_purpose
 def test_a_washout_is_run_from_the_stored_state(how, n_skip):
     "The second one has a whole sub-window without a loss, whose end is stored too"
     learn = learner(windows(), StoredState(), n_skip=n_skip, **SCHEMES[how])
@@ -343,6 +344,7 @@ def train_stream(rnn, head, orders, sub, passed, bs=3, lengths=LENGTHS, n_skip=0
 @pytest.mark.filterwarnings('ignore:.*sequences are not longer than n_skip')
 @pytest.mark.parametrize('n_skip', [0, 11])
 @pytest.mark.parametrize('layer', LAYERS)
+@untaught_on_purpose
 def test_sequences_of_a_stream_begin_with_the_final_state_of_others(layer, n_skip):
     "Sequences end in the middle of a block, with padding behind; with a washout, in a block without a loss"
     orders = permutations(len(LENGTHS), 4, SEED)
