@@ -614,6 +614,7 @@ class Counted(Looped):
 def test_states_with_classes_of_their_own(tmp_path, cell, data):
     check_goes_on(tmp_path, partial(learner, data=data, model=lambda: nn.Sequential(StatefulRNN(cell()), nn.Dropout(.2))))
 
+@untaught_on_purpose
 @pytest.mark.filterwarnings('ignore:(?s).*not longer than n_skip')
 def test_states_with_classes_of_their_own_and_a_washout(tmp_path):
     check_goes_on(tmp_path, partial(learner, data=stream, model=lambda: StatefulRNN(Counted()), n_skip=25))
