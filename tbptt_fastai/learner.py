@@ -365,20 +365,24 @@ def TbpttLearner(
     time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the training loader says, or 1
     counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
     continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
+    burn_in:int=0, # First steps of each window without a loss in training; gradients go through them
+    warm_up:int=0, # First steps that training runs without a gradient; the scheme begins after them
+    washout:int=0, # First steps that count in training, and in no loss or metric of an evaluation
     **kwargs
 )->SequenceLearner:
     "A `Learner` that trains by truncated backpropagation through time; its methods do what fastai's do"
     _check_loaders(dls)
     _check_parts(loss_func, opt_func, cbs)
     own = dict(loss_func=loss_func, opt_func=opt_func, num_threads=num_threads)
+    first = dict(burn_in=burn_in, warm_up=warm_up, washout=washout)
     if model is None:
         settings = dict(sub_seq_len=sub_seq_len, truncation=truncation, n_skip=n_skip, timed=timed, check=check)
-        settings.update(time_dim=time_dim, counts=counts, continuing=continuing)
+        settings.update(time_dim=time_dim, counts=counts, continuing=continuing, **first)
         return RNNLearner(dls, grad_clip=grad_clip, cbs=cbs, **settings, **own, **kwargs)
     check_module('TbpttLearner', model, 'a model, such as SequenceRNN(1, 1)')
     own['loss_func'] = default_loss(dls, time_dim=time_dim) if loss_func is None else loss_func
     check_targets(dls, own['loss_func'])
-    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check, time_dim, counts, continuing)
+    cbs = L(cbs)+TbpttResetCB(sub_seq_len, n_skip, timed, truncation, check, time_dim, counts, continuing, **first)
     cbs += LengthHintCB()
     if num_threads is None: cbs += ThreadHintCB()
     if grad_clip is not None: cbs += clipping(grad_clip)
@@ -392,6 +396,7 @@ def RNNLearner(
     hidden_size:int=100, # Hidden units per layer
     num_layers:int=1, # Recurrent layers
     dropout:float=0., # Dropout between recurrent layers
+    initial:nn.Module=None, # First state, as for `SequenceRNN`, such as `EncodedState(n_past=30)` or `StoredState()`; default: zero
     **kwargs
 )->SequenceLearner:
     "A `TbpttLearner` with a `SequenceRNN`, sized and scaled by the training data, or with a `TextRNN`"
@@ -401,13 +406,16 @@ def RNNLearner(
     time_dim = resolve_time_dim(kwargs.get('time_dim'), dls.train)
     if isinstance(dls.train.dataset, TextRows) and time_dim!=1: raise ValueError(
         f"time_dim is {time_dim}, but a TextRNN reads (batch, time): leave it out, or pass a `model`.")
-    if isinstance(dls.train.dataset, TextRows): return TbpttLearner(dls, TextRNN(len(dls.vocab), 64, *sizes), **kwargs)
+    has_past = isinstance(dls.train.dataset, TextRows) and hasattr(initial, 'n_past')
+    if has_past: raise ValueError(
+        f"initial is {type(initial).__name__}, but a TextRNN begins with zero: leave it out, or pass a `model`.")
+    if isinstance(dls.train.dataset, TextRows): return TbpttLearner(dls, TextRNN(len(dls.vocab), 64, *sizes, initial), **kwargs)
     if kwargs.get('loss_func') is not None: check_targets(dls, kwargs['loss_func'])
     x,y = _signals(dls)
     scale_x,scale_y = scaling_from_data(dls, time_dim)
     channel = _channel_axis(dls.train, time_dim)
     n_out = y.shape[channel] if scale_y else len(dls.vocab)
     model = SequenceRNN(x.shape[channel], n_out, *sizes, scale_x, scale_y, last=y.ndim==0, time_dim=time_dim,
-                        n_classes=_classes(dls.train))
+                        n_classes=_classes(dls.train), initial=initial)
     if kwargs.get('loss_func') is None: kwargs['loss_func'] = default_loss(dls, scale_y, time_dim)
     return TbpttLearner(dls, model.to(x.dtype), **kwargs)

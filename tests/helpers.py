@@ -1,5 +1,6 @@
 "What the tests share: a quiet fit, loaders and a learner"
 from functools import partial
+import pytest
 import torch
 from fastai.callback.progress import ProgressCallback # noqa: with it comes Learner.no_bar
 from fastai.data.core import DataLoaders, TfmdDL
@@ -10,6 +11,8 @@ from fastai.torch_core import set_seed
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.training.callback import TbpttResetCB
 
+# for tests of an n_skip that leaves steps without any gradient, of which a learner warns
+untaught_on_purpose = pytest.mark.filterwarnings(r'ignore:n_skip=\d+ leaves the first')
 adam,sgd = (partial(OptimWrapper, opt=o) for o in (torch.optim.Adam, torch.optim.SGD))
 
 

@@ -19,7 +19,7 @@ from fastai.torch_core import set_seed
 from fastprogress.fastprogress import ConsoleMasterBar
 from torch import nn
 from torch._dynamo.testing import CompileCounter # counts graphs, and needs no compiler
-from helpers import adam, fit
+from helpers import adam, fit, untaught_on_purpose
 from tbptt_fastai.training.once import once_per_window
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
@@ -237,6 +237,7 @@ promises = [saves_the_best, stops_early, reduces_lr_on_plateau, reduces_no_lr_of
             clips_gradients, accumulates_gradients, accumulates_without_washed_out, mixes_precision_nowhere_but_on_cuda, freezes_batchnorm,
             draws_dropout_in_prediction, resets_by_its_own_protocol]
 
+@untaught_on_purpose
 @pytest.mark.parametrize('promise', promises, ids=lambda o: o.__name__)
 def test_a_callback_keeps_its_promise(promise, make, request):
     promise(make, *[request.getfixturevalue(o) for o in promise.__code__.co_varnames[1:promise.__code__.co_argcount]])
@@ -255,6 +256,7 @@ def test_schedules_run_evenly_to_their_end(make, how, n, sched):
     np.testing.assert_allclose(learn.recorder.hps['lr'], [sched(p) for p in learn.watch.pct], rtol=1e-6)
 
 
+@untaught_on_purpose
 @pytest.mark.parametrize('n_skip', [0,SUB])
 def test_lr_find_leaves_the_model_as_it_was(make, n_skip):
     "`num_it` steps of rising learning rate, a suggestion, and the model as it was"
@@ -266,6 +268,7 @@ def test_lr_find_leaves_the_model_as_it_was(make, n_skip):
     fit(learn, 1)
 
 
+@untaught_on_purpose
 def test_train_metrics_weigh_a_ragged_tail_in_full_unless_they_sum_over_steps(make):
     """fastai's own, documented: with `train_metrics=True` an average metric weighs each step by its rows, so the 10 steps of the last sub-window count as
     much as the 25 of the others. A metric that sums over steps, such as StreamingRMSE, is exact. The washout is not counted"""

@@ -8,7 +8,7 @@ from fastai.learner import Learner
 from fastai.losses import MSELossFlat
 from fastai.torch_core import set_seed
 from torch import nn
-from helpers import fit, sgd
+from helpers import fit, sgd, untaught_on_purpose
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.sequences.windows import Sequences
@@ -130,6 +130,7 @@ def test_the_first_batch_of_an_evaluation_can_be_cancelled(windows, n_skip):
         def after_cancel_batch(self): self.learn.yb = ()
     assert validated()[0]!=validated(Drop())[0]>0
 
+@untaught_on_purpose
 def test_a_search_with_a_warm_up_draws_as_the_training_does():
     "The dropout of the model that goes along is not the model's"
     def drawn(search):

@@ -9,7 +9,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.torch_core import TensorBase, set_seed
 from torch import nn
-from helpers import adam, fit, fit_own_lr, item_loaders, learner
+from helpers import adam, fit, fit_own_lr, item_loaders, learner, untaught_on_purpose
 from reference import shuffled_epochs, train_tbptt, windows_by_hand
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.state.carry import Carry, recurrent_layers
@@ -326,6 +326,7 @@ def test_a_layer_over_another_axis_is_refused(xy):
     torch.testing.assert_close(parts, whole)
 
 
+@untaught_on_purpose
 def test_the_warm_up_of_a_washout_needs_no_graph(xy):
     seen = []
     class Look(Plain):
@@ -340,6 +341,7 @@ def test_the_warm_up_of_a_washout_needs_no_graph(xy):
     assert seen[:3]==[(50,False,True), (50,True,True), (20,True,True)]
 
 
+@untaught_on_purpose
 def test_the_loaders_tell_inputs_from_targets(xy):
     "`dls.n_inp`, as fastai's own split has it"
     x,y = xy

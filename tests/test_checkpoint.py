@@ -19,6 +19,7 @@ from fastai.metrics import mae, mse
 from fastai.optimizer import Adam, OptimWrapper, RMSProp
 from fastai.torch_core import set_seed
 from fastcore.basics import noop
+from helpers import untaught_on_purpose
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.models.sequence import SequenceRNN
@@ -182,6 +183,7 @@ def test_what_a_transform_has_drawn_for_a_window(tmp_path, data):
         path = tmp_path/str(len(kill))/kill[0][0]/str(kill[0][1])
         check_same(results(uninterrupted(path, make, 2, every=1)), results(killed_and_resumed(path, kill, make, 2, every=1)))
 
+@untaught_on_purpose
 @pytest.mark.parametrize('n_skip', [5, 25])
 @pytest.mark.parametrize('data', [windows, stream])
 @pytest.mark.filterwarnings('ignore:(?s).*not longer than n_skip')
@@ -612,6 +614,7 @@ class Counted(Looped):
 def test_states_with_classes_of_their_own(tmp_path, cell, data):
     check_goes_on(tmp_path, partial(learner, data=data, model=lambda: nn.Sequential(StatefulRNN(cell()), nn.Dropout(.2))))
 
+@untaught_on_purpose
 @pytest.mark.filterwarnings('ignore:(?s).*not longer than n_skip')
 def test_states_with_classes_of_their_own_and_a_washout(tmp_path):
     check_goes_on(tmp_path, partial(learner, data=stream, model=lambda: StatefulRNN(Counted()), n_skip=25))

@@ -10,7 +10,7 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 from torch.distributions import Categorical
 from torch.nn import functional as F
-from helpers import fit, sgd
+from helpers import fit, sgd, untaught_on_purpose
 from tbptt_fastai.learner import RNNLearner
 from tbptt_fastai.loaders.counts import NotIgnored, has_classes_second, ignore_index_of
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
@@ -204,6 +204,7 @@ def by_hand(x, y, n_skip, loss=F.cross_entropy):
             opt.step()
     return params(net)
 
+@untaught_on_purpose
 @pytest.mark.parametrize('share', [1., .5])
 @pytest.mark.parametrize('n_skip', [3, 4, 8]) # of a sub-window of 7 steps, 4 leave as many steps as there are classes
 def test_a_washout_is_cut_from_predictions_with_classes_before_time(n_skip, share):

@@ -6,7 +6,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
-from helpers import adam, fit, sgd
+from helpers import adam, fit, sgd, untaught_on_purpose
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.sequences.windows import SequenceWindows, Sequences
@@ -134,6 +134,7 @@ def run(task, way):
     return dict(losses=losses, values=torch.tensor(list(learn.recorder.values[-1])), preds=preds,
                 params=torch.cat([learn.model.lin.weight.flatten(), *(o.flatten() for o in learn.model.rnn.parameters())]).detach())
 
+@untaught_on_purpose
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True,
           phases=[Phase.explicit, Phase.generate])
 @given(tasks, ways, ways)

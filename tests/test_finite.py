@@ -11,7 +11,7 @@ from fastai.metrics import mse
 from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
 from torch import nn
-from helpers import adam, fit, fit_own_lr, sgd
+from helpers import adam, fit, fit_own_lr, sgd, untaught_on_purpose
 from reference import stream_by_hand
 from test_graphs import TapeGraph
 from tbptt_fastai.learner import RNNLearner, TbpttLearner
@@ -250,6 +250,7 @@ def stream_loop(model, xs, ys, bad=(), n_skip=0, n_epoch=2, bs=3, restarts=True)
 
 PLANTED = dict(start=[(1, 0)], first=[(1, 7)], middle=[(1, 105)], last=[(1, 229)], two=[(1, 45), (4, 61)], twice=[(1, 45), (1, 67)], short=[(5, 39)])
 
+@untaught_on_purpose
 @pytest.mark.parametrize('n_skip', [0, 5, 33])
 @pytest.mark.parametrize('rnn', [nn.GRU, nn.LSTM])
 @pytest.mark.parametrize('value', [NAN, INF])
@@ -768,6 +769,7 @@ def test_an_evaluation_after_a_fit_keeps_its_reports():
         learn.get_preds(dl=learn.dls.train)
     assert len(cb.skipped)==1
 
+@untaught_on_purpose
 def test_a_washout_of_windows_and_steps_before_it():
     x,y = data()
     x[5,3] = NAN # in steps that have no loss and are run before the first that has one

@@ -18,6 +18,7 @@ from fastai.torch_core import set_seed
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from helpers import untaught_on_purpose
 from reference import OwnState
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.speed.graphs import _known_code, CudaGraphCB, _ours
@@ -145,8 +146,12 @@ def test_every_kind_of_model_trains_as_without_graphs(make, model): same(make, m
     dict(opt_func=partial(OptimWrapper, opt=torch.optim.SGD)), dict(loss_func=nn.MSELoss(reduction='sum'))])
 def test_every_setting_trains_as_without_graphs(make, kwargs): same(make, replays=TWO_EPOCHS, **kwargs)
 
+@untaught_on_purpose
 @pytest.mark.parametrize('n_skip,replays', [(3, 1+3), (25, 1+2), (30, 0), (50, 1+2)]) # second sub-windows; if the first is all washout, they are the first to be trained; 50: the last is as good as a full one
 def test_a_washout_trains_as_without_graphs(make, n_skip, replays): same(make, replays=replays, n_skip=n_skip)
+
+@pytest.mark.parametrize('settings', [dict(burn_in=3), dict(burn_in=25), dict(burn_in=30), dict(warm_up=7), dict(warm_up=25), dict(warm_up=10, burn_in=30), dict(washout=9)])
+def test_first_steps_of_every_kind_train_as_without_graphs(make, settings): same(make, **settings)
 
 def test_washout_is_run_eagerly_and_all_else_replayed(make):
     learn = same(make, n_skip=10, sub=20) # of three sub-windows of 20 steps, the first has washout

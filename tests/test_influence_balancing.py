@@ -8,7 +8,7 @@ from fastai.data.core import DataLoaders
 from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
-from helpers import fit_own_lr
+from helpers import fit_own_lr, untaught_on_purpose
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loaders.windows import TbpttDL
 from tbptt_fastai.state.stateful import StatefulRNN
@@ -70,6 +70,7 @@ def mean_gradient(scheme, n_windows=1, steps=400):
     return [o/steps for o in seen.windows]
 
 
+@untaught_on_purpose
 def test_short_gradients_have_the_wrong_sign():
     "A step that comes j steps after a cut has the gradient of the last j+1 pushes, which are +1 for the first ten; the unit is at -3, its target is 1"
     full, = mean_gradient(Exact())
@@ -77,6 +78,7 @@ def test_short_gradients_have_the_wrong_sign():
     cut, = mean_gradient(Fixed(10))
     assert cut==pytest.approx(-4*statistics.mean(range(1, 11)), rel=1e-9)
 
+@untaught_on_purpose
 def test_the_mean_gradient_at_rest_is_the_full_one():
     "An error within three times of what as many windows have; cuts at random do not do it alone"
     found = mean_gradient(RandomUnbiased(16, 6), 12, 700)

@@ -3,11 +3,12 @@ import pytest
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from torch import nn
-from helpers import fit, learner, sgd
+from helpers import fit, learner, sgd, untaught_on_purpose
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.loaders.windows import TbpttDL
 
 N,STEPS,SUB,BS,SKIP = 6,20,5,3,7
+pytestmark = untaught_on_purpose # SKIP is more than SUB
 TIMED = True,False,True,False # a signal, constants, a target for each step, and one for each window
 
 def arrays(n=N, seed=0, kind=torch.float64):

@@ -6,11 +6,12 @@ from fastai.data.core import DataLoaders, TfmdDL
 from torch import nn
 from torch.utils._pytree import tree_map
 from functools import partial
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelStepException
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
-from tbptt_fastai.all import (Exact, Fixed, Interleaved, Jittered, Overlap, RandomUnbiased, Sequences, StatefulRNN, StreamDL, TbpttDL,
+from tbptt_fastai.all import (EncodedState, Exact, Fixed, Interleaved, Jittered, Overlap, RandomUnbiased, Sequences, SequenceWindows, StatefulRNN, StreamDL, TbpttDL,
     TbpttLearner, fun_rmse)
+from tbptt_fastai.state.stored import PassedState, StoredState
 from tbptt_fastai.training.checkpoint import TbpttCheckpoint
 from tbptt_fastai.training.finite import FiniteCB
 from tbptt_fastai.training.once import once_per_window
@@ -265,3 +266,40 @@ def test_numbers_in_flight_that_cannot_be_are_refused(in_flight):
 def test_windows_too_short_for_the_scheme_are_refused():
     x,y = data()
     with pytest.raises(ValueError, match='steps'): made(x, y, Interleaved(WIN+1, 3), net())
+
+class Estimated(nn.Module):
+    "Its state is estimated from the first seven steps"
+    def __init__(self, initial):
+        super().__init__()
+        self.rnn,self.head = StatefulRNN(nn.GRU(2, 6, batch_first=True), initial=initial),nn.Linear(6, 1)
+    def forward(self, x): return self.head(self.rnn(x))
+
+class Gradients(Callback):
+    "That of each part of each window; no step is taken"
+    order = 90
+    def before_fit(self): self.seen = {}
+    def before_step(self):
+        cb = self.learn.tbptt_reset_cb
+        at = cb.segment.window.batch[0][0,0,0].item(),cb.sub_window.start
+        self.seen[at] = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+        raise CancelStepException('looked at')
+    def after_cancel_step(self): self.learn.opt.zero_grad()
+
+@pytest.mark.parametrize('scheme', [Fixed(SUB), Overlap(3, 8), Fixed(WIN)])
+def test_with_estimated_states_each_part_has_the_gradient_that_it_has_alone(scheme):
+    x,y = data()
+    def gradients(scheme):
+        torch.manual_seed(1)
+        model = Estimated(EncodedState(n_past=7, n_in=2, n_out=1)).double()
+        return fit(made(x, y, scheme, model, cbs=Gradients())).gradients.seen
+    alone,in_turn = gradients(scheme),gradients(Interleaved(scheme, 3))
+    assert alone.keys()==in_turn.keys() and len(alone)>=5
+    for at,grads in alone.items(): assert all(torch.equal(*o) for o in zip(grads, in_turn[at], strict=True)), at
+
+@pytest.mark.parametrize('initial', [StoredState, PassedState])
+def test_states_from_elsewhere_cannot_take_turns(initial):
+    signals = [torch.randn(60, 2) for _ in range(3)]
+    windows = SequenceWindows(signals, [o[:,:1] for o in signals], win_sz=20, stp_sz=5)
+    dls = DataLoaders(*(TbpttDL(windows, bs=4, num_workers=0) for _ in range(2)))
+    with pytest.raises(ValueError, match=f'take turns, but {initial.__name__}'):
+        TbpttLearner(dls, Estimated(initial()), truncation=Interleaved(SUB, 3), loss_func=nn.MSELoss())

@@ -16,7 +16,7 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from helpers import fit, fit_own_lr, learner
+from helpers import fit, fit_own_lr, learner, untaught_on_purpose
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
 from tbptt_fastai.training import callback
@@ -113,6 +113,7 @@ class Plain(nn.Module):
         self.rnn = nn.GRU(1, 8, batch_first=True)
     def forward(self, x): return self.rnn(x)[0]
 
+@untaught_on_purpose
 @pytest.mark.filterwarnings('ignore:.*worker processes.*:UserWarning')
 @pytest.mark.parametrize('make', cases.values(), ids=cases)
 def test_a_rate_too_small_to_change_anything_gives_a_flat_curve(make):

@@ -5,7 +5,7 @@ import torch
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from torch import nn
-from helpers import adam, fit, loaders
+from helpers import adam, fit, loaders, untaught_on_purpose
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
@@ -77,6 +77,7 @@ def plain():
         def forward(self, x): return self.out(self.drop(self.rnn(x)[0]))
     return Plain()
 
+@untaught_on_purpose
 @pytest.mark.parametrize('make', [Counts, normed, plain])
 @pytest.mark.parametrize('kwargs', [dict(), dict(n_skip=30), dict(n_skip=5), dict(stream=True)])
 def test_training_is_the_same_with_and_without(signals, make, kwargs):

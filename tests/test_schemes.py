@@ -11,7 +11,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.torch_core import set_seed
 from torch import nn
-from helpers import adam, fit, fit_own_lr, sgd
+from helpers import adam, fit, fit_own_lr, sgd, untaught_on_purpose
 from reference import scaled_gradients, stream_by_hand, stream_of_sizes, train_overlap, train_scheme_on_stream
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.learner import TbpttLearner
@@ -57,6 +57,7 @@ def same(model, *modules, tol=1e-10):
 def batches(bs=4, n=9): return [list(range(i, min(i+bs, n))) for i in range(0, n, bs)]
 
 
+@untaught_on_purpose
 @pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False), ('gru', True), ('rnn', False)])
 @pytest.mark.parametrize('k1,k2', [(5, 10), (5, 12), (4, 4), (7, WIN), (1, 6), (10, 30), (WIN, WIN)])
 @pytest.mark.parametrize('losses,n_skip', [('last', 0), ('all', 0), ('last', 8), ('all', 8)])
@@ -157,6 +158,7 @@ def test_the_mean_gradient_is_the_full_one():
     assert (found-full).norm()>.2*full.norm()
 
 
+@untaught_on_purpose
 @pytest.mark.parametrize('kind,stateful', [('lstm', True), ('lstm', False)])
 @pytest.mark.parametrize('n_skip', [0, 9])
 @pytest.mark.parametrize('rescale', ['loss', 'lr'])
@@ -343,6 +345,7 @@ def test_jittered_on_text_reads_every_token_in_pieces_of_several_lengths():
 
 SCHEMES = [Fixed(6), Overlap(4, 10), Overlap(4, 10, 'all'), Jittered(7, std=2, least=2), RandomUnbiased(8, 6), RandomUnbiased(8, block=2), Exact(), Exact(5)]
 
+@untaught_on_purpose
 @pytest.mark.parametrize('scheme', SCHEMES, ids=repr)
 @pytest.mark.parametrize('n_skip', [0, 9])
 def test_every_number_a_user_reads_is_that_of_whole_windows(scheme, n_skip):

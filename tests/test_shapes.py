@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributions import Independent, Laplace, Normal, TransformedDistribution
 from torch.distributions.transforms import ExpTransform
 from torch.nn import functional as F
-from helpers import fit, learner, sgd
+from helpers import fit, learner, sgd, untaught_on_purpose
 from tbptt_fastai.loaders.streams import StreamDL
 from tbptt_fastai.sequences.windows import Sequences
 from tbptt_fastai.state.stateful import StatefulRNN
@@ -90,6 +90,7 @@ def test_a_validation_loader_is_held_as_well(name, loader):
     for ask in (learn.validate, lambda dl: learn.get_preds(dl=dl, with_loss=False)):
         with learn.no_bar(), pytest.raises(ValueError, match=r'targets \(20, 20\)'): ask(dl=loader(data(without_channel)))
 
+@untaught_on_purpose
 def test_a_stream_whose_first_blocks_are_washout():
     class Flat(StreamDL):
         def _read(self, block):

@@ -13,7 +13,7 @@ from fastai.learner import Learner, Recorder, load_learner
 from fastai.metrics import accuracy, mae, rmse
 from fastai.torch_core import set_seed
 from torch import nn
-from helpers import adam, fit, sgd
+from helpers import adam, fit, sgd, untaught_on_purpose
 from reference import OwnState, permutations, rows_by_hand, stream_by_hand, train_stream
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
@@ -156,6 +156,7 @@ def test_equals_the_loop_by_hand(rnn, bs, sub_seq_len, shuffle):
     assert_same(learn.model, rnn, head)
 
 
+@untaught_on_purpose
 @pytest.mark.parametrize('lengths,n_skip', [(LENGTHS,3), (LENGTHS,7), (LENGTHS,10), (LENGTHS,18), (LENGTHS,40), ([21]*7,8), ([21]*7,16)]) # of one length: all rows begin in steps without a loss
 def test_washout_equals_the_loop_by_hand(lengths, n_skip):
     xs,ys = sequences(lengths)
@@ -394,6 +395,7 @@ def test_losses_and_metrics_are_means_over_real_steps():
     assert len(learn.dls.train)==len(learn.recorder.losses)
 
 
+@untaught_on_purpose
 @pytest.mark.parametrize('n_skip', [0, 9])
 def test_gradient_accumulation_counts_steps(n_skip):
     "The gradient of a step is the sum over all real steps since the last one, divided by `n_acc`"
@@ -607,6 +609,7 @@ def test_saved_first_states_are_those_of_their_groups():
     with pytest.raises(ValueError, match=r"groups \['x', 'y'\], not of \['y', 'x'\]"): b.load_state_dict(a.state_dict())
 
 
+@untaught_on_purpose
 def test_mixup_draws_once_for_windows_of_a_stream():
     "... also if their first sub-windows have no loss"
     u = torch.randn(120, 2)

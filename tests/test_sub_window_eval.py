@@ -8,12 +8,14 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.metrics import mae, rmse
 from torch import nn
-from helpers import fit
+from helpers import fit, untaught_on_purpose
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
 from tbptt_fastai.training.evaluation import SubWindowEvalCB
 from tbptt_fastai.training.metrics import fun_rmse
 from tbptt_fastai.state.stateful import StatefulRNN
+
+pytestmark = untaught_on_purpose # of the fixture
 
 
 class Mixed(nn.Module):

@@ -15,7 +15,7 @@ from fastai.metrics import mae, mse
 from fastai.torch_core import set_seed
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
-from helpers import fit, sgd
+from helpers import fit, sgd, untaught_on_purpose
 from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.learner import RNNLearner, ScaledL1Loss, TbpttLearner
 from tbptt_fastai.loaders.dataloaders import SequenceDataLoaders
@@ -147,6 +147,7 @@ def test_layers(kind, stateful, dim):
     for source in ('list', 'stream'):
         assert_same(*(numbers(trained(source, d, partial(net, kind=kind, stateful=stateful))) for d in (1, dim)), dim)
 
+@untaught_on_purpose
 @dims
 @pytest.mark.parametrize('source', ['list', 'tbptt', 'stream'])
 @pytest.mark.parametrize('n_skip', [5, 14])

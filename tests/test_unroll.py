@@ -8,7 +8,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from torch import nn
-from helpers import adam, fit, item_loaders
+from helpers import adam, fit, item_loaders, untaught_on_purpose
 from reference import stream_by_hand, train_overlap, train_scheme_on_stream, train_tbptt
 from torch._dynamo.testing import CompileCounter # counts graphs, and needs no compiler
 from tbptt_fastai.deploy.predictor import StreamPredictor
@@ -152,6 +152,7 @@ def on_stream(rnn, head, runs, weigh, n_epoch, size=7, opt=None, n_skip=0):
 
 # Trained as by hand
 
+@untaught_on_purpose
 @pytest.mark.parametrize('kind', [*CELLS, *WITHOUT_FIRST])
 @pytest.mark.parametrize('n_skip', [0, 5, 14])
 def test_windows_train_as_by_hand(kind, n_skip):

@@ -18,6 +18,7 @@ from ..loaders.views import inner_loader, resolve_time_dim
 from ..sequences.frames import check_frame
 from ..sequences.windows import Sequences, channel_names
 from ..state.carry import Carry, layer_of, out_of_reach
+from ..state.encoded import Past, encoded_states, n_past_of
 from ..training.callback import TbpttResetCB
 from ..training.checks import channels_explained, check_states
 from ..state.own import resets_state
@@ -477,6 +478,55 @@ def _begin_rows(self:StreamPredictor, rows, groups):
     def forgotten(o): return torch.where(rows.to(o.device).view(-1, *[1]*(o.ndim-1)), torch.nan, o)
     self._last = {i:forgotten(o) for i,o in self._last.items()}
     self._begins = rows if self._begins is None else self._begins|rows
+
+# %% ../../nbs/deploy/00_predictor.ipynb #a383dd0f
+@patch
+def begin(self:StreamPredictor,
+    x_past, # Known inputs, laid out as a chunk, up to the first step that is to be predicted; a tuple of several inputs
+    y_past, # The outputs of the same steps, in the units of the data; classes by their numbers
+    groups:list=None, # The group of each stream, as for `reset`
+):
+    "Begin all streams anew, with the state that the end of the known past tells"
+    after = copy.copy(self) # so that nothing has changed if the past is refused
+    if groups is not None: groups = check_names('groups', groups, 'a list with the group of each stream')
+    with taking_turns(self.model):
+        after._forget(groups)
+        after._begin_after(x_past if isinstance(x_past, tuple) else (x_past,), y_past)
+    vars(self).update(vars(after))
+
+@patch
+def _begin_after(self:StreamPredictor, x_past, y_past):
+    n = n_past_of(self.model)
+    if n==0: raise TypeError(
+        f"{type(self.model).__name__} has no EncodedState: its state cannot be told from a past. Call reset(), and predict the "
+        "inputs of the past as a chunk.")
+    self._next(x_past) # what else is carried
+    xs,timed,one = self._inputs((self._with_codes(x_past[0]), *x_past[1:]))
+    y = self._known_outputs(y_past, xs, timed, one, n)
+    xs = tuple(x[:,-n:] if t else x for x,t in zip(xs, timed))
+    encoded = encoded_states(self.model)
+    with _alone(self.model):
+        for name,o in encoded.items():
+            m = self.model.get_submodule(name)
+            self._states[name] = o.estimate(Past(xs, (y[:,-n:],)), self._states[name], m.batch_dim)
+
+
+# %% ../../nbs/deploy/00_predictor.ipynb #9bd2a644
+@patch
+def _known_outputs(self:StreamPredictor, y, xs, timed, one, n):
+    "Those of the past, `(streams, steps, ...)`; a `ValueError` if they are not those of the inputs, or too few, or not finite"
+    like = next(x for x,t in zip(xs, timed) if t)
+    y = _as_tensor(y)
+    y = y.to(like.device, like.dtype if y.is_floating_point() else y.dtype)
+    if one: y = y[None]
+    if y.shape[:2]!=like.shape[:2] or like.shape[1]<n: raise ValueError(
+        f"The past has inputs {tuple(like.shape)} and outputs {tuple(y.shape)}; expected as many streams and steps in both, "
+        f"and at least {n} steps (n_past).")
+    for name,o in (*(('inputs', x) for x in xs), ('outputs', y)):
+        if _is_real(o) and not o.isfinite().all(): raise ValueError(
+            f"The {name} of the past are not all finite: a state cannot be told from them. Begin where they are known.")
+    return y
+
 
 # %% ../../nbs/deploy/00_predictor.ipynb #a7aad32c
 @patch

@@ -6,6 +6,7 @@
 __all__ = ['activation_memory']
 
 # %% ../../nbs/instruments/00_activation.ipynb #30c7d1ca
+import warnings
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from ..state.own import own_resets, reset_own_state
@@ -36,7 +37,9 @@ def activation_memory(
     training = model.training
     _forget(model, groups)
     try:
-        with saved_tensors_hooks(pack, lambda t: t): model.train()(*xb)
+        with saved_tensors_hooks(pack, lambda t: t), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'A .* with an EncodedState is trained outside', UserWarning) # it is not trained
+            model.train()(*xb)
     finally:
         model.train(training)
         _forget(model)

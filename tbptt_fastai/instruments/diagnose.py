@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from ..training.callback import TbpttResetCB
 from ..state.carry import Carry
+from ..state.encoded import encoded_states
 from ..loaders.segment import Window, preds_to_rows
 from ..training.checks import resolve_truncation
 from ..loaders.views import inner_loader, plain_batch, resolve_time_dim
@@ -263,6 +264,11 @@ def _verdict(table, frozen, sub_seq_len, n, remembers, leaks, carried, cut):
         or _fault_in_training(learns, frozen, sub_seq_len, n) or "healthy: the memory learns through the state.")
 
 # %% ../../nbs/instruments/01_diagnose.ipynb #06990fe7
+def _in_encoders(model, names):
+    "Those of the parameters that estimate a state"
+    prefixes = tuple(f'{name}.initial.'.lstrip('.') for name in encoded_states(model))
+    return [o for o in names if prefixes and o.startswith(prefixes)]
+
 def _steps_to_try(steps, sub_seq_len):
     if steps is not None: return check_steps('steps', steps, 2)
     return 20 if sub_seq_len==1 else min(sub_seq_len or 100, 100)
@@ -296,5 +302,6 @@ def check_memory_grads(self:Learner,
     table = MemoryGrads.from_dict(rows, orient='index', columns=['norm','through memory','share','verdict'])
     if not facts['carried']: table[['through memory','share']] = float('nan')
     table.attrs['verdict'] = _verdict(table, frozen, sub_seq_len, n, **facts)
+    table.loc[_in_encoders(model, names), 'verdict'] = 'not run here' # this window begins with the module's own first state
     table.loc[list(frozen)] = 0.,0.,0.,'frozen'
     return table

@@ -169,7 +169,8 @@ def gradients_by_lag(
 )->tuple: # Norms `(batches, lags)`; by lag, the sum over batches of the mean gradients; inputs and groups of the first window
     "Norms of the gradient of a loss with respect to the states before it"
     cb = next(iter(learn._grab_cbs(TbpttResetCB)), TbpttResetCB())
-    limit = cb.n_skip+(1000 if max_lag is None else 2*max_lag)
+    n_skip = cb.first_steps.without_loss()
+    limit = n_skip+(1000 if max_lag is None else 2*max_lag)
     device = next(learn.model.parameters()).device
     phis,total,example = [],{},None
     for window,n_inp,groups in windows_of(inner_loader(learn.dls.train), limit, given_n_inp(learn.dls), cb.timed, cb.time_dim):
@@ -179,10 +180,10 @@ def gradients_by_lag(
             xb = plain_batch(window.batch[:n_inp], device)
             example = Window(xb, n_inp, window.timed[:len(tree_leaves(xb))], window.time_dim),groups
         n_blocks = steps//step
-        ends = _blocks_with_loss(n_blocks, n_lags, step, n_losses, cb.n_skip, has_step_targets(window))
+        ends = _blocks_with_loss(n_blocks, n_lags, step, n_losses, n_skip, has_step_targets(window))
         if not ends and phis: continue
         if not ends: raise ValueError(
-            f"A window has {window.steps} steps, of which {cb.n_skip} are washout: no loss has {n_lags*step} steps before it. "
+            f"A window has {window.steps} steps, of which {n_skip} are washout: no loss has {n_lags*step} steps before it. "
             "Use longer windows, or a smaller max_lag.")
         phi,gradient = _gradients(learn, window, n_inp, groups, step, n_blocks, n_lags, ends)
         phis.append(phi)

@@ -16,7 +16,7 @@ from fastcore.meta import delegates
 from torch import Tensor
 from .segment import Segment, map_predictions, planned_pieces, preds_to_rows
 from ..state.carry import Start
-from ..state.pieces import Piece
+from ..state.pieces import PastSteps, Piece, estimated_at
 from ..truncation.plan import SubWindow
 
 # %% ../../nbs/loaders/03_layout.ipynb #79dfd596
@@ -154,7 +154,20 @@ def restarts(self:Block,
 @patch
 def pieces(self:Block, seen):
     start = self.starts(seen)
-    return [Piece(self.steps, start=start)] if self.plan is None else planned_pieces(self, self.plan, start)
+    pieces = [Piece(self.steps, start=start)] if self.plan is None else planned_pieces(self, self.plan, start)
+    return self.with_past(pieces, self.steps)
+
+
+# %% ../../nbs/loaders/03_layout.ipynb #88dc8c49
+@patch
+def with_past(self:Block, pieces, steps, first=0):
+    "Where the block is that of a run, `first` is its first step there"
+    begin = (self.whole.start==0)&(self.whole.n>0)
+    if not self.n_past or not begin.any(): return pieces # as many pieces in all processes
+    n,rows = self.n_past,(self.start==0)&(self.n>0)
+    known = self._said is None or np.all(self._said(self.seq, self.start, np.where(rows, n, 0)))
+    return estimated_at(pieces, steps, first+n, PastSteps(first, first+n, None if rows.all() else rows, bool(known)))
+
 
 # %% ../../nbs/loaders/03_layout.ipynb #88ab330c
 @patch
@@ -214,6 +227,14 @@ def pieces(self:BlockRun, seen):
         if i in apart or block.restarts(last):
             pieces.append(Piece(block.steps, factors.get(i, 1.), start, i==self.plan.carry, block))
         else: pieces[-1] = pieces[-1]._replace(steps=pieces[-1].steps+block.steps)
+    return self.with_past(pieces, self.steps)
+
+@patch
+def with_past(self:BlockRun, pieces, steps):
+    first = 0
+    for block in self.blocks:
+        pieces = Block.with_past(block, pieces, steps, first)
+        first += block.steps
     return pieces
 
 @patch

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from ..sequences.axis import check_time_dim, cut_steps, has_steps, layouts, to_rows
 from .counts import TargetCounts
 from ..state.carry import Start
-from ..state.pieces import Piece
+from ..state.pieces import PastSteps, Piece, estimated_at
+from ..truncation.first_steps import FirstSteps, as_first_steps, joined
 from ..truncation.plan import SubWindow, Truncation
 
 # %% ../../nbs/loaders/00_segment.ipynb #f3a5f0f9
@@ -42,6 +43,8 @@ class Segment:
     joins = True # Is there a prediction for each step?
     begins_apart = False # May its rows start over at different times, or in the middle?
     time_dim = 1 # Where the time axis of its batch is
+    n_past = 0 # First steps of each window or sequence that the state after them is estimated from
+    known_batch = None # Its batch, with targets, where none of them counts and the past is asked for
 
     @property
     def is_silent(self):
@@ -61,6 +64,10 @@ class Segment:
     def pieces(self, seen)->list[Piece]:
         "The calls of the model that it takes"
         return [Piece(None, start=self.starts(seen))]
+
+    def with_past(self, pieces, steps):
+        "The same pieces, of so many steps; where the past ends, the state is estimated"
+        return pieces
 
     def real(self, pred, yb):
         "Predictions and targets without padding"
@@ -221,13 +228,29 @@ def weighed(self:Window,
 @patch
 def plan(self:Window,
     truncation:Truncation, # Scheme
-    n_skip:int=0, # Washout: first steps of the window whose loss does not count
+    n_skip:int=0, # Washout: first steps of the window whose loss does not count; or `FirstSteps`
     rng:Random=None, # Where random numbers come from
 )->list[SubWindow]:
     "Its sub-windows. If no target has a time axis, the loss counts in the last one only"
-    if self.has_timed_targets: return self.weighed(truncation.sub_windows(self.steps, n_skip, rng), truncation.weight)
-    *carry,last = truncation.sub_windows(self.steps, rng=rng)
+    first = as_first_steps(n_skip)
+    self.check_first_steps(first)
+    if self.has_timed_targets:
+        plan = self.weighed(first.plan(truncation, self.steps, rng), truncation.weight)
+        return joined(plan, first.burn_in, first.warm_up, truncation.recompute)
+    *carry,last = FirstSteps(warm_up=first.warm_up).plan(truncation, self.steps, rng)
     return self.weighed([o._replace(loss_start=o.stop, weight=0.) for o in carry]+[last._replace(weight=1.)])
+
+# %% ../../nbs/loaders/00_segment.ipynb #60285222
+@patch
+def check_first_steps(self:Window,
+    first:FirstSteps, # What is done with the first steps of a window
+):
+    "A `ValueError` if some losses are to be left out, but there is none for each step"
+    if not (first.burn_in or first.washout) or self.has_timed_targets: return
+    name = 'burn_in' if first.burn_in else 'washout'
+    raise ValueError(
+        f"{name} is {getattr(first, name)}, but no target has the time axis of a window of {self.steps} steps: its loss is "
+        f"one for all of it, and no steps can be left out. Leave out {name}; sub_seq_len says how far gradients go back.")
 
 # %% ../../nbs/loaders/00_segment.ipynb #2d7275ea
 @patch
@@ -241,14 +264,31 @@ def _has_other_steps(self:Window, o):
 @patch
 def check_washout(self:Window,
     n_skip:int, # Washout
+    name:str='n_skip', # The setting that asks for it
 ):
     "A `ValueError` if it cannot be left out, as targets have a time axis of another number of steps"
     if not (n_skip and self.is_guessed) or any(self.targets_timed): return
     other = next((tuple(o.shape) for o in self.targets if self._has_other_steps(o)), None)
     if other is None: return
     raise ValueError(
-        f"n_skip is {n_skip} steps of a window of {self.steps}, but its targets have shape {other}: a washout cannot be left "
+        f"{name} is {n_skip} steps of a window of {self.steps}, but its targets have shape {other}: a washout cannot be left "
         "out of another number of steps. Bring both to one rate; if the targets have no time axis, say so by timed=.")
+
+# %% ../../nbs/loaders/00_segment.ipynb #e364ea45
+@patch
+def check_past(self:Window,
+    n_past:int, # First steps that the state after them is estimated from
+):
+    "A `ValueError` if nothing comes after them, or if they have no targets"
+    if self.steps<=n_past: raise ValueError(
+        f"n_past is {n_past}, but a window has {self.steps} steps: no step comes after its past. "
+        "Use longer windows, or a smaller n_past.")
+    if self.targets and any(self.targets_timed): return
+    found = 'no targets' if not self.targets else f'targets of shape {tuple(getattr(self.targets[0], "shape", ()))}'
+    raise ValueError(
+        f"A state is estimated from the first n_past={n_past} inputs and targets of a window, but a batch has {found}: expected "
+        "one for each step. Where they are not known: EncodedState.evaluation = 'own' begins with the module's own first state.")
+
 
 # %% ../../nbs/loaders/00_segment.ipynb #0e3052a5
 def planned_pieces(
@@ -290,7 +330,15 @@ class WindowPart(Segment):
         return None if goes_on else Start()
 
     def after(self, seen): return self if self.moves_on else seen
-    def pieces(self, seen): return planned_pieces(self, self.sub_window, self.starts(seen))
+    def pieces(self, seen):
+        return self.with_past(planned_pieces(self, self.sub_window, self.starts(seen)), self.sub_window.steps)
+
+    def with_past(self, pieces, steps):
+        at = self.n_past-self.sub_window.start
+        if not self.n_past or not 0<=at<steps: return pieces
+        mask,n = self.window.mask,self.n_past
+        known = mask is None or mask.ndim<2 or bool(cut_steps(mask, 0, n, self.time_dim).all())
+        return estimated_at(pieces, steps, at, PastSteps(0, n, known=known))
 
 # %% ../../nbs/loaders/00_segment.ipynb #16856dbd
 def in_turn(
@@ -399,7 +447,7 @@ def _washed(self:WindowPart, pred, yb):
     steps,n_skip = self.sub_window.steps,self.sub_window.loss_start-self.sub_window.start
     if n_skip==0 or not any(self.window.targets_timed): return pred,yb
     if n_skip==steps: raise ValueError(
-        f"A window to evaluate has {steps} steps, and all are washout (n_skip): no step would count.")
+        f"A window to evaluate has {steps} steps, and all are washout (n_skip or washout): no step would count.")
     bs,dim = self.window.bs,self.time_dim
     targets,form = tree_flatten(yb)
     classes_second = self.classes_second and dim==1 and all(o.ndim==2 for o in targets)

@@ -16,6 +16,7 @@ from .counts import NotIgnored, SequenceCounts
 from .layout import BlockRun
 from .shared import Part
 from .views import SubWindows, inner_loader
+from ..truncation.first_steps import gaps, joined
 from ..truncation.plan import Fixed
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #7ba3dcec
@@ -64,6 +65,7 @@ class StreamView(SubWindows):
         if self.block is None or isinstance(self.truncation, Fixed) and self.block==self.sub_seq_len: return None
         n = len(self.layout)
         if n==0: return []
+        if not self.evaluation: self._check_burn_in() # by now a scheme may have other lengths
         return [self._in_blocks(o) for o in self.truncation.sub_windows(n*self.block, rng=self._new_rng())]
 
     @cached_property
@@ -83,7 +85,7 @@ class StreamView(SubWindows):
 
     def _steps(self):
         self.warm_up = []
-        blocks = self.stream.read_blocks(self.layout, self.dl.device)
+        blocks = self._with_past(self.stream.read_blocks(self.layout, self.dl.device))
         for block,batch in blocks if self.runs is None else self._run(blocks):
             block = block.laid_out(self.time_dim)
             if block.weight==0 and not self.evaluation:
@@ -131,7 +133,7 @@ def beginnings(self:StreamView, limit):
 def _planned(self:StreamView, block):
     "A block of whole sequences is cut as the scheme says"
     if self.evaluation or self.truncation is None or self.block is not None or self.varies: return block
-    plan, = self.truncation.sub_windows(block.steps)
+    plan, = joined(self.truncation.sub_windows(block.steps), self.first_steps.burn_in)
     return block.planned(plan)
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #ac6586d5
@@ -166,13 +168,28 @@ def _run(self:StreamView, blocks):
         run = BlockRun([block for block,_ in held], plan, self.block, most)
         yield run,tuple(torch.cat(o, 1) for o in batches)
 
+# %% ../../nbs/loaders/04_stream_view.ipynb #7d7bc611
+@patch
+def _with_past(self:StreamView, blocks):
+    "The blocks, which know how many first steps of a sequence are its past"
+    for block,batch in blocks:
+        block.n_past = self.n_past
+        yield block,batch
+
+@patch
+def _knowing(self:StreamView, block, batch):
+    "A block that is run for the state alone; its targets may be asked for all the same"
+    if self.n_past: block.known_batch = self.laid_out(batch)
+    return block
+
+
 # %% ../../nbs/loaders/04_stream_view.ipynb #6d53544e
 @patch
 def _carried_on(self:StreamView, block, batch):
     "The blocks, and their batches, that bring the state to where the next training step starts"
-    if not isinstance(block, BlockRun): return [(block, batch)]
+    if not isinstance(block, BlockRun): return [(self._knowing(block, batch), batch)]
     parts = zip(*(o.split([b.steps for b in block.blocks], 1) for o in batch))
-    return list(zip(block.blocks, parts))[:block.plan.carry]
+    return [(self._knowing(*o), o[1]) for o in zip(block.blocks[:block.plan.carry], parts)]
 
 @patch
 def _n_runs_with_loss(self:StreamView): return sum(o>0 for o in self.run_weights)
@@ -204,16 +221,16 @@ def _check_scheme(self:StreamView, longest):
 # %% ../../nbs/loaders/04_stream_view.ipynb #c9d881cc
 @patch
 def _check_washout(self:StreamView, lengths):
-    n_skip,longest = self.n_skip,int(lengths.max())
+    n_skip,longest,name = self.n_skip,int(lengths.max()),self.first_steps.name(self.evaluation)
     if n_skip>=longest:
         raise ValueError(
-            f"n_skip is {n_skip}, the longest sequence has {longest} steps: no step would count in the loss. "
-            "Use a smaller n_skip.")
+            f"{name} is {n_skip}, the longest sequence has {longest} steps: no step would count in the loss. "
+            f"Use a smaller {name}.")
     if n_skip>=lengths.min():
         short = self.stream.dataset.groups_of(np.flatnonzero(lengths<=n_skip))
         more = '…' if len(short)>10 else ''
         warnings.warn(
-            f"{len(short)} of {len(lengths)} sequences are not longer than n_skip={n_skip}, "
+            f"{len(short)} of {len(lengths)} sequences are not longer than {name}={n_skip}, "
             f"so none of their steps counts in the loss: {short[:10]}{more}.", stacklevel=3)
 
 @patch
@@ -223,6 +240,41 @@ def check(self:StreamView):
     lengths = self.stream.dataset.lengths
     self._check_scheme(int(lengths.max()))
     self._check_washout(lengths)
+    if not self.evaluation: self._check_first_steps()
+
+# %% ../../nbs/loaders/04_stream_view.ipynb #e1c69e55
+@patch
+def _check_burn_in(self:StreamView):
+    "A `ValueError` if the gradient of the first loss of a sequence may not go back to its start"
+    first,scheme,n = self.first_steps,self.truncation,self.n_skip
+    if first.burn_in<=first.warm_up: return
+    if self.varies: gap = 0 if n<getattr(scheme, 'least', 1) else n # its shortest sub-window
+    else: gap = max(gaps(scheme, n))
+    if gap<=first.warm_up: return
+    beside = f" (with n_skip={n})" if n>first.burn_in else ''
+    raise ValueError(
+        f"burn_in is {first.burn_in}{beside}, but in the rows of a stream {scheme} may cut a sequence before its first loss, "
+        f"up to {gap} steps after its start: then no gradient goes through its burn-in. Use a burn_in that is shorter than "
+        "the shortest sub-window of a sequence, a longer sub_seq_len, Overlap(k1, k2) with a k2 above it, or windows (win_sz).")
+
+@patch
+def _check_first_steps(self:StreamView):
+    "A `ValueError` if the rows of a stream cannot be cut as a burn-in or a warm-up asks for"
+    warm_up,scheme = self.first_steps.warm_up,self.truncation
+    has_one_size = isinstance(scheme, Fixed) and self.block==self.sub_seq_len
+    if warm_up and not (has_one_size and warm_up%self.block==0): raise ValueError(
+        f"warm_up is {warm_up}, but the rows of a stream are cut by {scheme}: the first steps of a sequence can only be run "
+        "without a gradient if they are a whole number of sub-windows of one length. Use a multiple of sub_seq_len, a burn_in, "
+        "or windows (win_sz).")
+    self._check_burn_in()
+
+# %% ../../nbs/loaders/04_stream_view.ipynb #125acd94
+@patch(as_prop=True)
+def untaught(self:StreamView):
+    "First steps of each sequence that no gradient of the training reaches, because of `n_skip`, wherever it begins"
+    first = self.first_steps
+    if self.evaluation or first.n_skip<=first.warm_up or first.burn_in>first.warm_up: return 0
+    return max(min(gaps(self.truncation, first.n_skip))-first.warm_up, 0)
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #ab2410af
 @patch

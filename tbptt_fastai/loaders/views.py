@@ -25,6 +25,7 @@ from .continuing import check_order, check_rows_of, check_same_rows, continues
 from .counts import NotIgnored, TargetCounts
 from .segment import CountedBatch, Segment, Window, WindowPart, in_turn, is_array
 from ..sequences.axis import check_time_dim, layouts
+from ..truncation.first_steps import Whole, as_first_steps
 from ..truncation.plan import SubWindow, Truncation, Fixed, as_truncation
 
 # %% ../../nbs/loaders/01_views.ipynb #ec6dde28
@@ -75,10 +76,13 @@ class SubWindows(GetAttr):
     `segment` says what was yielded last."""
     _default = 'dl'
     flat = False # Are the predictions of a batch one step after the other, without rows?
+    n_past = 0 # First steps of each window or sequence that the state after them is estimated from
+    past_is_checked = False # Was it seen, in this run, that a batch is what the loader has made?
+    drawn = None # numbers of the items of this run, in the order in which a loader of fastai gives them
     def __init__(self,
         dl, # Loader whose batches are windows: a fastai or PyTorch `DataLoader`, or a list of batches
         truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
-        n_skip:int=0, # Washout: first steps of each window whose loss does not count
+        n_skip:int=0, # Washout: first steps of each window whose loss does not count; or `FirstSteps`
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
         n_inp=None, # How many elements of a batch are inputs, or a function of it; default: as the loader says, or all but the last
         evaluation:bool=False, # Is it for an evaluation, which is of whole windows, whatever the scheme?
@@ -92,7 +96,9 @@ class SubWindows(GetAttr):
         self.counts = self._counts_here(counts)
         self.evaluation = evaluation
         self.truncation = as_truncation(self.eval_seq_len if evaluation else truncation)
-        self.n_skip,self.timed = n_skip,timed
+        self.first_steps,self.timed = as_first_steps(n_skip),timed
+        self.n_skip = self.first_steps.without_loss(evaluation)
+        if self.truncation is None and self._warmed_up: self.truncation = Whole()
         self.continuing = continues(inner_loader(dl)) if continuing is None else continuing
         self.segment,self.warm_up,self._begun,self._rows = Segment(),[],None,None
         self._n_before,self._left = 0,[] # windows in a row that had no training step, and what is to be run before the next
@@ -120,6 +126,7 @@ class SubWindows(GetAttr):
             self._before_read(self.n_read)
             try: batch = next(batches)
             except StopIteration: return
+            if self.n_read==0: self.drawn = vars(self.dl).get('_DataLoader__idxs') if isinstance(self.dl, DataLoader) else None
             yield batch
 
     def __len__(self):
@@ -200,10 +207,12 @@ def _segments(self:SubWindows, batch):
     if not self._cuts: return self._whole_batch(batch)
     n_inp = self.n_inputs(batch)
     window = Window(batch, n_inp, self.timed, self.time_dim, self.counts)
-    window.check_washout(self.n_skip)
+    window.check_first_steps(self.first_steps)
+    window.check_washout(self.n_skip, self.first_steps.name(self.evaluation))
+    if self.n_past: window.check_past(self.n_past)
     steps,plan,goes_on = window.steps,[],self._goes_on(window)
     if self.truncation is None: plan = self._washed(window)
-    elif steps>self.n_skip or self.world_size==1: plan = window.plan(self.truncation, self.n_skip, self.rng)
+    elif steps>self.n_skip or self.world_size==1: plan = window.plan(self.truncation, self.first_steps, self.rng)
     n_sub = sum(o.weight>0 for o in plan)
     self._agree(steps, n_sub if steps>self.n_skip else 0)
     segments,warm_up = [],self._left if goes_on else []
@@ -211,6 +220,7 @@ def _segments(self:SubWindows, batch):
         is_first = not (segments or goes_on)
         n_before,is_last = 0 if segments else self._n_before,len(segments)+1==n_sub
         part = WindowPart(window, o, n_sub, is_first, n_before, self.continuing, is_last)
+        part.n_past = self.n_past
         if o.weight:
             segments.append((part, warm_up))
             warm_up = []
@@ -344,7 +354,7 @@ def n_sub(self:SubWindows):
     if self.truncation is None or self.n_windows==0: return 1
     window,counts = self.first_window,[]
     while not counts or self.truncation.random and len(counts)<20 and sum(counts)<200:
-        plan = window.plan(self.truncation, self.n_skip, Random(len(counts)))
+        plan = window.plan(self.truncation, self.first_steps, Random(len(counts)))
         counts.append(sum(o.weight>0 for o in plan))
     return max(round(mean(counts)), 1) # none, if no target of the first window counts
 
@@ -368,12 +378,26 @@ def in_flight(self:SubWindows):
 @patch(as_prop=True)
 def carries(self:SubWindows):
     "Does a state go on from one batch to the next?"
-    return self.truncation is not None or self.continuing
+    return self.truncation is not None or self.continuing or self.n_past>0
 
 @patch(as_prop=True)
 def is_uneven(self:SubWindows):
     "May other numbers of targets count in its segments?"
-    return self.counts is not None or not isinstance(self.truncation, (Fixed, type(None)))
+    return self.counts is not None or not isinstance(self.truncation, (Fixed, Whole, type(None)))
+
+# %% ../../nbs/loaders/01_views.ipynb #041fe0d5
+@patch(as_prop=True)
+def _warmed_up(self:SubWindows):
+    "First steps of each window that come before the plan of the scheme"
+    return 0 if self.evaluation else self.first_steps.warm_up
+
+@patch(as_prop=True)
+def untaught(self:SubWindows):
+    "First steps of a window that no gradient of the training reaches, because of `n_skip`"
+    if self.evaluation or self.truncation is None or not self.first_steps.n_skip: return 0
+    window = self.first_window
+    if not any(window.targets_timed) or window.steps<=self.n_skip: return 0
+    return self.first_steps.untaught(self.truncation, window.steps)
 
 # %% ../../nbs/loaders/01_views.ipynb #48fd1783
 @patch(as_prop=True)
@@ -397,14 +421,14 @@ def _elsewhere(window, least):
     said = ' or '.join(f'time_dim={dim} for {layouts[dim]}' for dim in found)
     return f" If time is another axis of {shape}: {said}." if found else ''
 
-def _check_fits(scheme, window):
+def _check_fits(scheme, window, warm_up):
     "A `ValueError` if a window is too short for a scheme"
-    steps = window.steps
+    steps = window.steps-warm_up
     if scheme.least_window<=steps: return
     if isinstance(scheme, Fixed): asked = f'sub_seq_len is {scheme.sub_seq_len}'
     else: asked = f'{scheme} is for windows of {scheme.least_window} steps or more'
     raise ValueError(
-        f"{asked}, but a window has {steps} steps. "
+        f"{asked}, but a window has {steps} steps{' after its warm-up' if warm_up else ''}. "
         f"Use a sub-window of at most {steps}, or None for the whole window.{_elsewhere(window, scheme.least_window)}")
 
 @patch
@@ -422,9 +446,13 @@ def check_window(self:SubWindows,
     window:Window, # The first one
 ):
     "A `ValueError` if it is too short"
+    first,warm_up = self.first_steps,self._warmed_up
+    window.check_first_steps(first)
+    first.check_fits(window.steps, self.evaluation)
     scheme = self.truncation or Fixed(window.steps)
-    _check_fits(scheme, window)
-    scheme.sub_windows(window.steps, self.n_skip)
+    _check_fits(scheme, window, warm_up)
+    scheme.sub_windows(window.steps-warm_up, self.n_skip-warm_up)
+
 @patch
 def check_continuing(self:SubWindows):
     "A `ValueError` if batches are to continue each other, and cannot"
@@ -435,10 +463,10 @@ def check_continuing(self:SubWindows):
     if self.in_flight>1: raise ValueError(
         f"{self.truncation} has windows take turns, but here each batch continues the last, as one window. "
         "Use a scheme without turns, or windows that begin anew (continuing=False).")
-    if self.n_skip: raise ValueError(
-        f"n_skip is {self.n_skip}, but each batch continues the last, so a washout would be the start of the whole run alone. "
+    n_skip,name = max((n,name) for name,n in self.first_steps._asdict().items())
+    if n_skip: raise ValueError(
+        f"{name} is {n_skip}, but each batch continues the last, so a washout would be the start of the whole run alone. "
         "Leave it out; or use a StreamDL, whose sequences each have a washout, or windows (continuing=False).")
-
 
 # %% ../../nbs/loaders/01_views.ipynb #12b0c1b5
 @patch
@@ -460,7 +488,7 @@ def inputs(self:SubWindows,
 def view_of(
     dl, # A loader of windows, or a view of one
     truncation:Truncation|int=None, # Scheme, or steps of a sub-window; default: the whole window
-    n_skip:int=0, # Washout: first steps of each window whose loss does not count
+    n_skip:int=0, # Washout: first steps of each window whose loss does not count; or `FirstSteps`
     timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
     n_inp=None, # How many elements of a batch are inputs, or a function of it; default: as the loader says, or all but the last
     evaluation:bool=False, # Is it for an evaluation, which is of whole windows, whatever the scheme?

@@ -9,6 +9,7 @@ __all__ = ['rnn_types', 'check_channels', 'as_statistics', 'Standardize', 'Embed
 import torch
 from fastai.layers import Embedding
 from fastai.tabular.model import emb_sz_rule
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ..state.stateful import StatefulRNN
 from ..sequences.axis import check_time_dim, from_rows, to_rows
@@ -139,6 +140,7 @@ class SequenceRNN(nn.Module):
         last:bool=False, # One output for each window, after its last step?
         time_dim:int=1, # Where the time axis of inputs and outputs is: 0, 1 or -1
         n_classes:dict=None, # Number of classes, for each input channel that has such: it is embedded
+        initial:nn.Module=None, # First state, as for `StatefulRNN`; an `EncodedState` is told channels and scalings
     ):
         super().__init__()
         check_rnn_type(rnn_type)
@@ -152,7 +154,8 @@ class SequenceRNN(nn.Module):
         self.embed = EmbedClasses(n_in, n_classes) if n_classes else None
         n_rnn = self.embed.n_out if n_classes else n_in
         rnn = rnn_types[rnn_type](n_rnn, hidden_size, num_layers, batch_first=True, dropout=dropout)
-        self.rnn = StatefulRNN(rnn)
+        self._tell(initial, n_rnn, n_out)
+        self.rnn = StatefulRNN(rnn, initial=initial)
         self.head = nn.Linear(hidden_size, n_out)
 
     def forward(self,
@@ -170,3 +173,15 @@ class SequenceRNN(nn.Module):
     def reset(self):
         "Forget the carried state"
         self.rnn.reset()
+
+# %% ../../nbs/models/00_sequence.ipynb #47e31880
+@patch
+def _tell(self:SequenceRNN, initial, n_in, n_out):
+    "Channels and scalings, to a first state that is estimated from them"
+    if not hasattr(initial, 'for_channels'): return
+    if self.last: raise ValueError(
+        f"The model has one output for each window (last=True), but {type(initial).__name__} estimates a state from outputs "
+        "of single steps. Leave out initial.")
+    scale_x = nn.Sequential(self.scale_x, self.embed) if self.embed else self.scale_x
+    initial.for_channels(n_in, n_out, scale_x, self.scale_y)
+

@@ -24,6 +24,7 @@ class TextRNN(nn.Module):
         hidden_size:int=192, # Hidden units per layer
         num_layers:int=2, # Recurrent layers
         dropout:float=.1, # Dropout between recurrent layers and after the last
+        initial=None, # First state, as for `StatefulRNN`; default: zeros
     ):
         super().__init__()
         check_rnn_type(rnn_type)
@@ -33,7 +34,7 @@ class TextRNN(nn.Module):
         between = dropout if num_layers>1 else 0.
         self.embedding = nn.Embedding(n_vocab, emb_sz)
         rnn = rnn_types[rnn_type](emb_sz, hidden_size, num_layers, batch_first=True, dropout=between)
-        self.rnn = StatefulRNN(rnn)
+        self.rnn = StatefulRNN(rnn, initial=initial)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden_size, n_vocab)
 

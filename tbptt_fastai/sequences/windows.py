@@ -316,6 +316,17 @@ def gather(self:SequenceWindows,
     if self.in_files: return self.read(idxs, np.zeros_like(idxs), np.full(len(idxs), self.win_sz))
     return self._given(self._read_flat(np.asarray(idxs), np.zeros(len(idxs), int), np.full(len(idxs), self.win_sz), self.win_sz))
 
+# %% ../../nbs/sequences/01_windows.ipynb #652b706a
+@patch
+def number_at(self:SequenceWindows,
+    seq:np.ndarray, # Numbers of sequences
+    step:np.ndarray, # A step of each
+)->np.ndarray:
+    "The window that begins there; -1 where none does"
+    i,rest = np.divmod(step, self.stp_sz)
+    number = self._ends[seq]-self._counts[seq]+i
+    return np.where((rest==0)&(i<self._counts[seq]), number, -1)
+
 # %% ../../nbs/sequences/01_windows.ipynb #556a40e1
 class SequenceParts(_Pieces):
     "Consecutive parts of `win_sz` steps; the last part of each sequence has what is left"

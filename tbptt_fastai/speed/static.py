@@ -69,7 +69,7 @@ def carried_states(
     carry:Carry, # Of a training
 )->dict: # `None` if rows are about to start over
     "The state that each module has carried here, by name; empty where a window starts"
-    return None if any(rows is not None for _,rows,_ in carry.snapshot().values()) else carry.states
+    return None if any(rows is not None for _,rows,*_ in carry.snapshot().values()) else carry.states
 
 def begins_at_zero(
     m:nn.Module, # A `StatefulRNN`, or a plain recurrent layer

@@ -41,6 +41,8 @@ class Carry:
     Within it as a context, plain recurrent layers carry them as each `StatefulRNN` does."""
     entered = [] # the contexts that have begun and not ended, the innermost last
     seen = None # the segment that the states are at the end of
+    here = None # what is known of the rows of the batch that is run, in a training with first states from elsewhere
+    begun = None # such first states and what they began: a scheme may go back to the start of a window, and begins it alike
     def __init__(self,
         model:nn.Module, # Any model, also in a `DistributedDataParallel`
         evaluation:bool=False, # Carry in evaluation mode, and leave the training state as it is?
@@ -56,6 +58,7 @@ class Carry:
         self.resets_itself = resets_state(self.inner) # has it a `reset()` of a state? fastai gives one to DistributedDataParallel
         self.layers = {name:m for m,name in recurrent_layers(self.inner).items()}
         self.stateful = {name:m for name,m in self.inner.named_modules() if isinstance(m, StatefulRNN)}
+        self.elsewhere = [m for m in self.stateful.values() if hasattr(m.initial, 'begin_from')] # see `StoredState`
         self._slots = {name:Slot() for name in self.layers} # a plain layer has none of its own
 
     @property
@@ -140,8 +143,20 @@ def start(self:Carry,
 ):
     "Do so, before the next step"
     if o is None: return
-    if o.rest: self.rest(o.rows, o.groups)
-    else: self.reset(o.rows, o.groups)
+    if o.rest: return self.rest(o.rows, o.groups)
+    self.reset(o.rows, o.groups)
+    if self.here is None: return
+    if self.begun is None or self.begun[0] is not self.here.what:
+        self.begun = self.here.what,[m.initial.begin_from(self.here, o.rows) for m in self.elsewhere]
+    for m,first in zip(self.elsewhere, self.begun[1]): m.slot.first = first
+
+@patch
+def came_to(self:Carry,
+    step:int=None, # Of the batch that is run; default: its end
+):
+    "The states are at the end of that step, and may begin other rows later"
+    if self.here is None: return
+    for m in self.elsewhere: m.initial.keep(m.slot.state, self.here, step, m.batch_dim)
 
 # %% ../../nbs/state/02_carry.ipynb #272cd259
 @patch
@@ -163,9 +178,9 @@ def _reset_layers(self:Carry, rows):
 # %% ../../nbs/state/02_carry.ipynb #cadb529a
 @patch
 def snapshot(self:Carry
-)->dict: # By name: state, rows that start over, group of each row
+)->dict: # By name: state, rows that start over, group of each row, states from elsewhere that they start with
     "What every module carries"
-    return {name:(o.state, o.rows, o.groups) for name,o in self.slots.items()}
+    return {name:(o.state, o.rows, o.groups, o.first) for name,o in self.slots.items()}
 
 @patch
 def restore(self:Carry,
@@ -175,7 +190,7 @@ def restore(self:Carry,
     slots = self.slots
     for name,values in snapshot.items():
         slot = slots[name]
-        slot.state,slot.rows,slot.groups = values
+        slot.state,slot.rows,slot.groups,slot.first = (*values, None)[:4]
 
 @patch(as_prop=True)
 def states(self:Carry)->dict:

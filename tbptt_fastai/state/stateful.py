@@ -213,6 +213,7 @@ class Slot:
         groups:list=None, # The group of each row
     ):
         "Forget the state, or have some rows of it start over, and those that were to do so already"
+        self.first = None # bool `(bs,)` and a state: rows that start over with a state from elsewhere, see `StoredState`
         if rows is None: self.state,self.without_grad = None,False
         elif self.rows is not None: rows = torch.as_tensor(rows)|self.rows
         self.rows = rows if rows is None else torch.as_tensor(rows)
@@ -223,7 +224,7 @@ class Slot:
     ):
         "Remember it for the next call, detached unless the owner says otherwise"
         self.state = state if self.owner is not None and self.owner.keep_graph else detach_state(state)
-        self.rows = self.groups = None
+        self.rows = self.groups = self.first = None
 
 # %% ../../nbs/state/01_stateful.ipynb #379ad5d2
 def _check_initial(initial):
@@ -243,7 +244,8 @@ class StatefulRNN(nn.Module):
     def __init__(self,
         rnn:nn.Module, # The recurrent module
         batch_dim=None, # Batch dimension of its state, see `batch_dims`; default: 1 for layers of `torch.nn`, else 0
-        initial=None, # First state, from the groups of a batch's rows: an `InitialState`; default: the module's own
+        # First state, from the groups of a batch's rows: an `InitialState`; or from elsewhere in the training: a `StoredState`,
+        initial=None, # or a `PassedState`; default: the module's own
         batch_first:bool=None, # Is the batch the first dimension of its input, and not time? Default: as it says, else yes
     ):
         super().__init__()
@@ -254,7 +256,8 @@ class StatefulRNN(nn.Module):
         self.rnn,self.initial = rnn,initial
         if batch_dim is None: batch_dim = 1 if isinstance(rnn, nn.RNNBase) else 0
         self.batch_dim = batch_dim
-        _check_dims(initial, batch_dim)
+        _check_dims(self._own_initial, batch_dim)
+        if hasattr(initial, 'fit_to'): initial.fit_to(rnn, batch_dim)
         self.batch_first = getattr(rnn, 'batch_first', True) if check_bools('batch_first', batch_first) is None else batch_first
         self.slot = Slot()
 
@@ -267,7 +270,7 @@ class StatefulRNN(nn.Module):
         if carries and slot.owner is None: self._warn_of_run()
         state = slot.state if carries else None
         check_carried(self.rnn, x, state, self.batch_dim, self.batch_first)
-        if state is None or slot.rows is not None: state = self._begin(x, state)
+        if state is None or slot.rows is not None: state = self._begin(x, state, slot.first if carries else None)
         out,state = self._two(self.rnn(x, state))
         if carries: slot.keep(state)
         elif slot.rows is None: slot.groups = None # rows that start over wait until it is carried
@@ -277,6 +280,11 @@ class StatefulRNN(nn.Module):
     def state(self):
         "The carried state, detached; `None` at the start of a window"
         return self.slot.state
+
+    @property
+    def _own_initial(self):
+        "What makes first states of rows that begin with none from elsewhere"
+        return self.initial.otherwise if hasattr(self.initial, 'begin_from') else self.initial
 
 # %% ../../nbs/state/01_stateful.ipynb #3e3f11f3
 @patch
@@ -312,7 +320,7 @@ def _two(self:StatefulRNN, res):
 @patch
 def _made_from_groups(self:StatefulRNN, bs):
     "What `initial` gives; a `TypeError` if it cannot be the state of a layer of `torch.nn`"
-    first = self.initial(self.slot.groups or [None]*bs)
+    first = self._own_initial(self.slot.groups or [None]*bs)
     if not isinstance(self.rnn, nn.RNNBase) or all(isinstance(o, Tensor) for o in state_leaves(first)): return first
     raise TypeError(f"initial gives {first!r} for {bs} rows; expected the first state of {type(self.rnn).__name__}, tensors alone.")
 
@@ -326,6 +334,11 @@ def state_dtype(
     dtypes = (p.dtype for p in module.parameters() if p.is_floating_point())
     return next(dtypes, torch.get_default_dtype())
 
+@patch(as_prop=True)
+def _makes_first(self:StatefulRNN):
+    "Does `initial` make the first state? One that is `own_first` has it made by the module, and something to say later"
+    return self._own_initial is not None and not getattr(self._own_initial, 'own_first', False)
+
 @patch
 def _own_first(self:StatefulRNN, make, bs, x, is_carried):
     "The module's own first state; where rows of it are put into a carried one, it is known where its batch is"
@@ -338,20 +351,36 @@ def _own_first(self:StatefulRNN, make, bs, x, is_carried):
         "Say where its batch is: StatefulRNN(..., batch_dim=...).")
     return initial
 
+# %% ../../nbs/state/01_stateful.ipynb #a1efc52e
 @patch
-def _begin(self:StatefulRNN, x, state):
+def _with_first(self:StatefulRNN, begun, rows, state, device):
+    "Rows that begin with a state from elsewhere do, if it is finite"
+    leaves = zip(state_leaves(state), batch_dims(state, self.batch_dim))
+    state = tree_map(lambda o: o.to(device) if isinstance(o, Tensor) else o, state)
+    rows = rows.to(device)
+    for o,dim in [o for o in leaves if o[1] is not None]: rows = rows&o.to(device).isfinite().movedim(dim, 0).flatten(1).all(1)
+    return where_state(~rows, begun, state, self.batch_dim)
+
+# %% ../../nbs/state/01_stateful.ipynb #721180a1
+@patch
+def _begin(self:StatefulRNN, x, state, first=None):
     "The first state, in all rows or in those that begin anew"
     x = first_tensor(x)
     bs,make,initial = x.shape[0 if self.batch_first else 1],first_state_of(self.rnn),None
-    if self.initial is not None: initial = self._made_from_groups(bs)
-    elif make is not None: initial = self._own_first(make, bs, x, state is not None)
-    return initial if state is None else where_state(self.slot.rows, initial, state, self.batch_dim)
+    is_unused = hasattr(self.initial, 'warn_unused') and self.training and self.slot.owner is None
+    if is_unused: self.initial.warn_unused()
+    is_put_in = state is not None or first is not None
+    if self._makes_first: initial = self._made_from_groups(bs)
+    elif make is not None: initial = self._own_first(make, bs, x, is_put_in)
+    if state is not None: initial = where_state(self.slot.rows, initial, state, self.batch_dim)
+    return initial if first is None else self._with_first(initial, *first, x.device)
+
 
 # %% ../../nbs/state/01_stateful.ipynb #52ea9ba4
 @patch(as_prop=True)
 def begins_rows(self:StatefulRNN):
     "Can it begin anew in single rows? Then it is known what with"
-    return self.initial is not None or isinstance(self.rnn, nn.RNNBase) or first_state_of(self.rnn) is not None
+    return self._own_initial is not None or isinstance(self.rnn, nn.RNNBase) or first_state_of(self.rnn) is not None
 
 @patch
 def check_rows(self:StatefulRNN):
@@ -369,4 +398,4 @@ def reset(self:StatefulRNN,
 ):
     "Forget the state: the next call starts a new window, in all rows or in some"
     if rows is not None: self.check_rows()
-    self.slot.reset(rows, groups if self.initial is not None else None)
+    self.slot.reset(rows, groups if self._own_initial is not None else None)

@@ -7,7 +7,7 @@ __all__ = ['TbpttResetCB']
 
 # %% ../../nbs/training/04_callback.ipynb #2aa02dba
 from contextlib import ExitStack
-import torch
+import torch, warnings
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import LRFinder
 from fastai.callback.training import GradientAccumulation
@@ -19,10 +19,13 @@ from torch.utils._pytree import tree_leaves
 from .checks import check_carries, check_states, check_statistics, resolve_truncation
 from ..loaders.continuing import is_text
 from ..loaders.counts import NotIgnored, TargetCounts, has_classes_second, ignore_index_of
+from ..loaders.past import check_past
+from ..loaders.here import check_elsewhere
 from ..loaders.segment import Window
 from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, plain_batch, resolve_time_dim, view_of
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
+from ..state.encoded import n_past_of
 from ..state.own import check_reset
 from ..state.turns import refuse_beside_training
 from .parts import check_remembers, compare_parts, first_output
@@ -32,7 +35,8 @@ from ..sequences.axis import check_time_dim
 from .rows import RowsFirst
 from .counting import CountedLoss
 from .finite import warn_of_weights
-from .resets import CarryingRun, StateResets, back_to_method, cancels
+from .resets import CarryingRun, StateResets, back_to_method, begin_epoch_elsewhere, begin_fit_elsewhere, came_to_end, cancels
+from ..truncation.first_steps import FirstSteps, as_first_steps
 from ..truncation.plan import Truncation, check_steps
 from ..truncation.settings import check_bools, check_switch
 
@@ -48,6 +52,8 @@ class TbpttResetCB(CountedLoss):
     _search = None # of a learning rate, for the time of its fit
     _refusal = None # of an evaluation that is about to begin
     _lrs = None # the schedule's learning rates, while a step has its own
+    burn_in = warm_up = washout = 0 # also of a learner that was exported before there were these
+    _has_warned = False # of steps that no gradient reaches?
     # after GatherPredsCallback (0), MixedPrecision (10), DistributedTrainer (11); before Recorder (50), ProgressCallback (60)
     order = 12
     def __init__(self,
@@ -59,6 +65,9 @@ class TbpttResetCB(CountedLoss):
         time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the training loader says, or 1
         counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
         continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
+        burn_in:int=0, # First steps of each window or sequence without a loss in training; gradients go through them
+        warm_up:int=0, # First steps that training runs without a gradient; the scheme begins after them
+        washout:int=0, # First steps that count in training, and in no loss or metric of an evaluation
     ):
         is_said = not (isinstance(sub_seq_len, str) and sub_seq_len=='dls')
         if truncation is not None and is_said:
@@ -77,11 +86,19 @@ class TbpttResetCB(CountedLoss):
             "lambda y: ~y.isnan().any(-1).")
         self.counts = counts
         self.continuing = check_bools('continuing', continuing)
+        asked = as_first_steps(FirstSteps(0, burn_in, warm_up, washout))
+        for name,n in asked._asdict().items():
+            if n: setattr(self, name, n)
 
     @property
     def setting(self):
         "What was asked for: a scheme, a number of steps, `None` or 'dls'"
         return self.sub_seq_len if self.truncation is None else self.truncation
+
+    @property
+    def first_steps(self):
+        "What is done with the first steps of a window or sequence, in training and in evaluation"
+        return as_first_steps(FirstSteps(self.n_skip, self.burn_in, self.warm_up, self.washout))
 
     def check_settings(self):
         "Refuse settings that contradict each other, the data or the model"
@@ -94,7 +111,9 @@ class TbpttResetCB(CountedLoss):
         self._check_mixing()
         views = [self.training_view(train), *(self.evaluation_view(dl) for dl in others)]
         if views[0].world_size>1: self._check_shared(views[0])
-        for view in views: view.check()
+        for view in views:
+            if view.n_past: check_past(view)
+            view.check()
         scheme,carry = views[0].truncation,Carry(self.model)
         if carry.resets_itself: check_reset(carry.inner)
         if scheme is not None or self.continuing:
@@ -103,6 +122,10 @@ class TbpttResetCB(CountedLoss):
             if scheme is not None and scheme.recompute: check_statistics(self.model, scheme)
             if scheme is not None and scheme.in_flight>1: self._check_turns(scheme, carry)
         for view in views: view.check_training(scheme, carry)
+        check_elsewhere(views[0], carry)
+        if views[0].n_past and carry.elsewhere: raise ValueError(
+            f"The model has an EncodedState, and a {type(carry.elsewhere[0].initial).__name__} in another layer: what comes from "
+            "elsewhere would be at the start of a window, and what is estimated after its past. Use one of them.")
     after_create = check_settings
 
 # %% ../../nbs/training/04_callback.ipynb #bff8f0fb
@@ -112,6 +135,9 @@ def _check_turns(self:TbpttResetCB, scheme, carry):
     if carry.is_own: raise ValueError(
         f"{scheme} has windows take turns, but {type(carry.inner).__name__} carries its state by itself, where it cannot be put "
         "aside. Carry it in a StatefulRNN.")
+    if carry.elsewhere: raise ValueError(
+        f"{scheme} has windows take turns, but {type(carry.elsewhere[0].initial).__name__} follows one window after the other. "
+        f"Leave one of them out: {scheme.scheme} alone takes the windows in their order.")
     found = first(cb for cb in self.learn.cbs if getattr(cb, 'follows_windows', False))
     if found is not None: raise ValueError(
         f"{scheme} has windows take turns, but {type(found).__name__} goes through one window after the other. "
@@ -169,6 +195,7 @@ def _begin_fit(self:TbpttResetCB):
     self.check_settings()
     self._drop_gradients()
     if self.carry is None: self._is_new = True # else the training goes on after it
+    if self.carry is None and not self.learn.lock.locked(): begin_fit_elsewhere(self.learn, not self.learn._grab_cbs(LRFinder))
     self._search = None
     self._set_smooth_loss(self._smooth_loss)
 
@@ -219,6 +246,7 @@ def _compare_untrained(self:TbpttResetCB):
     "The loss of the steps that count, of the model that goes along"
     learn,own = self.learn,(self.learn.pred,self.learn.yb)
     with torch.random.fork_rng(): pred = self._search.carry.model(*learn.xb)
+    came_to_end(self._search.carry, self.segment)
     learn.pred = pred if isinstance(learn.pred, tuple) else first_output(pred) # a callback has taken it apart
     learn.pred,learn.yb = self._count(self.segment, *self.segment.real(learn.pred, learn.yb))
     if len(learn.yb): self._search.loss.compare_with(learn.loss_func(learn.pred, *learn.yb))
@@ -310,9 +338,13 @@ def evaluation_view(self:TbpttResetCB,
 
 @patch
 def _view(self:TbpttResetCB, dl, truncation=None, evaluation=False):
-    return view_of(
-        dl, truncation, self.n_skip, self.timed, given_n_inp(self.dls), evaluation,
+    n_past = n_past_of(get_model(self.model), evaluation)
+    first_steps = self.first_steps._replace(n_skip=max(self.n_skip, n_past))
+    view = view_of(
+        dl, truncation, first_steps, self.timed, given_n_inp(self.dls), evaluation,
         resolve_time_dim(self.time_dim, self.dls.train), self._target_counts(dl, evaluation), self.continuing)
+    view.n_past = n_past
+    return view
 
 @patch
 def _target_counts(self:TbpttResetCB, dl, evaluation):
@@ -333,8 +365,11 @@ def before_train(self:TbpttResetCB):
     view = self.training_view(self.dl)
     if view.truncation is not None: view.truncation.before_epoch(self.learn)
     self.learn.dl = view
+    going_along = [] if self._search is None else [self._search.model]
+    begin_epoch_elsewhere([self.learn.model, *going_along], self.learn.epoch)
     self._n_windows = self.dl.n_windows
     if self._n_windows==0: self._refuse_empty()
+    self._warn_of_untaught()
 
 @patch
 def _refuse_empty(self:TbpttResetCB):
@@ -344,6 +379,23 @@ def _refuse_empty(self:TbpttResetCB):
         f"No target of the {n} sequences counts, so nothing can be learned. "
         "See what the loss ignores (ignore_index), or what counts= says.")
     raise ValueError(f"The training loader has no batches: {n} windows, bs={bs}, drop_last={drop_last}.")
+
+# %% ../../nbs/training/04_callback.ipynb #6ef8fedc
+@patch
+def _warn_of_untaught(self:TbpttResetCB):
+    "Once: steps of `n_skip` that no gradient reaches"
+    is_said = self._has_warned or self.learn.epoch # or was, in a training that goes on
+    n = 0 if is_said or self.n_skip<=self.dl.n_past else self.dl.untaught
+    if not n: return
+    self._has_warned,n_skip,scheme = True,self.n_skip,self.dl.truncation
+    what = 'sequence' if self.dl.flat else 'window'
+    after = ' after the warm-up' if self.warm_up else ''
+    warnings.warn(
+        f"n_skip={n_skip} leaves the first {n} steps{after} of each {what} without any gradient: they have no loss, and with "
+        f"{scheme} no gradient of a later loss goes back to them, so that nothing teaches the model to find its state in "
+        f"them. Use burn_in={n_skip}, through which gradients go; or washout={n_skip}, which leaves those steps out of the "
+        "numbers of evaluations alone; or a longer sub-window, or Overlap(k1, k2) with a k2 of n_skip+k1, whose gradients "
+        f"reach back. If this is meant: warm_up={self.warm_up+n}, and washout={n_skip} for the numbers.", stacklevel=2)
 
 # %% ../../nbs/training/04_callback.ipynb #05f47b45
 @patch
@@ -366,25 +418,27 @@ def before_validate(self:TbpttResetCB):
     self._check_channels(self.dl)
     self.learn.dl = self.evaluation_view(self.dl)
     self._set_valid_loss(TargetLoss if self.view.flat else AvgLoss)
+    if self.view.n_past: check_past(self.view)
     self.view.check_continuing()
     self.is_interrupted = True
     if self.view.flat and any(getattr(cb, 'with_input', False) for cb in self.learn.cbs):
         raise ValueError(
             "Inputs cannot be put in the order of the predictions of a StreamDL: "
             "leave out with_input, and take them from its dataset.")
-    if self.view.flat and self.n_skip and self._ranks_losses:
+    if self.view.flat and self.view.n_skip and self._ranks_losses:
         raise ValueError(
-            f"The first {self.n_skip} steps of each sequence are washout (n_skip) and have no loss, but NaN, which would be the "
+            f"The first {self.view.n_skip} steps of each sequence are washout (n_skip or washout) and have no loss, but NaN, which would be the "
             "largest for Interpretation. Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], "
             "losses.nan_to_num(-float('inf')).topk(k).")
-
 
 # %% ../../nbs/training/04_callback.ipynb #0b5bf1a6
 @patch
 def after_pred(self:TbpttResetCB):
     self._refuse_untrained()
     training,moves_on = self.learn.training,self.segment.moves_on
-    if training: self.keep_states()
+    if training:
+        self.keep_states()
+        came_to_end(self.owner, self.segment)
     self.begin_counting()
     if training and self.carrying and not self.checked and moves_on: self._check_states()
     if self._searching: self._compare_untrained()
@@ -429,6 +483,8 @@ def _gather_inputs_by_rows(self:TbpttResetCB):
 def _check_mixing(self:TbpttResetCB):
     "A `ValueError` if another callback would mix steps for rows"
     mixes = first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler))
+    if mixes is not None and n_past_of(get_model(self.model)): raise ValueError(
+        f"{type(mixes).__name__} mixes windows, but a state is estimated from the past of one of them. Leave it out.")
     if mixes is not None and resolve_time_dim(self.time_dim, self.dls.train)==0: raise ValueError(
         f"{type(mixes).__name__} mixes along the first axis of a batch, which is time with time_dim=0. "
         "Leave it out, or use batches (batch, time, ...).")

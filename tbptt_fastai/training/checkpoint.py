@@ -260,8 +260,7 @@ def _carried(carry):
     except NotPlain as e: raise TypeError(
         f"The carried state cannot be put into a checkpoint: {e} "
         "Carry tensors and numbers in tuples, lists, dicts, named tuples or dataclasses.") from None
-    return dict(slots=slots)
-
+    return dict(slots=slots, begun=encode(carry.begun and carry.begun[1]))
 
 # %% ../../nbs/training/12_checkpoint.ipynb #c87f04d4
 def _trial_states(learn, slots):
@@ -283,10 +282,11 @@ def _with_form(leaves, like, name):
         f"The carried state of {name!r} has {len(leaves)} parts in the checkpoint, and {n} in this model: it is another one.")
     return tree_unflatten(leaves, tree_flatten(like)[1])
 
-def _set_carried(carry, stored, device, like):
+def _set_carried(carry, stored, device, like, window):
     slots = to_device(decode(stored['slots']), device)
     made = {name:(_with_form(o['leaves'], like.get(name), name), *o['others']) for name,o in slots.items() if isinstance(o, dict)}
     carry.restore({**slots, **made})
+    if stored.get('begun') is not None: carry.begun = window,to_device(decode(stored['begun']), device)
 
 
 # %% ../../nbs/training/12_checkpoint.ipynb #ed322f07
@@ -300,7 +300,9 @@ def _form_of_model(model):
         f"{', '.join(lazy)} have no shape before the model has run once, so a checkpoint cannot be compared with it. "
         "Run it on a batch before the training: model(learn.dls.one_batch()[0]).")
     tensors = {name:f'{str(o.dtype)[6:]} {tuple(o.shape)}' for name,o in model.state_dict().items() if isinstance(o, Tensor)}
-    return dict(model=type(model).__name__, tensors=tensors, frozen=[k for k,p in model.named_parameters() if not p.requires_grad])
+    elsewhere = {name:repr(m.initial) for name,m in Carry(model).stateful.items() if hasattr(m.initial, 'begin_from')}
+    frozen = [k for k,p in model.named_parameters() if not p.requires_grad]
+    return dict(model=type(model).__name__, tensors=tensors, frozen=frozen, first_states=elsewhere)
 
 def _digest(o):
     "Shape and checksum of an array"
@@ -653,7 +655,8 @@ def _before_read(self:TbpttCheckpoint, view, n):
 def _arrive(self:TbpttCheckpoint, found, seen):
     "The batches before the place have passed"
     carry = self._reset_cb.owner
-    _set_carried(carry, found['carried'], first(self.learn.model.parameters()).device, self._like)
+    of_model = first(self.learn.model.parameters()).device,self._like
+    _set_carried(carry, found['carried'], *of_model, self._reset_cb.segment.window)
     carry.seen = seen
     self._go_on(found)
     segment = self._reset_cb.segment

@@ -13,9 +13,10 @@ from fastai.callback.core import GatherPredsCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import find_bs, find_device, get_model
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 from ..loaders.segment import Window, map_predictions, preds_to_rows
 from ..loaders.views import SubWindows, inner_loader
+from ..state.encoded import encoded_states
 from .checks import check_is_mean, check_shapes, output_explained
 from .parts import on_trial, run_in_parts
 from .resets import StateResets
@@ -160,6 +161,7 @@ def _loss_takes_weights(self:CountedLoss):
 @patch
 def after_loss(self:CountedLoss):
     self._weigh_loss()
+    if self.learn.training: self._reach_encoders()
     is_flat = self.learn.training and self.segment.flat # one target after the other, for the rest of the step
     if self._rows is not None and not is_flat: self._bring_rows_first()
 
@@ -193,6 +195,15 @@ def _nothing_of(pred):
     found = []
     map_predictions(lambda o: found.append(o) or o, pred)
     return sum((o*0).sum() for o in found if o.requires_grad)
+
+@patch
+def _reach_encoders(self:CountedLoss):
+    "Processes wait for a gradient of every parameter, also in a step in which no state is estimated"
+    learn = self.learn
+    is_shared = isinstance(learn.model, nn.parallel.DistributedDataParallel) and not learn.model.find_unused_parameters
+    if not (self.view.n_past and is_shared): return
+    encoders = encoded_states(get_model(learn.model)).values()
+    learn.loss_grad = learn.loss_grad+sum((p*0).sum() for o in encoders for p in o.parameters() if p.requires_grad)
 
 @patch(as_prop=True)
 def _loss_share(self:CountedLoss):

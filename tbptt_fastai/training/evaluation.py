@@ -8,10 +8,12 @@ __all__ = ['SubWindowEvalCB']
 # %% ../../nbs/training/05_evaluation.ipynb #1c28d59a
 import torch
 from fastai.callback.core import Callback
+from fastai.torch_core import get_model
 from fastcore.basics import patch
 from torch import Tensor
 from .checks import check_goes_on
 from ..state.carry import Carry
+from ..state.encoded import n_past_of
 from ..loaders.continuing import continues
 from ..loaders.views import SubWindows, inner_loader, view_of
 from ..loaders.segment import Window
@@ -33,6 +35,9 @@ class SubWindowEvalCB(Callback):
         self._states = None # at the end of the last batch, if batches continue each other
         if view_of(self.dl).flat:
             raise ValueError("A StreamDL is evaluated in sub-windows by itself: remove SubWindowEvalCB.")
+        if n_past_of(get_model(self.model), evaluation=True): raise ValueError(
+            "The state of the model is estimated from the first steps of each window, which SubWindowEvalCB cuts by itself: "
+            "remove it, or begin evaluations with the module's own first state (EncodedState.evaluation = 'own').")
 
     def before_batch(self):
         "What fastai itself predicts, for the first sub-window, is dropped; so nothing has to be undone if the model fails"

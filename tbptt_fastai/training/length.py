@@ -13,6 +13,7 @@ from torch import nn
 from ..loaders.views import inner_loader
 from ..sequences.windows import Sequences
 from .callback import TbpttResetCB
+from ..truncation.first_steps import Whole
 from ..truncation.plan import check_steps
 
 # %% ../../nbs/training/09_length.ipynb #dbb334f8
@@ -55,7 +56,8 @@ class LengthHintCB(Callback):
         cb,dl = first(learn._grab_cbs(TbpttResetCB)),inner_loader(learn.dls.train)
         if cb is None or cb.setting!='dls' or not isinstance(getattr(dl, 'dataset', None), Sequences): return None
         lengths = dl.dataset.lengths
-        if not len(lengths) or (steps := int(lengths.max()))<self.steps or cb.training_view(dl).truncation is not None: return None
+        if not len(lengths) or (steps := int(lengths.max()))<self.steps: return None
+        if not isinstance(cb.training_view(dl).truncation, (Whole, type(None))): return None
         rows = min(dl.bs or 1, len(lengths))
         n = rows*steps*estimate_activations(learn.model)
         keeps = f", and keeps about {_bytes(n)} of activations for it" if n else ""
