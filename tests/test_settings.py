@@ -289,7 +289,7 @@ def test_devices_of_single_loaders_and_folders_of_checkpoints():
         with pytest.raises(TypeError, match='^timed is'): Unroll(nn.GRUCell(1, 2), timed=o)
 
 def test_numbers_of_numpy_and_in_tensors_are_numbers():
-    torch.manual_seed(0) # with some weights no lag has a bias that small, of which it warns
+    torch.manual_seed(3) # with some weights no lag has a bias that small, of which it warns
     learn = RNNLearner(small_dls(), hidden_size=3, num_threads=1)
     a,b = learn.tbptt_find(.1, 1, 8, n_losses=1, tau=2, show=False),learn.tbptt_find(torch.tensor(.1), np.int64(1), np.array(8), n_losses=1, tau=torch.tensor(2), show=0)
     assert a.beta==b.beta and a.suggestion==b.suggestion
