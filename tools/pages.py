@@ -1,4 +1,110 @@
-"Process every notebook as the build of the site does, without Quarto: a cell that cannot be run there is an error that names it."
-from nbdev.serve import proc_nbs
+"""Process every notebook as the build of the site does, without Quarto, and look at what a reader would see
 
-if __name__=='__main__': print(f'pages in {proc_nbs(n_workers=0, force=True)}')
+A cell that cannot be run there is an error that names it. So are, on any page, a link or an anchor that leads nowhere, a line of code that is too wide,
+what a notebook says on stderr, a progress bar, a path of the machine, and a page without a title and a sentence about it.
+"""
+import json, re, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTH = 88 # columns of code that a page shows
+PRIVATE = re.compile(r'(?<![\w.])/(?:home|root|work|venv|tmp|Users)/[\w.]+|site-packages')
+
+
+def joined(o): return o if isinstance(o, str) else ''.join(o or [])
+
+def cells_of(page): return json.loads(page.read_text(encoding='utf-8'))['cells']
+
+def shown(cell):
+    "Does a reader see the code of this cell?"
+    return cell['cell_type']=='code' and not re.search(r'^#\| *(echo|include): *false', joined(cell['source']), re.M)
+
+def code_of(cell): return [o for o in joined(cell['source']).split('\n') if not o.startswith('#|')]
+
+def texts_of(cell):
+    "What the outputs of a cell say, by kind"
+    for o in cell.get('outputs', []):
+        data = o.get('data', {})
+        kind = o.get('name') or ('error' if o['output_type']=='error' else 'markdown' if 'text/markdown' in data else 'plain')
+        yield kind,joined(o.get('text') or data.get('text/markdown') or data.get('text/plain') or o.get('traceback'))
+
+def markdown_of(cell):
+    "All Markdown that a reader sees in a cell"
+    if cell['cell_type']=='markdown': return joined(cell['source'])
+    return '\n'.join(text for kind,text in texts_of(cell) if kind=='markdown')
+
+def without_code(text): return re.sub(r'`[^`\n]*`', '', re.sub(r'^```.*?^```', '', text, flags=re.M|re.S))
+
+def anchor(heading):
+    "What Pandoc makes of a heading"
+    text = re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', heading).replace('`', '')
+    text = re.sub(r'[^\w\s.-]', '', text.lower())
+    return re.sub(r'\s+', '-', text.strip()).lstrip('0123456789.-_')
+
+def anchors_of(page):
+    headings = re.findall(r'^#+ +(.+?)\s*$', '\n'.join(map(markdown_of, cells_of(page))), re.M)
+    return {anchor(o) for o in headings}
+
+def html_name(page):
+    "Where a page is on the site: without the number in front of its name"
+    return page.with_name(re.sub(r'^\d+[a-z]?_', '', page.stem)+'.html')
+
+class Site:
+    "The processed pages, by their own names and by those of the site"
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.pages = sorted(p for p in self.folder.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+        self.by_name = {p.relative_to(self.folder): p for p in self.pages}
+        self.by_name |= {html_name(o): p for o,p in list(self.by_name.items())}
+        self._anchors = {}
+
+    def anchors(self, page):
+        if page not in self._anchors: self._anchors[page] = anchors_of(page)
+        return self._anchors[page]
+
+    def leads_nowhere(self, page, link):
+        "Why, or nothing"
+        path,_,name = link.partition('#')
+        if re.match(r'[a-z]+:', link): return
+        if path.startswith('/'): target = Path(path[1:])
+        else: target = Path(*page.relative_to(self.folder).parent.parts, path)
+        if not path: target = page.relative_to(self.folder)
+        parts = []
+        for o in target.parts: parts = parts[:-1] if o=='..' else [*parts, o]
+        found = self.by_name.get(Path(*parts))
+        if found is None: return None if (self.folder/Path(*parts)).is_file() else 'there is no such page'
+        if name and name not in self.anchors(found) and name.lower() not in self.anchors(found): return 'that page has no such section'
+
+    def faults(self, page):
+        "Of one page, in words"
+        cells = cells_of(page)
+        head = joined(cells[0]['source']) if cells else ''
+        for o in ('title', 'description'):
+            if page.stem!='index' and not re.search(rf'^{o}: *\S', head, re.M): yield f'no {o}'
+        for i,cell in enumerate(cells):
+            where = f'cell {i}'
+            if shown(cell):
+                for line in code_of(cell):
+                    if len(line)>WIDTH: yield f'{where}: {len(line)} columns of code: {line.strip()[:60]}…'
+            fenced = re.findall(r'^```python\n(.*?)^```', markdown_of(cell), re.M|re.S)
+            for line in '\n'.join(fenced).split('\n'):
+                if len(line)>WIDTH: yield f'{where}: {len(line)} columns of code: {line.strip()[:60]}…'
+            for kind,text in texts_of(cell):
+                if kind in ('stderr', 'error'): yield f'{where}: {kind}: {text.strip()[:80]}'
+                if '█' in text: yield f'{where}: a progress bar'
+                if m := PRIVATE.search(text): yield f'{where}: the path {m[0]}'
+            for link in re.findall(r'\]\(([^)\s]+)\)', without_code(markdown_of(cell))):
+                if why := self.leads_nowhere(page, link): yield f'{where}: {link}: {why}'
+
+    def report(self): return [f'{p.relative_to(self.folder)}: {o}' for p in self.pages for o in self.faults(p)]
+
+def main():
+    sys.path.insert(0, str(ROOT))
+    from nbdev.serve import proc_nbs
+    folder = proc_nbs(n_workers=0, force=True)
+    faults = Site(folder).report()
+    print(*faults, sep='\n')
+    if faults: raise SystemExit(f'{len(faults)} faults on the pages in {folder}')
+    print(f'pages in {folder}')
+
+if __name__=='__main__': main()

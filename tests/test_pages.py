@@ -1,0 +1,99 @@
+"What `tools/pages.py` finds on a page that is not fit to be read"
+import importlib.util, json
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location('pages', ROOT/'tools'/'pages.py')
+pages = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pages)
+
+HEAD = '---\ntitle: A page\ndescription: What it is about\n---\n'
+
+def markdown(text): return dict(cell_type='markdown', metadata={}, source=text)
+def code(text, *outputs): return dict(cell_type='code', metadata={}, execution_count=None, source=text, outputs=list(outputs))
+def stream(text, name='stdout'): return dict(output_type='stream', name=name, text=text)
+
+def write(folder, name, *cells, head=HEAD):
+    path = folder/name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = dict(cell_type='raw', metadata={}, source=head)
+    path.write_text(json.dumps(dict(cells=[raw, *cells], metadata={}, nbformat=4, nbformat_minor=5)))
+
+@pytest.fixture
+def site(tmp_path):
+    "A page to link to, `rooms/01_other.ipynb`, which is `rooms/other.html` on the site"
+    write(tmp_path, 'rooms/01_other.ipynb', markdown('## What it *costs*, in `ms`'))
+    return tmp_path
+
+def faults(folder, *cells, head=HEAD):
+    write(folder, 'page.ipynb', *cells, head=head)
+    return pages.Site(folder).report()
+
+def test_a_page_without_faults(site):
+    links = 'See [that](rooms/01_other.ipynb#what-it-costs-in-ms), `a`, [this](/rooms/other.html) and [all](https://docs.fast.ai).'
+    assert faults(site, markdown(links), code('x = 1\nx', stream('1\n'))) == []
+
+@pytest.mark.parametrize('link, why', [
+    ('rooms/02_other.ipynb', 'no such page'), ('../rooms/01_other.ipynb.html', 'no such page'), ('/rooms/another.html', 'no such page'),
+    ('rooms/01_other.ipynb#what-it-is', 'no such section'), ('#nowhere', 'no such section'), ('bench/README.md', 'no such page')])
+def test_a_link_that_leads_nowhere_is_named(site, link, why):
+    [fault] = faults(site, markdown(f'[a link]({link})'))
+    assert link in fault and why in fault and fault.startswith('page.ipynb: cell 1')
+
+def test_a_link_in_code_is_none(site): assert faults(site, markdown('`[a](b.ipynb)`\n\n```python\nx[0](c)\n```')) == []
+
+def test_code_that_is_too_wide_is_named(site):
+    wide = 'x = '+'1+'*43+'1'
+    assert len(wide)==91
+    [fault] = faults(site, code(wide))
+    assert '91 columns' in fault
+
+def test_code_that_nobody_sees_may_be_wide(site): assert faults(site, code('#| echo: false\n'+'x = '+'1+'*43+'1')) == []
+
+def test_fenced_code_that_is_too_wide_is_named(site): assert '91 columns' in faults(site, markdown('```python\nx = '+'1+'*43+'1\n```'))[0]
+
+@pytest.mark.parametrize('output, found', [
+    (stream('UserWarning: something\n', 'stderr'), 'stderr'), (stream('█ 0.00% [0/8 00:00<?]\n'), 'progress bar'),
+    (stream("File '/home/somebody/x.py'\n"), '/home/somebody'), (stream('/usr/lib/site-packages/torch\n'), 'site-packages'),
+    (dict(output_type='error', ename='ValueError', evalue='no', traceback=['ValueError: no']), 'error')])
+def test_an_output_that_is_not_for_readers_is_named(site, output, found):
+    [fault] = faults(site, code('f()', output))
+    assert found in fault
+
+@pytest.mark.parametrize('head, found', [('---\ndescription: it\n---\n', 'no title'), ('---\ntitle: it\n---\n', 'no description')])
+def test_a_page_says_what_it_is(site, head, found): assert faults(site, head=head) == [f'page.ipynb: {found}']
+
+def test_shown_cells_of_the_notebooks_fit():
+    "Before they are processed, too: cells that show, without those that are exported or hidden"
+    for path in sorted((ROOT/'nbs').rglob('*.ipynb')):
+        if any(o[0] in '._' for o in path.relative_to(ROOT/'nbs').parts): continue
+        for cell in pages.cells_of(path):
+            text = pages.joined(cell['source'])
+            if not pages.shown(cell) or any(f'#| {o}' in text for o in ('export', 'hide', 'default_exp')): continue
+            wide = [o for o in pages.code_of(cell) if len(o)>pages.WIDTH]
+            assert not wide, f'{path.relative_to(ROOT)}: {wide}'
+
+reference_spec = importlib.util.spec_from_file_location('reference', ROOT/'tools'/'reference.py')
+reference = importlib.util.module_from_spec(reference_spec)
+reference_spec.loader.exec_module(reference)
+
+def described(a:int, # How many
+              b:str='x', # Which
+              *args, **kwargs):
+    "What it does"
+
+def test_parameters_are_a_table_and_the_signature_has_no_comments():
+    shown = reference.TableRenderer(described)._repr_markdown_()
+    assert "described(a, b='x', *args, **kwargs)" in shown
+    assert '| a | int |  | How many |' in shown and '| b | str | x | Which |' in shown
+    assert '# How many' not in shown
+
+def test_a_long_signature_is_wrapped():
+    from tbptt_fastai.learner import TbpttLearner
+    shown = reference.TableRenderer(TbpttLearner)._repr_markdown_()
+    assert max(map(len, shown.split('```')[1].splitlines()))<=pages.WIDTH
+
+def test_no_source_link_where_the_address_is_not_known():
+    from tbptt_fastai.learner import TbpttLearner
+    assert ('[source]' in reference.TableRenderer(TbpttLearner)._repr_markdown_()) == bool(reference.get_config().git_url)
