@@ -37,7 +37,7 @@ class TableRenderer(BasicMarkdownRenderer):
         head,_,rest = shown.partition('```python\n')
         if not get_config().git_url: head = '\n'.join(o for o in head.splitlines() if not o.startswith('[source]'))+'\n'
         if self.sig is None or not rest: return head+_+rest
-        docs = rest.partition('```')[2].strip()
+        docs = rest.partition('```')[2].partition('Parameters:')[0].strip() # which the table has
         name = self.nm.split('.')[-1]
         parts = [head.rstrip(), f'```python\n{signature_of(name, self.sig)}\n```', docs, table_of(self.sym)]
         return '\n\n'.join(filter(None, parts))
