@@ -21,7 +21,7 @@ def signature_lines(
     ends = next((i for i,o in enumerate(lines) if i>=starts and _ends(o)), len(lines)-1)
     return lines[starts:ends+1]
 
-def _ends(line): return re.search(r'\)\s*(->[^#]*)?:\s*(#.*)?$', line.rstrip()) is not None
+def _ends(line): return re.search(r'^[^#]*\)\s*(->[^#:]*)?:(\s|$)', line.rstrip('\n')+' ') is not None
 
 # %% ../nbs/helptexts.ipynb #4e2eeaaa
 def docments_of(
