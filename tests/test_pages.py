@@ -73,27 +73,3 @@ def test_shown_cells_of_the_notebooks_fit():
             if not pages.shown(cell) or any(f'#| {o}' in text for o in ('export', 'hide', 'default_exp')): continue
             wide = [o for o in pages.code_of(cell) if len(o)>pages.WIDTH]
             assert not wide, f'{path.relative_to(ROOT)}: {wide}'
-
-reference_spec = importlib.util.spec_from_file_location('reference', ROOT/'tools'/'reference.py')
-reference = importlib.util.module_from_spec(reference_spec)
-reference_spec.loader.exec_module(reference)
-
-def described(a:int, # How many
-              b:str='x', # Which
-              *args, **kwargs):
-    "What it does"
-
-def test_parameters_are_a_table_and_the_signature_has_no_comments():
-    shown = reference.TableRenderer(described)._repr_markdown_()
-    assert "described(a, b='x', *args, **kwargs)" in shown
-    assert '| a | int |  | How many |' in shown and '| b | str | x | Which |' in shown
-    assert '# How many' not in shown
-
-def test_a_long_signature_is_wrapped():
-    from tbptt_fastai.learner import TbpttLearner
-    shown = reference.TableRenderer(TbpttLearner)._repr_markdown_()
-    assert max(map(len, shown.split('```')[1].splitlines()))<=pages.WIDTH
-
-def test_no_source_link_where_the_address_is_not_known():
-    from tbptt_fastai.learner import TbpttLearner
-    assert ('[source]' in reference.TableRenderer(TbpttLearner)._repr_markdown_()) == bool(reference.get_config().git_url)

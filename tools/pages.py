@@ -3,7 +3,7 @@
 A cell that cannot be run there is an error that names it. So are, on any page, a link or an anchor that leads nowhere, a line of code that is too wide,
 what a notebook says on stderr, a progress bar, a path of the machine, and a page without a title and a sentence about it.
 """
-import json, re, sys
+import json, re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +99,6 @@ class Site:
     def report(self): return [f'{p.relative_to(self.folder)}: {o}' for p in self.pages for o in self.faults(p)]
 
 def main():
-    sys.path.insert(0, str(ROOT))
     from nbdev.serve import proc_nbs
     folder = proc_nbs(n_workers=0, force=True)
     faults = Site(folder).report()
