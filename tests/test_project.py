@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ONLY_PYPROJECT = {f'project.optional-dependencies.{o}': 'nbdev 2 settings know no extra but dev'
     for o in ('benchmarks', 'bench', 'hdf5', 'onnx', 'distributed')}
 ONLY_PYPROJECT |= {'project.urls.Repository': 'the address of the repository is set in one place'}
+ONLY_PYPROJECT |= {'tool.nbdev.renderer': 'nbdev 2 settings know no renderer of this kind'}
 ONLY_PYPROJECT |= {f'tool.pytest.ini_options.{o}': "pytest's own table" for o in ('testpaths', 'filterwarnings')}
 
 def prune(x):
@@ -33,6 +34,8 @@ def test_settings_ini_migrates_to_pyproject(tmp_path):
     assert ONLY_PYPROJECT.keys()-{'project.urls.Repository'} <= ours.keys() # which may be unknown
     packages = 'tool.setuptools.packages.find.include' # the migrator writes the package without its sub-packages
     theirs = fields(tmp_path/'pyproject.toml')
+    readme = 'project.readme' # the migrator knows one README, for the repository and for the package index
+    assert (ours.pop(readme), theirs.pop(readme))==('README.pypi.md', 'README.md')
     assert ours.pop(packages)==[f'{o}*' for o in theirs.pop(packages)]
     assert theirs == {k:v for k,v in ours.items() if k not in ONLY_PYPROJECT}
     assert read_version(tmp_path/'tbptt_fastai') == read_version(ROOT/'tbptt_fastai')
@@ -46,7 +49,7 @@ def run(*cmd, cwd):
 
 def contents(root):
     "Every file that nbdev may write, as text"
-    skip = {'__pycache__', '.ipynb_checkpoints', '.last_checked', 'sidebar.yml', 'images'}
+    skip = {'__pycache__', '.ipynb_checkpoints', '.last_checked', 'images'}
     files = [root/'pyproject.toml', *(root/'nbs').rglob('*'), *(root/'tbptt_fastai').rglob('*')]
     files = [f for f in files if f.is_file() and not skip & set(f.relative_to(root).parts)]
     return {f.relative_to(root).as_posix(): f.read_text(encoding='utf-8') for f in files}
