@@ -34,6 +34,8 @@ def test_settings_ini_migrates_to_pyproject(tmp_path):
     assert ONLY_PYPROJECT.keys()-{'project.urls.Repository'} <= ours.keys() # which may be unknown
     packages = 'tool.setuptools.packages.find.include' # the migrator writes the package without its sub-packages
     theirs = fields(tmp_path/'pyproject.toml')
+    readme = 'project.readme' # the migrator knows one README, for the repository and for the package index
+    assert (ours.pop(readme), theirs.pop(readme))==('README.pypi.md', 'README.md')
     assert ours.pop(packages)==[f'{o}*' for o in theirs.pop(packages)]
     assert theirs == {k:v for k,v in ours.items() if k not in ONLY_PYPROJECT}
     assert read_version(tmp_path/'tbptt_fastai') == read_version(ROOT/'tbptt_fastai')
@@ -47,7 +49,7 @@ def run(*cmd, cwd):
 
 def contents(root):
     "Every file that nbdev may write, as text"
-    skip = {'__pycache__', '.ipynb_checkpoints', '.last_checked', 'sidebar.yml', 'images'}
+    skip = {'__pycache__', '.ipynb_checkpoints', '.last_checked', 'images'}
     files = [root/'pyproject.toml', *(root/'nbs').rglob('*'), *(root/'tbptt_fastai').rglob('*')]
     files = [f for f in files if f.is_file() and not skip & set(f.relative_to(root).parts)]
     return {f.relative_to(root).as_posix(): f.read_text(encoding='utf-8') for f in files}
@@ -94,6 +96,10 @@ def test_the_address_of_the_repository_is_one_line(tmp_path):
     run(sys.executable, 'tools/readme.py', cwd=tmp_path)
     run(sys.executable, '-c', 'from nbdev.serve import proc_nbs\nif __name__=="__main__": proc_nbs(n_workers=0, file_glob="00_plan.ipynb")', cwd=tmp_path)
     assert f'`git clone {ADDRESS}`' in (tmp_path/'README.md').read_text(encoding='utf-8')
+    package = (tmp_path/'README.pypi.md').read_text(encoding='utf-8')
+    assert f']({ADDRESS}/blob/main/nbs/explanation/troubleshooting.ipynb)' in package
+    assert f']({ADDRESS}/raw/main/nbs/images/index-1.png)' in package
+    assert all(o.startswith('https://') for o in re.findall(r'\]\(([^)\s]+)\)', package))
     assert f'repository-code: "{ADDRESS}"\n' in (tmp_path/'CITATION.cff').read_text(encoding='utf-8')
     assert f"'git_url': '{ADDRESS}'" in (tmp_path/'tbptt_fastai/_modidx.py').read_text(encoding='utf-8')
     assert f'repo-url: "{ADDRESS}"' in (tmp_path/'nbs/nbdev.yml').read_text(encoding='utf-8')
@@ -103,7 +109,7 @@ def test_the_address_of_the_repository_is_one_line(tmp_path):
 def test_no_address_is_named_before_it_is_known():
     "Links to this repository are relative, so that they hold wherever it is"
     known = fields(ROOT/'pyproject.toml').get('project.urls.Repository', '')
-    for name in ('README.md', 'CITATION.cff', 'nbs/index.ipynb', 'nbs/nbdev.yml', 'CONTRIBUTING.md'):
+    for name in ('README.md', 'README.pypi.md', 'CITATION.cff', 'nbs/index.ipynb', 'nbs/nbdev.yml', 'CONTRIBUTING.md'):
         found = set(re.findall(r'https?://[^\s)"\\]*tbptt_fastai', (ROOT/name).read_text(encoding='utf-8')))
         assert found <= {known}, f'{name} names {found}'
 

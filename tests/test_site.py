@@ -1,11 +1,15 @@
-"The sidebar has every page once"
+"The sidebar has every page once, and the front page leads to what people look for"
+import ast, json, re
 from pathlib import Path
 import pytest, yaml
 
-NBS = Path(__file__).resolve().parent.parent/'nbs'
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT/'nbs'
 SECTIONS = ['Start', 'Tutorials', 'How-to', 'Understand', 'Reference']
 
 def contents(): return yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+
+def section(items, name): return next(o for o in items if o.get('section')==name)['contents']
 
 def entries(items):
     "All links, in order"
@@ -13,11 +17,32 @@ def entries(items):
         if 'href' in o: yield o
         yield from entries(o.get('contents', []))
 
+def hrefs(items): return [o['href'] for o in entries(items)]
+
 def pages(): return sorted(str(p.relative_to(NBS).as_posix()) for p in NBS.rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(NBS).parts))
 
-def test_every_page_is_in_the_sidebar_once(): assert sorted(o['href'] for o in entries(contents())) == pages()
+def cells(page): return json.loads((NBS/page).read_text(encoding='utf-8'))['cells']
+
+def front_page(): return '\n'.join(''.join(o['source']) for o in cells('index.ipynb') if o['cell_type']=='markdown')
+
+def test_every_page_is_in_the_sidebar_once():
+    listed = hrefs(contents())
+    missing,unknown = sorted(set(pages())-set(listed)),sorted(set(listed)-set(pages()))
+    assert not missing, f'nbs/sidebar.yml has no line for {missing}'
+    assert not unknown, f'nbs/sidebar.yml names {unknown}, which are not there'
+    assert len(set(listed)) == len(listed)
 
 def test_the_sections_are_what_people_do(): assert [o['section'] for o in contents()] == SECTIONS
+
+def test_every_entry_is_a_page_or_a_section_with_pages():
+    def check(items):
+        assert items
+        for o in items:
+            assert o.keys() in ({'text','href'}, {'section','contents'}), o
+            check(o['contents']) if 'section' in o else None
+    check(contents())
+
+def test_the_first_page_is_the_front_page(): assert hrefs(contents())[0] == 'index.ipynb'
 
 def test_internals_are_last(): assert contents()[-1]['contents'][-1]['section'] == 'Internals'
 
@@ -25,7 +50,82 @@ def test_names_tell_pages_apart():
     names = [o['text'] for o in entries(contents())]
     assert len(set(names)) == len(names)
 
+def test_reference_is_folded_by_room():
+    "Titles of tutorials and how-to pages show at once; pages of a room, and the internals, once a reader opens them"
+    sidebar = yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']
+    assert sidebar['collapse-level'] == 2
+    for name in SECTIONS[:-1]: assert all('href' in o for o in section(contents(), name))
+    assert all('section' in o for o in section(contents(), 'Reference')[1:])
+
+def modules():
+    "The page that each module is written in"
+    found = {p: re.search(r'^#\| *default_exp +(\S+)', '\n'.join(''.join(c['source']) for c in cells(p)), re.M) for p in pages()}
+    return {m[1]: p for p,m in found.items() if m}
+
+def test_names_that_users_type_are_not_among_the_internals():
+    names = (ROOT/'tbptt_fastai/all.py').read_text(encoding='utf-8')
+    typed = set(re.findall(r'^from tbptt_fastai\.(\S+) import', names, re.M))
+    reference = section(contents(), 'Reference')
+    internal = set(hrefs(section(reference, 'Internals')))
+    assert len(typed)>20 and typed<=modules().keys()
+    hidden = sorted(o for o in typed if modules()[o] in internal)
+    assert not hidden, hidden
+
 def test_the_build_leaves_it_alone():
     tomllib = pytest.importorskip('tomllib')
-    config = tomllib.loads((NBS.parent/'pyproject.toml').read_text(encoding='utf-8'))
+    config = tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))
     assert config['tool']['nbdev']['custom_sidebar'] is True
+
+def test_it_is_in_the_repository():
+    ignore = ROOT/'.gitignore'
+    if not ignore.exists(): pytest.skip('this is no clone')
+    assert 'sidebar.yml' not in ignore.read_text(encoding='utf-8')
+
+# What people say, and the page that it is about
+TASKS = {
+    'five machines with holes in their CSV files': 'how_to/my_csv_files.ipynb',
+    'my language model forgets between batches': 'how_to/fastai_text.ipynb',
+    'it is slow on my laptop': 'how_to/gpu_and_threads.ipynb',
+    'which length?': 'tutorials/by_task.ipynb',
+    'I have a Learner, and its loaders': 'how_to/existing_pipeline.ipynb',
+    'a label for each second of sound': 'how_to/classification.ipynb',
+    'my recordings do not fit in memory': 'how_to/larger_than_memory.ipynb',
+    'the machine is switched off at night': 'how_to/resume.ipynb',
+    'predictions on a microcontroller, sample by sample': 'how_to/deploy.ipynb',
+    'we used Keras with stateful=True': 'how_to/coming_from.ipynb',
+    'what does this warning mean?': 'explanation/troubleshooting.ipynb',
+    'two GPUs': 'how_to/distributed.ipynb'}
+
+@pytest.mark.parametrize('task', TASKS)
+def test_the_front_page_leads_to_the_page_of_a_task(task): assert f']({TASKS[task]})' in front_page()
+
+def test_the_front_page_leads_to_every_how_to():
+    missing = [o for o in pages() if o.startswith('how_to/') and f']({o})' not in front_page()]
+    assert not missing, f'nbs/index.ipynb has no link to {missing}'
+
+def test_the_front_page_is_short():
+    "One picture, ten lines of code, and no more words than one reads in two minutes"
+    shown = [c for c in cells('index.ipynb') if c['cell_type']=='code' and not re.match(r'#\| *hide', ''.join(c['source']))]
+    pictures = [o for c in shown for o in c['outputs'] if 'image/png' in o.get('data', {})]
+    lines = [o for c in shown if 'echo: false' not in ''.join(c['source']) for o in ''.join(c['source']).splitlines()]
+    assert len(pictures)==1 and len(lines)<=10
+    above = front_page().split('## You have, you use')[0]
+    assert len(re.sub(r'\]\([^)]*\)', '', above).split())<=250
+
+def test_the_picture_shows_the_recorded_numbers():
+    "Those of the page on costs, which names the scripts that measured them"
+    costs = '\n'.join(''.join(o['source']) for o in cells('explanation/what_it_costs.ipynb'))
+    drawn = next(s for s in (''.join(o['source']) for o in cells('index.ipynb')) if 'errors =' in s)
+    values = dict(re.findall(r"^(errors|memory) = (.*)$", drawn, re.M))
+    errors,memory = (ast.literal_eval(values[o]) for o in ('errors', 'memory'))
+    for name,(low,mid,high) in errors.items(): assert f'{mid} ({low}–{high})' in costs, name
+    for name,row in zip(('full', 'TBPTT, 100'), ('full backpropagation', 'TBPTT, 100')):
+        assert memory[name] == [int(o) for o in re.findall(rf'^\| [\d,]+ \| {row} \| (\d+) ', costs, re.M)]
+    assert 'bench/memory.py' in drawn and 'bench/silverbox_example.py' in drawn
+
+def test_the_site_is_light_and_dark_and_fits_a_phone():
+    html = yaml.safe_load((NBS/'_quarto.yml').read_text(encoding='utf-8'))['format']['html']
+    assert html['theme'].keys() == {'light', 'dark'}
+    for o in (html['css'], *(s for s in html['theme']['dark'] if s.endswith('.scss'))): assert (NBS/o).is_file()
+    css = (NBS/html['css']).read_text(encoding='utf-8')
+    assert 'max-width: 100%' in css and 'overflow-x: auto' in css and '.quarto-dark' in css
