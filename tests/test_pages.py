@@ -57,7 +57,7 @@ def test_fenced_code_that_is_too_wide_is_named(site): assert '91 columns' in fau
     (stream('UserWarning: something\n', 'stderr'), 'stderr'), (stream('█ 0.00% [0/8 00:00<?]\n'), 'progress bar'),
     (stream("File '/home/somebody/x.py'\n"), '/home/somebody'), (stream('/usr/lib/site-packages/torch\n'), 'site-packages'),
     (stream('x.py:3: UserWarning: something\n  f()\n'), 'a warning'), (stream('Traceback (most recent call last):\n  f()\n'), 'a traceback'),
-    (stream('1.25 '*30), '150 columns of output'),
+    (stream('[0, 1.172500729560852, 0.9470813274383545]\n'), 'without its table'), (stream('1.25 '*30), '150 columns of output'),
     (dict(output_type='error', ename='ValueError', evalue='no', traceback=['ValueError: no']), 'error')])
 def test_an_output_that_is_not_for_readers_is_named(site, output, found):
     [fault] = faults(site, code('f()', output))

@@ -12,7 +12,8 @@ WIDTH = 88 # columns of code that a page shows
 OUTPUT = 112 # columns of numbers and names that an output has, at most: sentences are wrapped
 PRIVATE = re.compile(r'(?<![\w.])/(?:home|root|work|venv|tmp|Users)/[\w.]+|site-packages')
 
-SAID = {'a progress bar': re.compile('█'), 'a warning': re.compile(r'^\S+:\d+: \w*Warning: ', re.M),
+SAID = {'a progress bar': re.compile('█'), 'a training without its table': re.compile(r'^\[0, \d+\.\d{6}', re.M),
+        'a warning': re.compile(r'^\S+:\d+: \w*Warning: ', re.M),
         'a traceback': re.compile(r'^Traceback \(most recent call last\)', re.M)}
 LINK = re.compile(r'\]\(([^)\s]+)(?: +"[^"]*")?\)|<(?:a|img)\b[^>]*?\b(?:href|src)=["\']?([^"\'\s>]+)')
 
