@@ -115,3 +115,9 @@ def test_a_fit_that_begins_at_a_later_epoch_measures_all_the_same():
     learn = adaptive_learner(scheme)
     fit_own_lr(learn, 4, start_epoch=1)
     assert [o['epoch'] for o in scheme.trace][-1]==3 and all('beta' in o for o in scheme.trace)
+
+def test_a_scheme_that_changes_the_learning_rate_does_so_here_too():
+    scheme = Jittered(7, std=3, least=2, rescale='lr')
+    adaptive = Adaptive(k_max=10, scheme=lambda k: scheme)
+    for i in range(3): assert adaptive.sub_windows(50, rng=Random(i))==scheme.sub_windows(50, rng=Random(i))
+    assert any(o.lr!=1 for o in adaptive.sub_windows(50, rng=Random(0)))

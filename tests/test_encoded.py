@@ -941,3 +941,24 @@ def test_a_training_that_knows_of_no_past_warns():
         warnings.simplefilter('error')
         model.eval()(torch.randn(2, 9, 2).double())
         with Carry(model.train()): model(torch.randn(2, 9, 2).double())
+
+def test_a_warm_up_may_not_go_over_the_end_of_the_past():
+    "There the encoder would have no gradient, in windows and in streams"
+    for warm_up in (6, 12):
+        with pytest.raises(ValueError, match=f'warm_up is {warm_up}, but a state is estimated after the first n_past=5 steps'):
+            learner(Net(n_past=5), warm_up=warm_up)
+    rows = SequenceDataLoaders.from_arrays(*map(list, zip(*items())), valid_pct=.4, sub_seq_len=6, bs=2, dtype=torch.float64)
+    with pytest.raises(ValueError, match='warm_up is 12, but a state is estimated after the first n_past=5 steps'):
+        learner(Net(n_past=5), dls=rows, sub=6, warm_up=12)
+    for warm_up in (3, 5):
+        model = Net(n_past=5)
+        before = deepcopy(model.rnn.initial.encoder.state_dict())
+        fit(learner(model, warm_up=warm_up), 1)
+        assert not any(torch.equal(o, before[k]) for k,o in model.rnn.initial.encoder.state_dict().items())
+
+def test_a_washout_that_leaves_the_encoder_without_a_gradient_is_said():
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        fit(learner(Net(n_past=5), n_skip=20), 1)
+    said = [str(o.message) for o in found if 'n_skip=20' in str(o.message)]
+    assert len(said)==1 and 'nor its encoder' in said[0] and 'burn_in=20' in said[0] and 'warm_up=' not in said[0]

@@ -6,11 +6,11 @@ from fastai.data.core import DataLoaders, TfmdDL
 from torch import nn
 from torch.utils._pytree import tree_map
 from functools import partial
-from fastai.callback.core import Callback, CancelStepException
+from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
-from tbptt_fastai.all import (EncodedState, Exact, Fixed, Interleaved, Jittered, Overlap, RandomUnbiased, Sequences, SequenceWindows, StatefulRNN, StreamDL, TbpttDL,
-    TbpttLearner, fun_rmse)
+from tbptt_fastai.all import (Adaptive, EncodedState, Exact, Fixed, Interleaved, Jittered, Overlap, RandomUnbiased, Sequences, SequenceWindows, StatefulRNN, StreamDL, TbpttDL,
+    SubWindows, TbpttLearner, fun_rmse)
 from tbptt_fastai.state.stored import PassedState, StoredState
 from tbptt_fastai.training.checkpoint import TbpttCheckpoint
 from tbptt_fastai.training.finite import FiniteCB
@@ -303,3 +303,163 @@ def test_states_from_elsewhere_cannot_take_turns(initial):
     dls = DataLoaders(*(TbpttDL(windows, bs=4, num_workers=0) for _ in range(2)))
     with pytest.raises(ValueError, match=f'take turns, but {initial.__name__}'):
         TbpttLearner(dls, Estimated(initial()), truncation=Interleaved(SUB, 3), loss_func=nn.MSELoss())
+
+
+# One at a time is the scheme alone, in all that a learner does
+
+def test_one_window_at_a_time_has_the_records_of_the_scheme_alone():
+    x,y = data()
+    for scheme in (Fixed(SUB), Overlap(3, 8)):
+        a,b = (fit(made(x, y, o, net()), 2) for o in (scheme, Interleaved(scheme, 1)))
+        assert a.recorder.values==b.recorder.values and a.recorder.losses==b.recorder.losses
+
+@pytest.mark.parametrize('scheme', [Fixed(SUB), Jittered(6, std=2., least=2), Overlap(5, 10), Exact(4)])
+def test_one_window_at_a_time_trains_on_streams_and_with_states_from_elsewhere(scheme):
+    x,y = data()
+    rows = Sequences(list(x), list(y), dtype=torch.float64)
+    def trained(scheme):
+        set_seed(1)
+        dls = DataLoaders(*(StreamDL(rows, bs=4, sub_seq_len=SUB) for _ in range(2)))
+        return fit(TbpttLearner(dls, net(), truncation=scheme, loss_func=nn.MSELoss())).model
+    assert all(torch.equal(*o) for o in zip(trained(scheme).parameters(), trained(Interleaved(scheme, 1)).parameters()))
+    windows = SequenceWindows(list(x), list(y), win_sz=12, stp_sz=5, dtype=torch.float64)
+    dls = DataLoaders(*(TbpttDL(windows, bs=4, num_workers=0) for _ in range(2)))
+    fit(TbpttLearner(dls, Estimated(StoredState()).double(), truncation=Interleaved(Fixed(SUB), 1), loss_func=nn.MSELoss()))
+
+def test_losses_of_equal_parts_are_smoothed_as_those_of_the_scheme():
+    x,y = data(win=20)
+    learn = fit(made(x, y, Interleaved(SUB, 3), net()))
+    assert type(learn.recorder.smooth_loss) is type(fit(made(x, y, Fixed(SUB), net())).recorder.smooth_loss)
+
+
+# Schemes that hold each other
+
+def test_a_scheme_that_measures_may_have_windows_take_turns():
+    x,y = data()
+    def trained(scheme): return fit(made(x, y, scheme, net()), 2).model
+    def adaptive(f): return Adaptive(k_max=6, n_batches=1, scheme=f)
+    inside,outside = trained(adaptive(lambda k: Interleaved(k, 3))),trained(Interleaved(adaptive(Fixed), 3))
+    assert equal(inside, outside, 0) and not equal(inside, trained(adaptive(Fixed)))
+    with pytest.raises(ValueError, match='scheme is'): Interleaved(adaptive(lambda k: Interleaved(k, 3)), 2)
+    rows = Sequences(list(x), list(y))
+    with pytest.raises(ValueError, match='StreamDL go on through the whole run'): TbpttLearner(
+        DataLoaders(*(StreamDL(rows, bs=4, sub_seq_len=SUB) for _ in range(2))), net(), truncation=adaptive(lambda k: Interleaved(k, 3)), loss_func=nn.MSELoss())
+
+@pytest.mark.parametrize('scheme', ['a', [1], 2.5, Fixed])
+def test_a_scheme_that_is_none_is_named(scheme):
+    with pytest.raises(TypeError, match='^scheme is'): Interleaved(scheme)
+
+def test_a_window_that_is_too_short_is_said_of_the_scheme_that_cuts_it():
+    x,y = data()
+    with pytest.raises(ValueError, match=f'sub_seq_len is {WIN+1}, but a window has {WIN} steps'): made(x, y, Interleaved(WIN+1, 3), net())
+
+
+# States that are kept elsewhere
+
+class Beside(Net):
+    "Has another state, by itself"
+    def __init__(self):
+        super().__init__()
+        self.cell,self.head,self.h = nn.GRUCell(2, 6),nn.Linear(12, 1),None
+    def reset(self): self.h = None
+    def forward(self, x):
+        outs = []
+        for o in x.unbind(1):
+            self.h = self.cell(o, self.h)
+            outs.append(self.h)
+        self.h = self.h.detach()
+        return self.head(torch.cat([self.rnn(x), torch.stack(outs, 1)], -1))
+
+class Tidy(Net):
+    "Resets nothing else"
+    def reset(self): self.rnn.reset()
+
+def test_a_state_beside_those_that_can_be_put_aside_is_refused_before_training():
+    x,y = data()
+    model = Beside().double()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match='Beside carries h by itself'): fit(made(x, y, Interleaved(SUB, 3), model))
+    assert all(torch.equal(o, model.state_dict()[k]) for k,o in before.items())
+    fit(made(x, y, Fixed(SUB), model))
+    torch.manual_seed(1)
+    tidy,other = Tidy().double(),net()
+    fit(made(x, y, Interleaved(SUB, 3), tidy))
+    by_hand(other, batches_of(x, y), SUB, 3, .1)
+    assert equal(tidy, other)
+
+def test_a_reset_by_a_callback_is_that_of_all_windows_in_flight():
+    class Reset(Callback):
+        order = 30
+        def after_batch(self):
+            if self.training: self.learn.tbptt_reset_cb.reset()
+    x,y = data()
+    a,b = net(),net()
+    fit(made(x, y, Interleaved(SUB, 3), a, cbs=Reset()))
+    parts = [(x[i:i+BS,s:s+SUB], y[i:i+BS,s:s+SUB]) for i,s in in_turn_by_hand(len(x), 3)]
+    opt = torch.optim.SGD(b.parameters(), lr=.1)
+    for xb,yb in parts:
+        opt.zero_grad()
+        ((b.head(b.rnn.rnn(xb)[0])-yb).square().mean()*(xb.shape[1]/SUB)).backward()
+        opt.step()
+    assert equal(a, b)
+
+def in_turn_by_hand(n, in_flight):
+    "First row and first step of each part"
+    waiting,flying,order = list(range(0, n, BS)),[],[]
+    while waiting or flying:
+        while waiting and len(flying)<in_flight: flying.append([(waiting[0], s) for s in range(0, WIN, SUB)]) or waiting.pop(0)
+        parts = flying.pop(0)
+        order.append(parts.pop(0))
+        if parts: flying.append(parts)
+    return order
+
+
+# What is broken off
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'after_backward', 'after_step'])
+@pytest.mark.parametrize('error', [CancelFitException, CancelEpochException, CancelTrainException, CancelBatchException])
+@pytest.mark.parametrize('scheme', [Fixed(SUB), Interleaved(SUB, 2)])
+def test_a_fit_begins_without_the_gradients_of_a_step_that_was_cancelled(scheme, error, event):
+    def stop(self):
+        if self.training and self.learn.train_iter==6: raise error('enough')
+    x,y = data()
+    model = net()
+    learn = made(x, y, scheme, model)
+    fit(learn, cbs=type('Stop', (Callback,), {event: stop, 'order': 30})())
+    if error is CancelBatchException: model.zero_grad() # the next step would have them
+    other = copy.deepcopy(model)
+    fit(learn)
+    by_hand(other, batches_of(x, y), SUB, scheme.in_flight, .1)
+    assert equal(model, other)
+
+def test_the_next_epoch_begins_without_the_gradients_of_a_step_that_was_cancelled():
+    class Stop(Callback):
+        order = 30
+        def after_backward(self):
+            if self.learn.epoch==0 and self.learn.iter==6: raise CancelTrainException('enough')
+            if self.learn.iter==0: self.seen = [p.grad.clone() for p in self.model.parameters()]
+    x,y = data()
+    stop,model = Stop(),net()
+    fit(made(x, y, Interleaved(SUB, 2), model, cbs=stop), 2, lr=0.)
+    first = [o.clone() for o in stop.seen]
+    fit(made(x, y, Interleaved(SUB, 2), net(), cbs=stop), 1, lr=0.)
+    assert all(torch.equal(*o) for o in zip(first, stop.seen))
+
+def test_processes_agree_that_no_window_is_left_before_the_rest_of_those_in_flight():
+    "... as they wait for each other in every step"
+    class Agreeing(SubWindows):
+        def _agree(self, steps, n_sub): events.append((steps, n_sub))
+    events,x = [],torch.zeros(2, 6, 1)
+    for _ in Agreeing([(x, x)]*3, Interleaved(2, 2)): events.append('step')
+    assert events==[(6, 3), (6, 3)]+['step']*5+[(6, 3)]+['step']+[(0, 0)]+['step']*3
+
+def test_a_model_with_another_state_is_evaluated_window_by_window():
+    x,y = data()
+    torch.manual_seed(1)
+    model = Beside().double()
+    learn = fit(made(x, y, Fixed(SUB), model), 0)
+    preds = learn.get_preds()[0]
+    for i in range(0, len(x), BS):
+        model.eval()
+        model.reset()
+        with torch.no_grad(): assert torch.allclose(preds[i:i+BS], model(x[i:i+BS]))

@@ -56,10 +56,35 @@ def test_fenced_code_that_is_too_wide_is_named(site): assert '91 columns' in fau
 @pytest.mark.parametrize('output, found', [
     (stream('UserWarning: something\n', 'stderr'), 'stderr'), (stream('█ 0.00% [0/8 00:00<?]\n'), 'progress bar'),
     (stream("File '/home/somebody/x.py'\n"), '/home/somebody'), (stream('/usr/lib/site-packages/torch\n'), 'site-packages'),
+    (stream('x.py:3: UserWarning: something\n  f()\n'), 'a warning'), (stream('Traceback (most recent call last):\n  f()\n'), 'a traceback'),
+    (stream('[0, 1.172500729560852, 0.9470813274383545]\n'), 'without its table'), (stream('1.25 '*30), '150 columns of output'),
     (dict(output_type='error', ename='ValueError', evalue='no', traceback=['ValueError: no']), 'error')])
 def test_an_output_that_is_not_for_readers_is_named(site, output, found):
     [fault] = faults(site, code('f()', output))
     assert found in fault
+
+def test_a_sentence_of_an_output_may_be_long(site): assert faults(site, code('f()', stream('it says what is wrong and then what to do about it, '*4))) == []
+
+def test_an_output_that_nobody_sees_may_say_anything(site):
+    assert faults(site, code('#| output: false\nf()', stream('UserWarning: something\n', 'stderr'))) == []
+
+@pytest.mark.parametrize('text', ['It is in /home/somebody/data.', '`/tmp/x.csv`'])
+def test_a_path_in_the_text_is_named(site, text): assert 'the path /' in faults(site, markdown(text))[0]
+
+def test_a_path_in_code_that_shows_is_named(site): assert 'the path /work/data' in faults(site, code("open('/work/data')"))[0]
+
+@pytest.mark.parametrize('text', ['![](figure.png)', '<img src="figure.png">', '<a href="rooms/03_other.ipynb">there</a>', '[a](b.ipynb "title")'])
+def test_an_image_or_a_link_of_another_form_that_leads_nowhere_is_named(site, text): assert 'no such page' in faults(site, markdown(text))[0]
+
+def test_an_image_that_is_there_is_found(site):
+    (site/'figure.png').write_bytes(b'')
+    assert faults(site, markdown('![](figure.png) <img width=3 src="figure.png">')) == []
+
+def signature(): return code('#| echo: false\n#| output: asis\nshow_doc(f)')
+
+def test_a_page_begins_with_a_sentence(site):
+    assert 'begins with a signature' in faults(site, code('import f'), markdown('## Heading'), signature())[0]
+    assert faults(site, code('import f'), markdown('## Heading\n\nWhat it is for.'), signature()) == []
 
 @pytest.mark.parametrize('head, found', [('---\ndescription: it\n---\n', 'no title'), ('---\ntitle: it\n---\n', 'no description')])
 def test_a_page_says_what_it_is(site, head, found): assert faults(site, head=head) == [f'page.ipynb: {found}']
@@ -73,27 +98,3 @@ def test_shown_cells_of_the_notebooks_fit():
             if not pages.shown(cell) or any(f'#| {o}' in text for o in ('export', 'hide', 'default_exp')): continue
             wide = [o for o in pages.code_of(cell) if len(o)>pages.WIDTH]
             assert not wide, f'{path.relative_to(ROOT)}: {wide}'
-
-reference_spec = importlib.util.spec_from_file_location('reference', ROOT/'tools'/'reference.py')
-reference = importlib.util.module_from_spec(reference_spec)
-reference_spec.loader.exec_module(reference)
-
-def described(a:int, # How many
-              b:str='x', # Which
-              *args, **kwargs):
-    "What it does"
-
-def test_parameters_are_a_table_and_the_signature_has_no_comments():
-    shown = reference.TableRenderer(described)._repr_markdown_()
-    assert "described(a, b='x', *args, **kwargs)" in shown
-    assert '| a | int |  | How many |' in shown and '| b | str | x | Which |' in shown
-    assert '# How many' not in shown
-
-def test_a_long_signature_is_wrapped():
-    from tbptt_fastai.learner import TbpttLearner
-    shown = reference.TableRenderer(TbpttLearner)._repr_markdown_()
-    assert max(map(len, shown.split('```')[1].splitlines()))<=pages.WIDTH
-
-def test_no_source_link_where_the_address_is_not_known():
-    from tbptt_fastai.learner import TbpttLearner
-    assert ('[source]' in reference.TableRenderer(TbpttLearner)._repr_markdown_()) == bool(reference.get_config().git_url)

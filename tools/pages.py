@@ -1,28 +1,37 @@
 """Process every notebook as the build of the site does, without Quarto, and look at what a reader would see
 
-A cell that cannot be run there is an error that names it. So are, on any page, a link or an anchor that leads nowhere, a line of code that is too wide,
-what a notebook says on stderr, a progress bar, a path of the machine, and a page without a title and a sentence about it.
+A cell that cannot be run there is an error that names it. So are, on any page, a link, an image or an anchor that leads nowhere, a line of code
+or of numbers that is too wide, a warning, a traceback, what a notebook says on stderr, a progress bar, a path of the machine, a page without a title
+and a sentence about it, and one that begins with a signature.
 """
-import json, re, sys
+import json, re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 88 # columns of code that a page shows
+OUTPUT = 112 # columns of numbers and names that an output has, at most: sentences are wrapped
 PRIVATE = re.compile(r'(?<![\w.])/(?:home|root|work|venv|tmp|Users)/[\w.]+|site-packages')
 
+SAID = {'a progress bar': re.compile('█'), 'a training without its table': re.compile(r'^\[0, \d+\.\d{6}', re.M),
+        'a warning': re.compile(r'^\S+:\d+: \w*Warning: ', re.M),
+        'a traceback': re.compile(r'^Traceback \(most recent call last\)', re.M)}
+LINK = re.compile(r'\]\(([^)\s]+)(?: +"[^"]*")?\)|<(?:a|img)\b[^>]*?\b(?:href|src)=["\']?([^"\'\s>]+)')
 
 def joined(o): return o if isinstance(o, str) else ''.join(o or [])
 
 def cells_of(page): return json.loads(page.read_text(encoding='utf-8'))['cells']
 
+def switched_off(cell, *names): return re.search(rf"^#\| *({'|'.join(names)}): *false", joined(cell['source']), re.M) is not None
+
 def shown(cell):
     "Does a reader see the code of this cell?"
-    return cell['cell_type']=='code' and not re.search(r'^#\| *(echo|include): *false', joined(cell['source']), re.M)
+    return cell['cell_type']=='code' and not switched_off(cell, 'echo', 'include')
 
 def code_of(cell): return [o for o in joined(cell['source']).split('\n') if not o.startswith('#|')]
 
 def texts_of(cell):
     "What the outputs of a cell say, by kind"
+    if switched_off(cell, 'output', 'include'): return
     for o in cell.get('outputs', []):
         data = o.get('data', {})
         kind = o.get('name') or ('error' if o['output_type']=='error' else 'markdown' if 'text/markdown' in data else 'plain')
@@ -32,6 +41,12 @@ def markdown_of(cell):
     "All Markdown that a reader sees in a cell"
     if cell['cell_type']=='markdown': return joined(cell['source'])
     return '\n'.join(text for kind,text in texts_of(cell) if kind=='markdown')
+
+def is_sentence(line):
+    "Words, rather than numbers and names in columns"
+    return len(re.findall(r'(?<!\S)[a-z]+[,.:;]?(?!\S)', line))>=8
+
+def is_signature(cell): return re.search(r'^show_doc\(', joined(cell['source']), re.M) is not None
 
 def without_code(text): return re.sub(r'`[^`\n]*`', '', re.sub(r'^```.*?^```', '', text, flags=re.M|re.S))
 
@@ -48,6 +63,33 @@ def anchors_of(page):
 def html_name(page):
     "Where a page is on the site: without the number in front of its name"
     return page.with_name(re.sub(r'^\d+[a-z]?_', '', page.stem)+'.html')
+
+def wide_code(cell):
+    fenced = re.findall(r'^```python\n(.*?)^```', markdown_of(cell), re.M|re.S)
+    for line in (code_of(cell) if shown(cell) else [])+'\n'.join(fenced).split('\n'):
+        if len(line)>WIDTH: yield f'{len(line)} columns of code: {line.strip()[:60]}…'
+
+def unfit_outputs(cell):
+    for kind,text in texts_of(cell):
+        if kind in ('stderr', 'error'): yield f'{kind}: {text.strip()[:80]}'
+        for what,pattern in SAID.items():
+            if pattern.search(text): yield what
+        if kind not in ('stdout', 'plain'): continue
+        for line in text.split('\n'):
+            if len(line)>OUTPUT and not is_sentence(line): yield f'{len(line)} columns of output: {line.strip()[:60]}…'
+
+def seen_in(cell):
+    "All that a reader sees of a cell"
+    code = code_of(cell) if shown(cell) else [markdown_of(cell)] if cell['cell_type']=='markdown' else []
+    return '\n'.join([*code, *(text for _,text in texts_of(cell))])
+
+def begins_with_a_signature(cells):
+    "Headings are no sentences; cells with imports alone are no beginning"
+    for cell in cells[1:]:
+        if is_signature(cell): return True
+        words = re.sub(r'^#.*$|^<!--.*-->$', '', markdown_of(cell), flags=re.M) if cell['cell_type']=='markdown' else ''
+        if words.strip(): return False
+    return False
 
 class Site:
     "The processed pages, by their own names and by those of the site"
@@ -81,25 +123,19 @@ class Site:
         head = joined(cells[0]['source']) if cells else ''
         for o in ('title', 'description'):
             if page.stem!='index' and not re.search(rf'^{o}: *\S', head, re.M): yield f'no {o}'
+        if begins_with_a_signature(cells): yield 'begins with a signature: a sentence about it first'
         for i,cell in enumerate(cells):
-            where = f'cell {i}'
-            if shown(cell):
-                for line in code_of(cell):
-                    if len(line)>WIDTH: yield f'{where}: {len(line)} columns of code: {line.strip()[:60]}…'
-            fenced = re.findall(r'^```python\n(.*?)^```', markdown_of(cell), re.M|re.S)
-            for line in '\n'.join(fenced).split('\n'):
-                if len(line)>WIDTH: yield f'{where}: {len(line)} columns of code: {line.strip()[:60]}…'
-            for kind,text in texts_of(cell):
-                if kind in ('stderr', 'error'): yield f'{where}: {kind}: {text.strip()[:80]}'
-                if '█' in text: yield f'{where}: a progress bar'
-                if m := PRIVATE.search(text): yield f'{where}: the path {m[0]}'
-            for link in re.findall(r'\]\(([^)\s]+)\)', without_code(markdown_of(cell))):
-                if why := self.leads_nowhere(page, link): yield f'{where}: {link}: {why}'
+            for o in [*wide_code(cell), *unfit_outputs(cell), *self.dead_links(page, cell)]: yield f'cell {i}: {o}'
+            if m := PRIVATE.search(seen_in(cell)): yield f'cell {i}: the path {m[0]}'
+
+    def dead_links(self, page, cell):
+        for m in LINK.finditer(without_code(markdown_of(cell))):
+            link = m[1] or m[2]
+            if why := self.leads_nowhere(page, link): yield f'{link}: {why}'
 
     def report(self): return [f'{p.relative_to(self.folder)}: {o}' for p in self.pages for o in self.faults(p)]
 
 def main():
-    sys.path.insert(0, str(ROOT))
     from nbdev.serve import proc_nbs
     folder = proc_nbs(n_workers=0, force=True)
     faults = Site(folder).report()

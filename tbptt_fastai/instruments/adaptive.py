@@ -61,12 +61,17 @@ class Adaptive(Truncation):
     @property
     def sub_seq_len(self): return self._k
     @property
+    def alone(self): return self if self.in_flight==1 else self._scheme.alone
+    @property
+    def in_flight(self): return self._scheme.in_flight
+    @property
     def block(self): return self._scheme.block
     @property
     def random(self): return self._scheme.random
     @property
     def recompute(self): return self._scheme.recompute
     def plan(self, win_sz, rng): return self._scheme.plan(win_sz, rng)
+    def sub_windows(self, win_sz, n_skip=0, rng=None): return self._scheme.sub_windows(win_sz, n_skip, rng)
     def weight(self, counted, most): return self._scheme.weight(counted, most)
 
 # %% ../../nbs/instruments/05_adaptive.ipynb #84b74aa1

@@ -8,7 +8,6 @@ __all__ = ['Segment', 'is_array', 'Window', 'planned_pieces', 'WindowPart', 'in_
 
 # %% ../../nbs/loaders/00_segment.ipynb #de770596
 from collections import deque
-from collections import deque
 from copy import copy
 from functools import partial
 from operator import is_

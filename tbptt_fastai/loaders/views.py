@@ -116,7 +116,6 @@ class SubWindows(GetAttr):
         windows = ([(batch, *o) for o in self._segments(batch)] for batch in self._read(batches))
         for batch,self.segment,self.warm_up in in_turn(windows, self.in_flight):
             yield batch if self.window is None else self.window.cut(*self.sub_window[:2])
-        if self._cuts: self._agree(0, 0)
         self._check_counted()
 
     def _read(self, batches):
@@ -125,7 +124,9 @@ class SubWindows(GetAttr):
         for self.n_read in count():
             self._before_read(self.n_read)
             try: batch = next(batches)
-            except StopIteration: return
+            except StopIteration:
+                if self._cuts: self._agree(0, 0) # before the rest of the windows that take turns
+                return
             if self.n_read==0: self.drawn = vars(self.dl).get('_DataLoader__idxs') if isinstance(self.dl, DataLoader) else None
             yield batch
 
@@ -383,7 +384,8 @@ def carries(self:SubWindows):
 @patch(as_prop=True)
 def is_uneven(self:SubWindows):
     "May other numbers of targets count in its segments?"
-    return self.counts is not None or not isinstance(self.truncation, (Fixed, Whole, type(None)))
+    alone = self.truncation and self.truncation.alone
+    return self.counts is not None or not isinstance(alone, (Fixed, Whole, type(None)))
 
 # %% ../../nbs/loaders/01_views.ipynb #041fe0d5
 @patch(as_prop=True)
@@ -423,7 +425,7 @@ def _elsewhere(window, least):
 
 def _check_fits(scheme, window, warm_up):
     "A `ValueError` if a window is too short for a scheme"
-    steps = window.steps-warm_up
+    steps,scheme = window.steps-warm_up,scheme.alone
     if scheme.least_window<=steps: return
     if isinstance(scheme, Fixed): asked = f'sub_seq_len is {scheme.sub_seq_len}'
     else: asked = f'{scheme} is for windows of {scheme.least_window} steps or more'

@@ -211,6 +211,11 @@ def turn_to(self:Carry,
     self.seen,states = found
     self.restore(states)
 
+@patch
+def forget_turns(self:Carry):
+    "Windows that wait for their turn begin anew"
+    self._aside.clear()
+
 # %% ../../nbs/state/02_carry.ipynb #6af6fcef
 @contextmanager
 def out_of_reach(

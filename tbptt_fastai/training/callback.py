@@ -28,7 +28,7 @@ from ..state.carry import Carry
 from ..state.encoded import n_past_of
 from ..state.own import check_reset
 from ..state.turns import refuse_beside_training
-from .parts import check_remembers, compare_parts, first_output
+from .parts import check_put_aside, check_remembers, compare_parts, first_output
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss, TargetLoss
 from ..sequences.axis import check_time_dim
@@ -48,6 +48,7 @@ class TbpttResetCB(CountedLoss):
     _is_new = False # is the first batch of a fit still to be looked at?
     _trained = None # channels of the inputs in the last training
     _is_unfinished = False # has a fit begun, and not ended?
+    _in_batch = False # has a training step begun, and not ended?
     _has_trained = True # was there a batch in this epoch's training?
     _search = None # of a learning rate, for the time of its fit
     _refusal = None # of an evaluation that is about to begin
@@ -77,7 +78,8 @@ class TbpttResetCB(CountedLoss):
             raise TypeError(
                 f"truncation is {truncation!r}; expected a scheme, such as Overlap(k1=20, k2=100). "
                 "For sub-windows of one length: sub_seq_len.")
-        self.sub_seq_len,self.truncation = sub_seq_len,truncation
+        self.sub_seq_len = sub_seq_len
+        self.truncation = truncation.alone if truncation is not None and truncation.in_flight==1 else truncation
         self.n_skip,self.timed = check_steps('n_skip', n_skip, least=0),check_bools('timed', timed, several=True)
         self.check = check_switch('check', check)
         self.time_dim = check_time_dim(time_dim)
@@ -122,6 +124,9 @@ class TbpttResetCB(CountedLoss):
             if scheme is not None and scheme.recompute: check_statistics(self.model, scheme)
             if scheme is not None and scheme.in_flight>1: self._check_turns(scheme, carry)
         for view in views: view.check_training(scheme, carry)
+        if 0<views[0].n_past<self.warm_up: raise ValueError(
+            f"warm_up is {self.warm_up}, but a state is estimated after the first n_past={views[0].n_past} steps: run without a gradient, "
+            "the encoder of an EncodedState would learn nothing. Use a warm_up of at most n_past, or a burn_in.")
         check_elsewhere(views[0], carry)
         if views[0].n_past and carry.elsewhere: raise ValueError(
             f"The model has an EncodedState, and a {type(carry.elsewhere[0].initial).__name__} in another layer: what comes from "
@@ -137,11 +142,11 @@ def _check_turns(self:TbpttResetCB, scheme, carry):
         "aside. Carry it in a StatefulRNN.")
     if carry.elsewhere: raise ValueError(
         f"{scheme} has windows take turns, but {type(carry.elsewhere[0].initial).__name__} follows one window after the other. "
-        f"Leave one of them out: {scheme.scheme} alone takes the windows in their order.")
+        f"Leave one of them out: {scheme.alone} alone takes the windows in their order.")
     found = first(cb for cb in self.learn.cbs if getattr(cb, 'follows_windows', False))
     if found is not None: raise ValueError(
         f"{scheme} has windows take turns, but {type(found).__name__} goes through one window after the other. "
-        f"Leave one of them out: {scheme.scheme} alone takes the windows in their order.")
+        f"Leave one of them out: {scheme.alone} alone takes the windows in their order.")
 
 # %% ../../nbs/training/04_callback.ipynb #4ad29d7a
 @patch
@@ -179,6 +184,17 @@ def _drop_gradients(self:TbpttResetCB):
     if self.learn.lock.locked() or self.carry is not None: return # an evaluation, which needs none
     if self._is_unfinished: self.learn.model.zero_grad()
     self._is_unfinished = True
+
+@patch
+def after_batch(self:TbpttResetCB):
+    if self.learn.training: self._in_batch = False
+    CountedLoss.after_batch(self)
+
+@patch
+def _drop_step(self:TbpttResetCB):
+    "... and a training without those of a step that was cancelled with all that comes after it"
+    if self._in_batch: self.learn.model.zero_grad()
+    self._in_batch = False
 
 # %% ../../nbs/training/04_callback.ipynb #6ec05001
 @patch
@@ -277,7 +293,7 @@ def _refuse_untrained(self:TbpttResetCB,
 @patch
 def before_batch(self:TbpttResetCB):
     self._refuse_untrained()
-    if self.learn.training: self._has_trained = True
+    if self.learn.training: self._has_trained = self._in_batch = True
     if self._is_cut: self._is_cut,self._whole = False,None # of a batch that was cancelled
     if not self._tried and self.check: self._check_inputs()
     is_new = self._is_new and self.learn.training and not self.segment.is_silent
@@ -295,6 +311,7 @@ def _check_model(self:TbpttResetCB):
     error = compare_parts(model, window, -(-window.steps//2), groups)
     if error is None: self._compare_two(model, window.steps)
     check_remembers(model, window, groups)
+    if view.in_flight>1: check_put_aside(model, window, groups)
 
 @patch
 def _compare_two(self:TbpttResetCB, model, steps):
@@ -360,6 +377,7 @@ def _target_counts(self:TbpttResetCB, dl, evaluation):
 # %% ../../nbs/training/04_callback.ipynb #d1b99335
 @patch
 def before_train(self:TbpttResetCB):
+    self._drop_step()
     self.checked = self._has_trained = False # has the model been seen to carry a state, and was there a batch?
     self._tried = False
     view = self.training_view(self.dl)
@@ -390,12 +408,14 @@ def _warn_of_untaught(self:TbpttResetCB):
     self._has_warned,n_skip,scheme = True,self.n_skip,self.dl.truncation
     what = 'sequence' if self.dl.flat else 'window'
     after = ' after the warm-up' if self.warm_up else ''
+    encoder = ', nor its encoder to estimate one' if self.dl.n_past else ''
+    meant = '' if encoder else f' If this is meant: warm_up={self.warm_up+n}, and washout={n_skip} for the numbers.'
     warnings.warn(
         f"n_skip={n_skip} leaves the first {n} steps{after} of each {what} without any gradient: they have no loss, and with "
         f"{scheme} no gradient of a later loss goes back to them, so that nothing teaches the model to find its state in "
-        f"them. Use burn_in={n_skip}, through which gradients go; or washout={n_skip}, which leaves those steps out of the "
+        f"them{encoder}. Use burn_in={n_skip}, through which gradients go; or washout={n_skip}, which leaves those steps out of the "
         "numbers of evaluations alone; or a longer sub-window, or Overlap(k1, k2) with a k2 of n_skip+k1, whose gradients "
-        f"reach back. If this is meant: warm_up={self.warm_up+n}, and washout={n_skip} for the numbers.", stacklevel=2)
+        f"reach back.{meant}", stacklevel=2)
 
 # %% ../../nbs/training/04_callback.ipynb #05f47b45
 @patch

@@ -20,7 +20,7 @@ from ..loaders.segment import Segment
 from ..loaders.here import rows_here
 from ..state.carry import Carry, out_of_reach
 from .checks import channels_explained
-from ..state.own import own_attributes, put_back
+from ..state.own import own_attributes, put_back, reset_own_state
 from ..state.pieces import Piece, PieceCarry
 from ..state.turns import taking_turns, training_turn
 
@@ -105,6 +105,7 @@ class StateResets(Callback):
     ):
         "Forget every carried state, of all rows or of some"
         self._states = None
+        if rows is None: self.owner.forget_turns()
         self.owner.reset(rows, groups)
 
     def within(self):
@@ -124,7 +125,7 @@ def begin_batch(self:StateResets,
     segment = view.segment
     owner.drop_pieces() # of a batch that was cancelled
     if not (self.carrying or self.learn.training):
-        owner.reset_own()
+        if owner.resets_itself: reset_own_state(owner.inner)
         return owner.name_groups(segment.groups)
     if view.in_flight>1: owner.turn_to(segment.window)
     for earlier,xb in view.warm_up: self._warm_up(view, owner, earlier, xb)

@@ -15,10 +15,13 @@ class Interleaved(Truncation):
         scheme, # A scheme for each window, such as `Overlap(20, 100)`, or steps of a sub-window
         in_flight:int=16, # Batches of windows that take turns; each of them is held in memory, with its states
     ):
-        if scheme is None or isinstance(scheme, Interleaved): raise ValueError(
+        if scheme is None or getattr(scheme, 'in_flight', 1)>1 or isinstance(scheme, Interleaved): raise ValueError(
             f"scheme is {scheme!r}; expected one that cuts windows, such as Overlap(20, 100), or a number of steps.")
+        if not isinstance(scheme, Truncation): scheme = check_steps('scheme', scheme)
         self.scheme,self.in_flight = as_truncation(scheme),check_steps('in_flight', in_flight)
 
+    @property
+    def alone(self): return self.scheme
     @property
     def sub_seq_len(self): return self.scheme.sub_seq_len
     @property

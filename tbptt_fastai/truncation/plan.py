@@ -80,6 +80,11 @@ class Truncation:
         "The sub-windows in their order: `SubWindow`s, or pairs `(start, stop)`"
         raise NotImplementedError(f"{type(self).__name__} has no `plan`.")
 
+    @property
+    def alone(self):
+        "What cuts each window, whether windows take turns or not"
+        return self
+
     def before_epoch(self,
         learn, # The learner
     ): "Called before each epoch of training, for schemes that look at the model"

@@ -1,0 +1,63 @@
+"""How the pages show a symbol: its signature in lines that fit, what it does, and its parameters as a table
+
+nbdev imports it by `renderer` in `pyproject.toml`, from wherever it builds the pages; nothing of the library needs it, or nbdev.
+"""
+import inspect, re, textwrap
+from fastcore.docments import DocmentTbl
+from nbdev.config import get_config
+from nbdev.showdoc import BasicMarkdownRenderer
+from tbptt_fastai.helptexts import HEADING
+
+WIDTH = 84 # columns of code that show on a page
+
+def _plain(o): return o.__name__ if inspect.isclass(o) or inspect.isfunction(o) or inspect.ismodule(o) else repr(o)
+
+def _starred(p): return {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')+p.name
+
+def _parameter(p): return _starred(p) if p.default is p.empty else f'{_starred(p)}={_plain(p.default)}'
+
+def _lines(parameters):
+    "A parameter is never taken apart, even where its default has spaces"
+    whole = ', '.join(o.replace(' ', '\0') for o in parameters)
+    lines = textwrap.wrap(whole, WIDTH-1, initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
+    return '\n'.join(lines).replace('\0', ' ')
+
+def signature_of(name, sig):
+    "Names and defaults; types and meanings are in the table"
+    parameters = [_parameter(p) for n,p in sig.parameters.items() if n not in ('self', 'cls')]
+    line = f"{name}({', '.join(parameters)})"
+    return line if len(line)<=WIDTH else f'{name}(\n{_lines(parameters)})'
+
+def _type(anno):
+    "Without the modules that it comes from: `Callback | list`, not `fastai.callback.core.Callback | list`"
+    if any(anno is o for o in (inspect.Parameter.empty, None, type(None))): return inspect.Parameter.empty
+    text = anno if isinstance(anno, str) else inspect.formatannotation(anno)
+    return re.sub(r'\b(?:[A-Za-z_]\w*\.)+(?=\w)', '', text)
+
+def _default(o):
+    "A name in angle brackets would be read as HTML"
+    return 'a function' if getattr(o, '__name__', '')=='<lambda>' else o
+
+class _Table(DocmentTbl):
+    "Rows for the parameters of which there is something to say"
+    def __init__(self, obj):
+        super().__init__(obj)
+        for o in self.dm.values(): o['anno'],o['default'] = _type(o['anno']),_default(o['default'])
+        self.params = [o for o in self.params if o not in ('self', 'cls') and self._says(self.dm[o])]
+
+    def _says(self, row): return any(row[o] is not inspect.Parameter.empty for o in self._map)
+
+def table_of(sym):
+    "Parameters by name, type, default and meaning; nothing where none is described"
+    try: return str(_Table(sym))
+    except (TypeError, ValueError, OSError): return '' # without a source: a built-in, a constant
+
+class TableRenderer(BasicMarkdownRenderer):
+    "Markdown renderer for `show_doc`"
+    def _repr_markdown_(self):
+        head,fence,rest = super()._repr_markdown_().partition('```python\n')
+        if not get_config().git_url: head = '\n'.join(o for o in head.splitlines() if not o.startswith('[source]'))+'\n'
+        if self.sig is None or not rest: return head+fence+rest
+        docs = rest.partition('```')[2].partition(HEADING)[0].strip() # which the table has
+        signature = signature_of(self.nm.split('.')[-1], self.sig)
+        return '\n\n'.join(filter(None, [head.rstrip(), f'{fence}{signature}\n```', docs, table_of(self.sym)]))

@@ -1,0 +1,76 @@
+"How the pages show a symbol"
+from fnmatch import fnmatch
+from inspect import signature
+from pathlib import Path
+from types import SimpleNamespace
+import pytest
+pytest.importorskip('nbdev') # which the lowest versions are tested without
+from nbdev.config import get_config, tomllib
+from nbdev.showdoc import show_doc
+from tbptt_fastai._reference import TableRenderer, WIDTH, signature_of
+from tbptt_fastai.deploy.predictor import StreamPredictor
+from tbptt_fastai.learner import TbpttLearner, default_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def shown(o): return TableRenderer(o)._repr_markdown_()
+
+def described(a:int, # How many
+              b:str='x', # Which
+              c:'dict|None'=None, # Which of two
+              *args, **kwargs):
+    "What it does"
+
+def test_parameters_are_a_table_and_the_signature_has_no_comments():
+    text = shown(described)
+    assert "described(a, b='x', c=None, *args, **kwargs)" in text
+    assert '| a | int |  | How many |' in text and '| b | str | x | Which |' in text
+    assert '# How many' not in text
+
+def test_what_is_not_described_has_no_row(): assert '| args |' not in shown(described) and '| kwargs |' not in shown(described)
+
+def test_every_docment_is_in_the_table():
+    text = shown(default_loss)
+    assert '| scale_y | Standardize | None | Scaling of the outputs;' in text
+
+def test_types_are_named_without_their_modules():
+    text = shown(TbpttLearner)
+    assert 'fastai.callback' not in text and 'collections.abc' not in text and 'typing' not in text
+    assert '| Optional |' not in text and '| Union |' not in text # of what?
+
+def test_the_texts_that_help_shows_are_not_shown_twice():
+    text = shown(TbpttLearner)
+    assert text.count('Steps of a sub-window;')==1 and 'Parameters:' not in text
+
+def test_a_default_is_no_html():
+    def g(
+        scheme=lambda k: k, # What to try
+    ): pass
+    assert '| scheme | function | a function | What to try |' in shown(g)
+
+def test_a_method_is_shown_without_self(): assert 'self' not in shown(StreamPredictor.reset).partition('\n\n*')[0]
+
+@pytest.mark.parametrize('o', [TbpttLearner, default_loss, described], ids=lambda o: o.__name__)
+def test_signatures_fit(o): assert max(map(len, shown(o).split('```')[1].splitlines()))<=WIDTH
+
+def test_a_default_with_spaces_stays_on_its_line():
+    def f(first=None, second=None, third=None, fourth=None, moms=(0.95, 0.85, 0.95), last='as the loaders say, or 1'): pass
+    for name in ('f', 'f'+'x'*20, 'f'+'x'*30):
+        text = signature_of(name, signature(f))
+        assert 'moms=(0.95, 0.85, 0.95)' in text and "last='as the loaders say, or 1'" in text
+        assert max(map(len, text.splitlines()))<=WIDTH
+
+def test_no_source_link_where_the_address_is_not_known():
+    assert ('[source]' in shown(TbpttLearner)) == bool(get_config(ROOT).git_url)
+
+def test_a_source_link_leads_to_the_address(monkeypatch):
+    monkeypatch.setattr('tbptt_fastai._reference.get_config', lambda: SimpleNamespace(git_url='https://git.invalid/a/b'))
+    monkeypatch.setattr('nbdev.showdoc.NbdevLookup.code', lambda self, sym: f'https://git.invalid/a/b/{sym}')
+    assert '[source](https://git.invalid/a/b/tbptt_fastai.learner.TbpttLearner)' in shown(TbpttLearner)
+
+def test_the_renderer_is_one_that_is_installed():
+    "The site is built by a program that has its own folder on the path, not that of the repository: it finds packages alone"
+    config = tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))['tool']
+    name = config['nbdev']['renderer']
+    assert any(fnmatch(name.split('.')[0], o) for o in config['setuptools']['packages']['find']['include'])
+    assert isinstance(show_doc(described, renderer=name), TableRenderer)
