@@ -1,4 +1,4 @@
-"""The example of the README on the recorded Silverbox: full backpropagation and TBPTT, several seeds
+"""The example of the page on costs, on the recorded Silverbox: full backpropagation and TBPTT, several seeds
 
 Validation runs whole windows of 500 steps from the initial state, without washout: the error is mostly that of each window's
 first steps, where no model can know the state.

@@ -1,4 +1,4 @@
-"The main job on the real recording, as the README shows it"
+"The main job on the real recording, as the page on costs shows it"
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
