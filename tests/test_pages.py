@@ -1,5 +1,5 @@
 "What `tools/pages.py` finds on a page that is not fit to be read"
-import importlib.util, json
+import ast, importlib.util, json
 from pathlib import Path
 import pytest
 
@@ -98,3 +98,10 @@ def test_shown_cells_of_the_notebooks_fit():
             if not pages.shown(cell) or any(f'#| {o}' in text for o in ('export', 'hide', 'default_exp')): continue
             wide = [o for o in pages.code_of(cell) if len(o)>pages.WIDTH]
             assert not wide, f'{path.relative_to(ROOT)}: {wide}'
+
+def test_numbers_of_a_page_are_those_of_the_benchmark():
+    "Pages are run without the files of the repository, so they repeat what they draw"
+    sources = [pages.joined(c['source']) for c in pages.cells_of(ROOT/'nbs'/'explanation'/'which_truncation.ipynb')]
+    [source] = [o for o in sources if o.startswith('silverbox = {')]
+    results = json.loads((ROOT/'bench'/'results'/'silverbox.json').read_text(encoding='utf-8'))['results']
+    assert ast.literal_eval(source.removeprefix('silverbox = ')) == {k: [round(r['multisine'], 3) for r in rs] for k,rs in results.items()}
