@@ -94,13 +94,14 @@ TASKS = {
     'predictions on a microcontroller, sample by sample': 'how_to/deploy.ipynb',
     'we used Keras with stateful=True': 'how_to/coming_from.ipynb',
     'what does this warning mean?': 'explanation/troubleshooting.ipynb',
+    'frames of a camera': 'tutorials/video.ipynb',
     'two GPUs': 'how_to/distributed.ipynb'}
 
 @pytest.mark.parametrize('task', TASKS)
 def test_the_front_page_leads_to_the_page_of_a_task(task): assert f']({TASKS[task]})' in front_page()
 
-def test_the_front_page_leads_to_every_how_to():
-    missing = [o for o in pages() if o.startswith('how_to/') and f']({o})' not in front_page()]
+def test_the_front_page_leads_to_every_how_to_and_tutorial():
+    missing = [o for o in pages() if o.startswith(('how_to/', 'tutorials/')) and f']({o})' not in front_page()]
     assert not missing, f'nbs/index.ipynb has no link to {missing}'
 
 def test_the_front_page_is_short():
