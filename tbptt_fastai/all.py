@@ -35,8 +35,8 @@ from tbptt_fastai.training.threads import ThreadHintCB
 from tbptt_fastai.truncation.interleaved import Interleaved
 from tbptt_fastai.truncation.plan import Fixed, SubWindow, Truncation
 from tbptt_fastai.truncation.schemes import Exact, Jittered, Overlap, RandomUnbiased
-from tbptt_fastai.helptexts import add_parameters
+import tbptt_fastai.helptexts as _helptexts
 
-_ours = [o for o in list(globals().values()) if getattr(o, '__module__', '').startswith('tbptt_fastai.') and o is not add_parameters]
-add_parameters(*_ours, Learner.tbptt_find, Learner.check_memory_grads, Learner.check_sub_windows)
-del add_parameters, _ours
+_ours = [o for o in list(globals().values()) if getattr(o, '__module__', '').startswith('tbptt_fastai.')]
+_helptexts.add_parameters(*_ours, Learner.tbptt_find, Learner.check_memory_grads, Learner.check_sub_windows)
+del _ours

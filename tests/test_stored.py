@@ -188,6 +188,21 @@ def test_a_washout_is_run_from_the_stored_state(how, n_skip):
     train_windows(rnn, head, window_epochs(len(memory.starts), BS, 3, SEED), PLANS[how], memory.begin, memory.came_to, n_skip=n_skip)
     assert same(learn, rnn, head)
 
+FIRST_STEPS = [(dict(burn_in=14), [(0, 14, 24, 24), (24, 24, 36, 36), (36, 36, 40, 40)]),
+    (dict(warm_up=4), [(0, 4, 4, 4), (4, 4, 16, 16), (16, 16, 28, 28), (28, 28, 40, 40)]),
+    (dict(warm_up=4, burn_in=18), [(0, 4, 4, 4), (4, 18, 28, 28), (28, 28, 40, 40)])]
+
+@pytest.mark.parametrize('first,plan', FIRST_STEPS)
+@pytest.mark.parametrize('layer', LAYERS)
+def test_a_burn_in_and_a_warm_up_begin_with_the_stored_state(layer, first, plan):
+    "... and what they come to is stored"
+    learn = learner(windows(), StoredState(), layer, sub_seq_len=12, **first)
+    (rnn,head),memory = parts(learn),Memory()
+    trained(learn)
+    train_windows(rnn, head, window_epochs(len(memory.starts), BS, 3, SEED), plan, memory.begin, memory.came_to)
+    assert same(learn, rnn, head)
+    assert learn.model[0].initial.n_begun>0
+
 def test_a_share_of_the_windows_from_some_epoch_on():
     learn = learner(windows(), StoredState(share=.6, from_epoch=1), sub_seq_len=12)
     rnn,head = parts(learn)
@@ -600,6 +615,14 @@ def test_loaders_that_may_leave_windows_out_are_refused_for_stored_states():
 def test_windows_of_which_none_begins_where_another_ends_are_refused():
     check_refused(windows(stp_sz=7), StoredState(), 'begin every 7 steps, up to step 84 .* there 40 steps', sub_seq_len=None)
     check_refused(windows(lengths=(40, 40)), StoredState(), 'would begin no window', sub_seq_len=12)
+
+def test_a_warm_up_and_a_burn_in_change_where_states_are():
+    for first in (dict(warm_up=5), dict(burn_in=39), dict(burn_in=37, warm_up=11)):
+        check_refused(windows(stp_sz=12), StoredState(), 'would begin no window', sub_seq_len=12, **first)
+    learn = learner(windows(stp_sz=12), StoredState(), sub_seq_len=10, warm_up=12) # after 12, 22, 32 and 40 steps
+    fit(learn, 2, LR)
+    assert learn.model[0].initial.n_begun>0
+    check_refused(windows(stp_sz=12), StoredState(), 'would begin no window', sub_seq_len=10)
 
 def test_batches_that_continue_each_other_are_refused():
     for initial in (StoredState(), PassedState()):

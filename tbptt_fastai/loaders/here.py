@@ -15,6 +15,7 @@ from ..sequences.windows import SequenceWindows
 from ..state.carry import Carry
 from ..state.pieces import Piece
 from ..state.stateful import first_tensor
+from ..truncation.first_steps import joined
 from ..truncation.plan import Fixed
 
 # %% ../../nbs/loaders/11_here.ipynb #6d952078
@@ -131,7 +132,8 @@ def _check_ever(name, view, ds):
     "A `ValueError` if no sub-window ends where a window begins"
     scheme = view.truncation
     if len(ds)==0 or scheme is not None and scheme.random: return
-    plan = [] if scheme is None else scheme.sub_windows(ds.win_sz)
+    first = view.first_steps
+    plan = [] if scheme is None else joined(first.plan(scheme, ds.win_sz), first.burn_in, first.warm_up)
     ends = sorted({ds.win_sz, *(o.next_start for o in plan if o.moves_on)})
     last = (int(ds._counts.max())-1)*ds.stp_sz # where the last window of any sequence begins
     if any(o%ds.stp_sz==0 and o<=last for o in ends): return
