@@ -1,20 +1,24 @@
-"Windows that take turns: each update on another one, each with a state of its own, as a loop by hand has them"
-import copy
-import pytest, torch
+"Windows that take turns: each update on another one, each with a state of its own, as a loop by hand has them. Run as a script, this file is one of two processes"
+import copy, sys
+import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.mixup import MixUp
 from fastai.data.core import DataLoaders, TfmdDL
 from torch import nn
 from torch.utils._pytree import tree_map
 from functools import partial
-from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException, CancelTrainException
+from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelStepException,
+    CancelTrainException)
 from fastai.optimizer import OptimWrapper
+from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from tbptt_fastai.all import (Adaptive, EncodedState, Exact, Fixed, Interleaved, Jittered, Overlap, RandomUnbiased, Sequences, SequenceWindows, StatefulRNN, StreamDL, TbpttDL,
-    SubWindows, TbpttLearner, fun_rmse)
+    RNNLearner, SequenceDataLoaders, SubWindows, TbpttLearner, fun_rmse)
 from tbptt_fastai.state.stored import PassedState, StoredState
 from tbptt_fastai.training.checkpoint import TbpttCheckpoint
 from tbptt_fastai.training.finite import FiniteCB
+from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.once import once_per_window
+from test_distributed import launch
 
 WIN,SUB,BS = 23,5,4
 
@@ -342,8 +346,9 @@ def test_a_scheme_that_measures_may_have_windows_take_turns():
     assert equal(inside, outside, 0) and not equal(inside, trained(adaptive(Fixed)))
     with pytest.raises(ValueError, match='scheme is'): Interleaved(adaptive(lambda k: Interleaved(k, 3)), 2)
     rows = Sequences(list(x), list(y))
-    with pytest.raises(ValueError, match='StreamDL go on through the whole run'): TbpttLearner(
-        DataLoaders(*(StreamDL(rows, bs=4, sub_seq_len=SUB) for _ in range(2))), net(), truncation=adaptive(lambda k: Interleaved(k, 3)), loss_func=nn.MSELoss())
+    dls = DataLoaders(*(StreamDL(rows, bs=4, sub_seq_len=SUB) for _ in range(2)))
+    with pytest.raises(ValueError, match='StreamDL go on through the whole run'):
+        TbpttLearner(dls, net(), truncation=adaptive(lambda k: Interleaved(k, 3)), loss_func=nn.MSELoss())
 
 @pytest.mark.parametrize('scheme', ['a', [1], 2.5, Fixed])
 def test_a_scheme_that_is_none_is_named(scheme):
@@ -463,3 +468,44 @@ def test_a_model_with_another_state_is_evaluated_window_by_window():
         model.eval()
         model.reset()
         with torch.no_grad(): assert torch.allclose(preds[i:i+BS], model(x[i:i+BS]))
+
+def test_windows_of_a_frame_are_rows_of_a_stream_and_the_remedy_says_where_they_are_not():
+    frame = pd.DataFrame(dict(group=np.repeat(range(4), 50), u=np.random.default_rng(0).standard_normal(200)))
+    dls = SequenceDataLoaders.from_df(frame.assign(y=frame.u), 'u', 'y', group='group', win_sz=20, bs=2)
+    for how in (dict(truncation=Interleaved(SUB, 3)), dict(sub_seq_len=SUB, initial=StoredState())):
+        with pytest.raises(ValueError, match=r'windows in memory \(win_sz= in from_arrays\)'): RNNLearner(dls, hidden_size=4, **how)
+
+
+# Two processes
+
+SHARED = [(Interleaved(SUB, 2), SUB, {}), (Interleaved(Overlap(3, 8), 2), (3, 8), {}), (Interleaved(SUB, 5), SUB, dict(n_skip=4))]
+
+def shared_learner(scheme, settings):
+    x,y = data(12)
+    dl = TbpttDL(Sequences(list(x), list(y), dtype=torch.float64), bs=2, num_workers=0, device='cpu')
+    opt = partial(OptimWrapper, opt=torch.optim.SGD)
+    return Learner(DataLoaders(dl, dl, device='cpu'), net(), nn.MSELoss(), opt_func=opt, lr=.1, cbs=TbpttResetCB(truncation=scheme, **settings))
+
+def main(folder):
+    from fastai.distributed import rank_distrib
+    res = []
+    for scheme,_,settings in SHARED:
+        learn = shared_learner(scheme, settings)
+        with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(): learn.fit(2)
+        res.append([*learn.model.state_dict().values()])
+    torch.save(res, f'{folder}/{rank_distrib()}.pt')
+
+def test_two_processes_have_their_windows_take_turns_as_one(tmp_path):
+    pytest.importorskip('accelerate')
+    launch('test_interleaved.py', tmp_path, cwd=tmp_path)
+    results = [torch.load(tmp_path/f'{rank}.pt', weights_only=False) for rank in range(2)]
+    x,y = data(12)
+    batches = [(x[o], y[o]) for o in ([0,1,6,7], [2,3,8,9], [4,5,10,11])] # each process has half of the windows
+    for (scheme,k,settings),a,b in zip(SHARED, *results, strict=True):
+        other = net()
+        by_hand(other, batches, k, scheme.in_flight, .1, 2, settings.get('n_skip', 0))
+        for p,q,r in zip(other.state_dict().values(), a, b, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
+            assert torch.equal(q, r)
+
+if __name__=='__main__': main(*sys.argv[1:])

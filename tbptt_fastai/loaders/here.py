@@ -120,7 +120,7 @@ def _check_in_windows(initial, view):
     name,dl = type(initial).__name__,inner_loader(view)
     if view.flat: raise ValueError(
         f"{name} begins a window with the state in which the step before it was left, but a {type(dl).__name__} reads each sequence "
-        "from its start, which has nothing before it. Use windows (win_sz=...), or PassedState.")
+        "from its start, which has nothing before it. Use windows in memory (win_sz= in from_arrays), or PassedState.")
     if not tells_windows(dl): raise ValueError(
         f"{name} has to know at which step of which sequence each window begins, and a {type(dl).__name__} of "
         f"{type(getattr(dl, 'dataset', None)).__name__} does not tell, or has transforms of items, which may leave some out. "
@@ -151,7 +151,7 @@ def _check_in_stream(initial, view):
     is_plain = isinstance(scheme, Fixed) and scheme.block==scheme.sub_seq_len
     if scheme is not None and not (is_plain or view.varies): raise ValueError(
         f"{name} passes the final state of a sequence on once, but in a stream {scheme} comes to it several times, or goes back over it. "
-        "Use sub-windows of one length (sub_seq_len=...) or Jittered, or windows (win_sz=...).")
+        "Use sub-windows of one length (sub_seq_len=...) or Jittered, or windows in memory (win_sz= in from_arrays).")
 
 # %% ../../nbs/loaders/11_here.ipynb #1ffa72e7
 def check_elsewhere(

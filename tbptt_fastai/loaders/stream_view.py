@@ -201,7 +201,7 @@ def _check_scheme(self:StreamView, longest):
     if scheme is None: return
     if scheme.in_flight>1: raise ValueError(
         f"{scheme} has windows take turns, but the rows of a StreamDL go on through the whole run. "
-        "Use windows (win_sz=); or its scheme alone and more rows (bs), of which each is another sequence.")
+        "Use windows in memory (win_sz= in from_arrays); or its scheme alone and more rows (bs), of which each is another sequence.")
     if self.block is not None and self.block>longest:
         raise ValueError(
             f"sub_seq_len is {self.block}, but the longest sequence has {longest} steps. "
@@ -255,7 +255,8 @@ def _check_burn_in(self:StreamView):
     raise ValueError(
         f"burn_in is {first.burn_in}{beside}, but in the rows of a stream {scheme} may cut a sequence before its first loss, "
         f"up to {gap} steps after its start: then no gradient goes through its burn-in. Use a burn_in that is shorter than "
-        "the shortest sub-window of a sequence, a longer sub_seq_len, Overlap(k1, k2) with a k2 above it, or windows (win_sz).")
+        "the shortest sub-window of a sequence, a longer sub_seq_len, Overlap(k1, k2) with a k2 above it, or "
+        "windows in memory (win_sz= in from_arrays).")
 
 @patch
 def _check_first_steps(self:StreamView):
@@ -265,7 +266,7 @@ def _check_first_steps(self:StreamView):
     if warm_up and not (has_one_size and warm_up%self.block==0): raise ValueError(
         f"warm_up is {warm_up}, but the rows of a stream are cut by {scheme}: the first steps of a sequence can only be run "
         "without a gradient if they are a whole number of sub-windows of one length. Use a multiple of sub_seq_len, a burn_in, "
-        "or windows (win_sz).")
+        "or windows in memory (win_sz= in from_arrays).")
     self._check_burn_in()
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #125acd94
