@@ -1130,6 +1130,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'tbptt_fastai/loaders/views.py'),
                                             'tbptt_fastai.loaders.views._gives_batches': ( 'loaders/views.html#_gives_batches',
                                                                                            'tbptt_fastai/loaders/views.py'),
+                                            'tbptt_fastai.loaders.views._has_own_collate': ( 'loaders/views.html#_has_own_collate',
+                                                                                             'tbptt_fastai/loaders/views.py'),
                                             'tbptt_fastai.loaders.views._split_at': ( 'loaders/views.html#_split_at',
                                                                                       'tbptt_fastai/loaders/views.py'),
                                             'tbptt_fastai.loaders.views._whole': ( 'loaders/views.html#_whole',

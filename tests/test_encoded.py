@@ -962,3 +962,17 @@ def test_a_washout_that_leaves_the_encoder_without_a_gradient_is_said():
         fit(learner(Net(n_past=5), n_skip=20), 1)
     said = [str(o.message) for o in found if 'n_skip=20' in str(o.message)]
     assert len(said)==1 and 'nor its encoder' in said[0] and 'burn_in=20' in said[0] and 'warm_up=' not in said[0]
+
+def test_a_loader_of_pytorch_may_put_other_elements_together():
+    "Two inputs out of one"
+    class Split(Net):
+        def forward(self, a, b): return super().forward(torch.cat([a, b], -1))
+    def collate(its):
+        x,y = (torch.stack(o) for o in zip(*its))
+        return x[...,:1],x[...,1:],y
+    model,other = Split(),Net()
+    dl = torch.utils.data.DataLoader(items(), batch_size=4, collate_fn=collate)
+    dls = DataLoaders(dl, dl, device='cpu')
+    dls.n_inp = 2
+    learn = fit(learner(model, dls), 2)
+    check_same(learn, other, train_by_hand(other, batches(), FIXED, 5))

@@ -20,7 +20,7 @@ from fastai.torch_core import TensorBase, cast, maybe_gather, no_random, to_deta
 from fastcore.basics import GetAttr, noop, patch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader as TorchLoader, IterableDataset, default_collate
 from .continuing import check_order, check_rows_of, check_same_rows, continues
 from .counts import NotIgnored, TargetCounts
 from .segment import CountedBatch, Segment, Window, WindowPart, in_turn, is_array
@@ -305,12 +305,16 @@ def _check_put_together(item, batch):
         f"time_dim is 0, for batches (time, batch, ...), but items of shape {shape} are put together in front of their "
         f"time axis, {('batch',*shape)}. Give the loader a collate function that stacks along axis 1, or use time_dim=1.")
 
+def _has_own_collate(dl):
+    "Does a loader of PyTorch put items together in another way than by stacking them? They may have other elements"
+    return isinstance(dl, TorchLoader) and dl.collate_fn is not default_collate
+
 @patch
 def _batch_of(self:SubWindows, item):
-    "One item as a batch; where time is not the second axis, as its loader puts items together"
+    "One item as a batch; as its loader puts items together, where time is not the second axis or it has a way of its own"
     dl = inner_loader(self.dl)
     alone = tree_map(lambda o: o[None] if is_array(o) else o, item)
-    if self.time_dim==1: return alone
+    if self.time_dim==1 and not _has_own_collate(dl): return alone
     if getattr(dl, 'makes_batches', False): return self.laid_out(alone)
     with no_random(): batch = dl.do_batch([item]) if isinstance(dl, DataLoader) else dl.collate_fn([item])
     if self.time_dim==0: _check_put_together(item, batch)
