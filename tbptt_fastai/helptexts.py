@@ -18,7 +18,7 @@ def signature_lines(
     lines = getlines(code.co_filename)[code.co_firstlineno-1:]
     starts = next((i for i,o in enumerate(lines) if re.match(r'\s*def ', o)), None)
     if starts is None: return []
-    ends = next((i for i,o in enumerate(lines) if i>=starts and _ends(o)), len(lines)-1)
+    ends = next((i for i,o in enumerate(lines) if i>=starts and _ends(o)), starts-1)
     return lines[starts:ends+1]
 
 def _ends(line): return re.search(r'^[^#]*\)\s*(->[^#:]*)?:(\s|$)', line.rstrip('\n')+' ') is not None
@@ -29,12 +29,11 @@ def docments_of(
 )->dict[str,str]: # Meaning of each parameter that has one
     "The comments beside its parameters"
     found,above = {},[]
-    for line in signature_lines(function):
+    for line in signature_lines(function)[:-1]: # what stands behind the colon is about the body
         code,_,comment = line.partition('# ')
-        name = re.match(r'\s*(?:def \w+\(\s*)?(?:self\s*,\s*)?\*{0,2}(\w+)', code)
-        is_parameter = name and not code.lstrip().startswith(')')
+        name = re.match(r'\s*(?:def \w+\(\s*)?(?:(?:self|cls)\s*,\s*)?\*{0,2}(\w+)', code)
         if not code.strip(): above.append(comment.strip())
-        elif is_parameter and (above or comment):
+        elif name and (above or comment):
             found[name[1]] = ' '.join(filter(None, [*above, comment.strip()]))
         if code.strip(): above = []
     return found
