@@ -1,49 +1,109 @@
-"The page of messages and the library cannot drift apart"
-import ast, re
+"Every error and warning of the library has an entry on the page of messages, and every entry a message."
+import ast, json, re
 from pathlib import Path
-import tbptt_fastai
-from fastcore.nbio import read_nb
+import pytest
 
-PAGE = Path(__file__).resolve().parent.parent/'nbs'/'explanation'/'troubleshooting.ipynb'
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT/'nbs/explanation/troubleshooting.ipynb'
+VALUE = '…' # what a message says differently each time
 
-def cells(): return read_nb(PAGE).cells
+# Functions that put words together, which another one raises or warns of
+COMPOSED = {'instruments/find.py': ['_no_suggestion'], 'training/threads.py': ['_measure'], 'training/length.py': ['hint'],
+    'training/parts.py': ['_indexed'], 'training/finite.py': ['__str__'], 'speed/dispatch.py': ['_explained']}
+# Raises without words of their own: what a function above has composed, or an exception that is passed on
+WORDLESS = {'instruments/find.py': ['why'], 'training/threads.py': ['hint'], 'training/length.py': ['hint'],
+    'training/parts.py': ['_indexed(model, n, e)'], 'speed/ahead.py': ['error.with_traceback(error.__traceback__)'],
+    'speed/dispatch.py': ['modify_exception(without, words, replace=True)',
+        'modify_exception(e, _explained(cb, event_name, e), replace=True)'],
+    'training/callback.py': ['refusal.with_traceback(refusal.__traceback__)'],
+    'sequences/arrays.py': ["type(e)(f'{path}: {e}')"],
+    'sequences/times.py': ["ValueError(f'Row {plain(df.index[i])!r}{place}{of_group} {what(i)}')"], 'datasets/cli.py': ['SystemExit(130)']}
 
-def collector():
-    "The functions of the page"
-    scope = dict(ast=ast, re=re, Path=Path, tbptt_fastai=tbptt_fastai)
-    exec(next(o.source for o in cells() if 'def messages' in o.source), scope)
-    return scope
+def template(o):
+    "The text of an expression, with `…` for each value"
+    if isinstance(o, ast.Constant): return o.value if isinstance(o.value, str) else VALUE
+    if isinstance(o, ast.JoinedStr): return ''.join(map(template, o.values))
+    if isinstance(o, ast.BinOp) and isinstance(o.op, ast.Add): return template(o.left)+template(o.right)
+    return VALUE
 
-def saved_list():
-    "What the page shows, as it was saved"
-    shown = next(o for o in cells() if 'def listed' in o.source)
-    return ''.join(shown.outputs[0]['data']['text/markdown'])
+def squeezed(text): return re.sub(f'{VALUE}+', VALUE, text)
+def words(text): return re.findall(r'[^\W\d_]{2,}', text)
+def name(o): return ast.unparse(o.func) if isinstance(o, ast.Call) else ''
 
-def common_messages():
-    "The first column of the table of common ones"
-    text = next(o.source for o in cells() if '## The most common messages' in o.source)
-    return re.findall(r'^\| `([^`]+)` \|', text.split('## The most common messages')[1], re.M)
+def said(o):
+    "The expression that makes the message of a raise or a warning, or of a row of a data frame; `None` if there is none"
+    if isinstance(o, ast.Raise) and o.exc is not None and not name(o.exc).startswith('Cancel'): # fastai's control flow
+        return o.exc.args[0] if isinstance(o.exc, ast.Call) and o.exc.args else o.exc
+    if name(o)=='warnings.warn': return o.args[0]
+    if name(o)=='refuse_row': return o.args[3].body
 
-def test_every_message_is_on_the_page():
-    shown = saved_list()
-    missing = [text for said in collector()['messages']().values() for _,text in said if text not in shown]
-    assert not missing, f'run the page again (nbdev-test --save): {missing[:3]}'
+def functions(tree, names): return [o for o in ast.walk(tree) if isinstance(o, ast.FunctionDef) and o.name in names]
+def returned(f): return [o.value for o in ast.walk(f) if isinstance(o, ast.Return) and o.value is not None]
 
-def test_the_page_has_no_message_that_is_gone():
-    said = {f'**{kind}** {text}' for room in collector()['messages']().values() for kind,text in room}
-    shown = [line[2:] for line in saved_list().splitlines() if line.startswith('- ')]
-    assert len(shown)>300 and not [o for o in shown if o not in said]
+def found_in(text, file):
+    "Messages of a module, and the raises without words"
+    tree = ast.parse(text)
+    texts,wordless = [],[]
+    for o in ast.walk(tree):
+        if (e := said(o)) is None: continue
+        if len(words(t := squeezed(template(e))))>1: texts.append((o.lineno, t))
+        else: wordless.append(ast.unparse(e if name(o)=='warnings.warn' else o.exc))
+    for o in [v for f in functions(tree, COMPOSED.get(file, ())) for v in returned(f)]:
+        o = o.args[0] if isinstance(o, ast.Call) and o.args else o
+        if words(t := squeezed(template(o))): texts.append((o.lineno, t))
+    return texts,wordless
 
-def test_every_room_is_listed():
-    root = Path(tbptt_fastai.__file__).parent
-    files = [p for p in root.rglob('*.py') if re.search(r'^\s*(if .*: )?raise \w+\(|warnings\.warn\(', p.read_text(encoding='utf-8'), re.M)]
-    says = {p.relative_to(root).parts[0].removesuffix('.py') for p in files}
-    assert len(says)>8
-    assert says <= set(collector()['ROOMS'])
+def library():
+    "All modules: by their names, the messages and the raises without words"
+    lib = ROOT/'tbptt_fastai'
+    files = {p.relative_to(lib).as_posix():p for p in sorted(lib.rglob('*.py'))}
+    return {file: found_in(p.read_text(encoding='utf-8'), file) for file,p in files.items()}
 
-def test_common_messages_are_those_of_the_library():
-    source = ' '.join(p.read_text(encoding='utf-8') for p in Path(tbptt_fastai.__file__).parent.rglob('*.py'))
-    source = re.sub(r'"\s*\n\s*f?"|\'\s*\n\s*f?\'', '', re.sub(r'\{[^{}]*\}', '…', source))
-    common = common_messages()
-    assert len(common)>20
-    assert not [o for o in common if o not in source]
+def messages(): return {f'{file}:{line}': text for file,(texts,_) in library().items() for line,text in texts}
+
+def cells(): return [''.join(o['source']) for o in json.loads(PAGE.read_text(encoding='utf-8'))['cells'] if o['cell_type']=='markdown']
+def entries():
+    "The words in bold code, in front of what they mean"
+    return [o for cell in cells() for o in re.findall(r'\*\*`` ?(.+?) ?``\*\*', cell)]
+
+def test_each_message_has_an_entry():
+    known = entries()
+    assert known
+    missing = {k:v for k,v in messages().items() if not any(o in v for o in known)}
+    assert not missing, f'add to {PAGE.name}: {json.dumps(missing, indent=1, ensure_ascii=False)}'
+
+def test_each_entry_is_in_a_message():
+    texts = messages().values()
+    assert [o for o in entries() if not any(o in t for t in texts)]==[]
+
+def test_no_entry_stands_twice():
+    known = entries()
+    assert [o for o in set(known) if known.count(o)>1]==[]
+
+def test_an_entry_with_few_words_is_a_whole_message():
+    "As are those of a family, which say the same of every setting"
+    whole = set(messages().values())
+    assert [o for o in entries() if o not in whole and (len(words(o))<3 or o.startswith(VALUE))]==[]
+
+def test_each_entry_says_what_to_do():
+    "Words in bold are followed by text in the same item"
+    items = [o for cell in cells() for o in re.split(r'^- ', cell, flags=re.M)[1:]]
+    assert [o for o in items if '**``' in o and len(words(re.sub(r'\*\*``.+?``\*\*', '', o)))<5]==[]
+
+def test_no_words_are_composed_elsewhere():
+    "A raise without words would not be found: a function that composes them is named above"
+    assert {k:v for k,(_,v) in library().items() if v}=={k:v for k,v in WORDLESS.items()}
+
+@pytest.mark.parametrize('file', COMPOSED)
+def test_functions_that_compose_are_there(file):
+    tree = ast.parse((ROOT/'tbptt_fastai'/file).read_text(encoding='utf-8'))
+    assert {o.name for o in functions(tree, COMPOSED[file])}==set(COMPOSED[file])
+
+CODE = '''
+def f(n, e):
+    if n<1: raise ValueError(f"n is {n!r}{e}; " "expected at least 1.")
+    if n>9: raise CancelFitException('no message')
+    if n==2: warnings.warn('Two ' + f'are {n}.', stacklevel=2)
+    raise e
+'''
+def test_what_is_collected(): assert found_in(CODE, 'f.py')==([(3,'n is …; expected at least 1.'), (5,'Two are ….')], ['e'])
