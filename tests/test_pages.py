@@ -105,3 +105,15 @@ def test_numbers_of_a_page_are_those_of_the_benchmark():
     [source] = [o for o in sources if o.startswith('silverbox = {')]
     results = json.loads((ROOT/'bench'/'results'/'silverbox.json').read_text(encoding='utf-8'))['results']
     assert ast.literal_eval(source.removeprefix('silverbox = ')) == {k: [round(r['multisine'], 3) for r in rs] for k,rs in results.items()}
+
+def test_the_curves_of_a_page_end_where_those_of_the_benchmark_do():
+    rows = {'zero state': 'zero state, windows of 100', 'zero state, burn-in': 'zero state, windows of 100, burn-in',
+        'one order': 'carried through all the data, in one order', 'sub-windows of 100': 'sub-windows of 100 in windows of 1000',
+        'in flight': 'the same, 16 batches of windows in flight', 'Overlap(20, 100)': 'Overlap(20, 100) in windows of 1000',
+        'Overlap, in flight': 'the same, 16 batches of windows in flight, Overlap(20, 100)', 'stored states': 'stored states in nine of ten windows of 100'}
+    sources = [pages.joined(c['source']) for c in pages.cells_of(ROOT/'nbs'/'explanation'/'which_truncation.ipynb')]
+    [source] = [o for o in sources if 'curves = {' in o]
+    curves = ast.literal_eval(source.partition('curves = ')[2])
+    results = json.loads((ROOT/'bench'/'results'/'burn_in.json').read_text(encoding='utf-8'))['results']
+    measured = {k: results[f'Wiener-Hammerstein | {row} | fit_flat_cos, 1e-3'][0]['curve'] for k,row in rows.items()}
+    assert {k: points[-1][1] for k,points in curves.items()} == {k: round(100*min(o), 3) for k,o in measured.items()}

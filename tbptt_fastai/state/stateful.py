@@ -244,8 +244,9 @@ class StatefulRNN(nn.Module):
     def __init__(self,
         rnn:nn.Module, # The recurrent module
         batch_dim=None, # Batch dimension of its state, see `batch_dims`; default: 1 for layers of `torch.nn`, else 0
-        # First state, from the groups of a batch's rows: an `InitialState`; or from elsewhere in the training: a `StoredState`,
-        initial=None, # or a `PassedState`; default: the module's own
+        # First state, from the groups of a batch's rows: an `InitialState`; or from elsewhere in the training:
+        # a `StoredState`, or a `PassedState`; default: the module's own
+        initial=None,
         batch_first:bool=None, # Is the batch the first dimension of its input, and not time? Default: as it says, else yes
     ):
         super().__init__()
