@@ -19,7 +19,7 @@ from ..state.tree import state_leaves
 class CudaGraph:
     """Call a function of no arguments, from some calls on by replaying its kernels
 
-    What it returns stays in the same memory, and is overwritten by the next call."""
+    Its result stays in the same memory, and is overwritten by the next call."""
     device_type = 'cuda'
     n_eager = 3 # calls on a side stream, for libraries that set themselves up in their first calls
     def __init__(self,

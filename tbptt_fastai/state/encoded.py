@@ -190,7 +190,7 @@ def own_first_state(
     device=None, # Where; default: as its parameters
     dtype=None, # Of which type; default: as its parameters
 ): # `None` if it is not known
-    "What it begins with by itself"
+    "The module's own first state"
     like = next((p for p in rnn.parameters() if p.is_floating_point()), torch.empty(0))
     rnn = getattr(rnn, '_orig_mod', rnn) # of a compiled one
     if isinstance(rnn, nn.RNNBase):

@@ -73,7 +73,7 @@ def _scaled(state, factor):
     return tree_map(scale, state)
 
 def _joined(outs, steps, bs=None, time_dim=1):
-    "Predictions of pieces as those of the whole; what has no time axis is that of the last piece"
+    "Predictions of all pieces, joined; those without a time axis come from the last piece"
     def is_timed(o, n): return isinstance(o, Tensor) and has_steps(o, n, bs, time_dim)
     def join(*os): return torch.cat(os, time_dim) if all(map(is_timed, os, steps)) else os[-1]
     return tree_map(join, *outs)

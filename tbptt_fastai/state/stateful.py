@@ -202,7 +202,7 @@ def first_state_of(
 
 # %% ../../nbs/state/01_stateful.ipynb #12999818
 class Slot:
-    "What one recurrent module remembers from one call to the next. Copied or pickled it is empty"
+    "The state that one recurrent module carries from one call to the next; empty in a copy or a pickle"
     without_grad = False # was the last call, which nobody owns, without gradients?
     owner,called = None,None # the `Carry` that it is in, and how it was called in this forward pass
     def __init__(self): self.reset()
@@ -364,7 +364,7 @@ def _with_first(self:StatefulRNN, begun, rows, state, device):
 # %% ../../nbs/state/01_stateful.ipynb #721180a1
 @patch
 def _begin(self:StatefulRNN, x, state, first=None):
-    "The first state, in all rows or in those that begin anew"
+    "The first state, in all rows or in those that start over"
     x = first_tensor(x)
     bs,make,initial = x.shape[0 if self.batch_first else 1],first_state_of(self.rnn),None
     is_unused = hasattr(self.initial, 'warn_unused') and self.training and self.slot.owner is None
@@ -379,7 +379,7 @@ def _begin(self:StatefulRNN, x, state, first=None):
 # %% ../../nbs/state/01_stateful.ipynb #52ea9ba4
 @patch(as_prop=True)
 def begins_rows(self:StatefulRNN):
-    "Can it begin anew in single rows? Then it is known what with"
+    "Can single rows start over, with a known first state?"
     return self._own_initial is not None or isinstance(self.rnn, nn.RNNBase) or first_state_of(self.rnn) is not None
 
 @patch

@@ -34,12 +34,12 @@ def _rows_back(kept, at, dims):
 
 # %% ../../nbs/state/09_stored.ipynb #efe2d633
 class FirstStateElsewhere(nn.Module):
-    """First states that come from elsewhere in a training; in an evaluation it is as if it were not there
+    """First states that come from elsewhere in a training; without effect in an evaluation
 
-    What it keeps is in no `state_dict`, and is not copied or pickled with a model."""
+    The states it keeps are not in a `state_dict`, and are not copied or pickled with a model."""
     in_windows = False # Does it have to know where windows begin?
     def __init__(self,
-        share:float=1., # Of the rows that begin, how many begin so; which ones is drawn anew each time
+        share:float=1., # Share of the rows that begin so; they are drawn each time
         from_epoch:int=0, # First epoch of a fit in which they do, counted from 0
         otherwise:nn.Module=None, # What makes all other first states: an `InitialState`; default: the recurrent module's own
     ):
@@ -96,7 +96,7 @@ class StoredState(FirstStateElsewhere):
     After R2D2, Kapturowski et al. 2019. States are there at the end of each sub-window, and of each window."""
     in_windows = True
     def __init__(self,
-        share:float=1., # Of the windows, how many begin so; which ones is drawn anew each time
+        share:float=1., # Share of the windows that begin so; they are drawn each time
         from_epoch:int=0, # First epoch of a fit in which they do, counted from 0
         otherwise:nn.Module=None, # What makes all other first states: an `InitialState`; default: the recurrent module's own
         device=None, # Where a state for each window is kept, such as 'cpu'; default: where the model is

@@ -155,7 +155,7 @@ def _check_first(new, old):
 
 # %% ../../nbs/state/00_tree.ipynb #0d99ce61
 def where_state(
-    rows:Tensor, # bool `(bs,)`: which rows begin anew
+    rows:Tensor, # bool `(bs,)`: which rows start over
     initial, # State they begin with, of the same form; `None`: zeros
     state, # Hidden state of any nesting
     batch_dim=0, # Which dimension of its tensors is the batch, see `batch_dims`; what has none stays as it is

@@ -348,7 +348,7 @@ def _skip(self:FiniteCB):
 
 @patch
 def _restart_rows(self:FiniteCB):
-    "Rows whose state is not finite, or was made of inputs that are not, start anew"
+    "Reset rows whose state or inputs are not finite"
     reset,owner = self._reset_cb,self._reset_cb.owner
     last = owner.seen
     if last is None: return # all begin with the next step
@@ -538,7 +538,7 @@ def _not_finite_after(learn):
 def warn_of_weights(
     learn, # Learner at the end of the training part of an epoch
 ):
-    """A warning if weights, or what the optimizer keeps, are not finite, unless a callback such as `FiniteCB` says so
+    """A warning if weights, or the optimizer's state, are not finite, unless a callback such as `FiniteCB` reports it
 
     A search of the learning rate may end there."""
     if any(isinstance(cb, LRFinder) or getattr(type(cb), 'tells_not_finite', False) for cb in learn.cbs): return

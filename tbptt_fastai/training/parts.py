@@ -206,7 +206,7 @@ def compare_parts(
     tol:float=None, # Largest relative difference; default: 1e-4, and 16 roundings in half precision
     must_run:bool=True, # Refuse a model that cannot be run on the window?
 )->float|None: # The difference; `None` if nothing can be compared
-    """Raise a `ValueError` that names the layer, if parts of a window give other predictions than the whole
+    """Raise a `ValueError` that names the layer, if the predictions for parts of a window differ from those for the whole
 
     All that the model returns is compared; what has no time axis, with that of the last part. Or if the whole cannot be run.
     Random predictions, and those of a model for one number of steps, cannot be compared."""

@@ -14,7 +14,7 @@ from .plan import SubWindow, Truncation, check_steps
 
 # %% ../../nbs/truncation/03_first_steps.ipynb #352d18da
 class FirstSteps(NamedTuple):
-    "What is done with the first steps of a window, or of each sequence of a stream: numbers of steps, from its start"
+    "How the first steps of a window, or of each sequence of a stream, are treated: numbers of steps from its start"
     n_skip:int=0 # No loss in training, none in the numbers of an evaluation; gradients as the scheme has them
     burn_in:int=0 # In training: no loss, but gradients go through them
     warm_up:int=0 # In training: run without a gradient, before the plan of the scheme begins

@@ -62,7 +62,7 @@ def check_steps(
 
 # %% ../../nbs/truncation/00_plan.ipynb #f1f93de9
 class Truncation:
-    "A plan over one window, made anew for each window. Subclasses have a `plan`"
+    "A scheme: makes a plan for each window. Subclasses have a `plan`"
     least_window = 1 # Steps that a window has to have
     sub_seq_len = None # Steps that gradients usually go back over; `None`: those of the window
     random = False # Does the plan draw random numbers?
@@ -163,7 +163,7 @@ def sub_windows(self:Truncation,
 
 # %% ../../nbs/truncation/00_plan.ipynb #2536c121
 class Fixed(Truncation):
-    "Cut a window every `sub_seq_len` steps; the last sub-window has what is left"
+    "Cut a window every `sub_seq_len` steps; the last sub-window may be shorter"
     _last = None
     def __init__(self,
         sub_seq_len:int, # Steps of a sub-window
