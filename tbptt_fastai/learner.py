@@ -223,7 +223,7 @@ class _Contexts(ContextManagers):
 
 # %% ../nbs/learner.ipynb #d2891243
 class SequenceLearner(LeanLearner):
-    "A `LeanLearner` whose evaluations leave the records of the training as they are, on a number of threads of its own"
+    "A `LeanLearner` with its own number of threads, whose evaluations leave the records of the training as they are"
     @delegates(Learner.__init__)
     def __init__(self,
         dls, # `DataLoaders`
@@ -313,8 +313,8 @@ def predict_df(self:SequenceLearner,
 )->pd.DataFrame: # A copy of the frame with a column for the prediction of each target
     """Predict each row of a data frame, the rows of a group in the order of time; classes come back as labels
 
-    If each group has one label, its rows have the prediction after its last row; with `max_gap`, each part between
-    two holes is a sequence of its own"""
+    If each group has one label, all its rows get the prediction after its last row; with `max_gap`, each part between
+    two holes is a separate sequence"""
     form = self.dls.form
     check_frame(df, [])
     names = _pred_names(df, names, form.y)

@@ -44,7 +44,7 @@ def _alone(model):
 
 # %% ../../nbs/deploy/00_predictor.ipynb #6f6ebca8
 def _own_reset(model):
-    "Names of the modules that carry a state by themselves, by a `reset()` of their own"
+    "Names of the modules that carry their own state and have a `reset()`"
     modules = dict(model.named_modules())
     wrapped = {inner for m in modules.values() if isinstance(m, StatefulRNN) for inner in m.modules()}
     def of_its_own(m): return resets_state(m) and m not in wrapped and wrapped.isdisjoint(m.modules())
@@ -70,7 +70,7 @@ def _timed_in(learn):
     return cb and cb.timed
 
 def _time_dim_in(learn):
-    "Where time is in what the model is given, as its learner or the model itself says"
+    "Which axis of the model's input is time, as its learner or the model itself says"
     if isinstance(learn, nn.Module):
         model = get_model(learn)
         return model.time_dim if isinstance(model, SequenceRNN) else 1
@@ -104,7 +104,7 @@ class StreamPredictor:
         # default: 3, and 2 for the tokens of a model with an `nn.Embedding`
         ndim:int=None,
         timed:tuple[bool,...]=None, # Which of several inputs have a time axis; default: as the learner's `TbpttResetCB` says
-        # What a stream does with steps that are not finite: 'raise', 'hold', 'skip' or 'reset'; `None`: take them
+        # How a stream treats steps that are not finite: 'raise', 'hold', 'skip' or 'reset'; `None`: use them
         on_nan:str='raise',
         # Where time is in what the model is given: 0, 1 or -1; chunks are `(streams, time, ...)` in any case;
         # default: as the learner or the model says, or 1
@@ -452,7 +452,7 @@ def _check_rows(self:StreamPredictor, rows):
 
 @patch
 def reset(self:StreamPredictor,
-    rows=None, # bool `(streams,)`: the streams that begin anew; default: all, and their number may change
+    rows=None, # bool `(streams,)`: the streams to reset; default: all, and their number may change
     groups:list=None, # The group of each stream, for the first state of a `StatefulRNN`; default: with `rows` as before, else not known
 ):
     "Forget the state: the next chunk starts a sequence, in all streams or in some"
@@ -486,7 +486,7 @@ def begin(self:StreamPredictor,
     y_past, # The outputs of the same steps, in the units of the data; classes by their numbers
     groups:list=None, # The group of each stream, as for `reset`
 ):
-    "Begin all streams anew, with the state that the end of the known past tells"
+    "Start all streams over, with the state estimated at the end of the known past"
     after = copy.copy(self) # so that nothing has changed if the past is refused
     if groups is not None: groups = check_names('groups', groups, 'a list with the group of each stream')
     with taking_turns(self.model):

@@ -83,9 +83,9 @@ def check_sub_windows(self:Learner,
     steps:int=48, # Steps of the window that is tried, at most
     tol:float=None, # Largest difference, relative to the largest prediction; default: 1e-4, and 16 roundings in half precision
 ):
-    """Raise a `ValueError` that names the layer, if sub-windows do not give what the whole window gives
+    """Raise a `ValueError` that names the layer, if sub-windows and the whole window have different outputs
 
-    Models that give no step-by-step predictions are not looked at."""
+    Models without step-by-step predictions are not checked."""
     if tol is not None: tol = check_number('tol', tol, 'a relative difference above 0, or None', above=0)
     window,_,groups = a_window(self, check_steps('steps', steps, 2))
     sub = window.steps//3 if sub_seq_len is None else check_steps('sub_seq_len', sub_seq_len)

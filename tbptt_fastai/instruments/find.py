@@ -206,7 +206,7 @@ def tbptt_find(self:Learner,
     bias:float=.1, # Largest relative bias of the gradient
     n_batches:int=4, # Training batches to measure on
     max_lag:int=None, # Largest lag, in steps; default: half of a window, at most 500
-    step:int=1, # Resolution: steps of a block, and from one lag to the next
+    step:int=1, # Resolution: steps from one lag to the next
     n_losses:int=4, # Losses in each window, at steps spread evenly over what has `max_lag` steps before it and is no washout
     tau:int=None, # Lag from which on the decay is fitted; default: a tenth of the largest
     share:float=.1, # Share of the loss that a first state may still have after the burn-in

@@ -101,7 +101,7 @@ def _as_xy(items, with_labels):
 
 # %% ../../nbs/loaders/06_dataloaders.ipynb #718d2182
 def _check_known(kwargs):
-    "A `TypeError` for what is no argument of a loader; fastai would leave it aside"
+    "A `TypeError` for unknown arguments, which fastai would ignore"
     unknown = kwargs.keys()-signature(TbpttDL).parameters.keys()-set(TbpttDL._methods)
     if unknown: raise TypeError(f"SequenceDataLoaders got unexpected arguments {sorted(unknown)}.")
 

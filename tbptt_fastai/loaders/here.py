@@ -95,7 +95,7 @@ def rows_here(
     segment:Segment, # What is run of it
     xb:tuple, # Its inputs
 ): # `WindowRows` or `StreamRows`
-    "What is known of its rows"
+    "Where its rows begin and end"
     if view.flat: return StreamRows(segment, view.stream.dataset.lengths)
     bs,numbers = first_tensor(xb).shape[int(view.time_dim==0)],window_numbers(view)
     if numbers is not None and len(numbers)!=bs: raise ValueError(

@@ -16,7 +16,7 @@ from ..truncation.plan import check_steps
 
 # %% ../../nbs/loaders/09_pictures.ipynb #a6c35998
 class PicturesOfSequences:
-    "What a loader of `Sequences` shows: whole ones, or their first steps"
+    "Pictures of a loader of `Sequences`: whole ones, or their first steps"
 
 
 # %% ../../nbs/loaders/09_pictures.ipynb #347a11fa

@@ -26,7 +26,7 @@ from ..truncation.plan import SubWindow, Truncation
 
 # %% ../../nbs/loaders/00_segment.ipynb #f3a5f0f9
 class Segment:
-    "What a training step is made of; by itself, a whole batch, which is a window of its own"
+    "The part of the data that one training step runs over; this base class: a whole batch of windows"
     window = None # The `Window` that it is a part of
     sub_window = SubWindow(0, None, 0) # Which part
     is_first,n_sub = True,None # Is it the first part, and of how many?

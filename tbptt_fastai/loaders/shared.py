@@ -56,7 +56,7 @@ class Part:
 
 # %% ../../nbs/loaders/09_shared.ipynb #9fc90c9b
 class BlockPart(Block):
-    "What one of several processes runs of a block: as many steps, of some rows"
+    "The part of a block that one of several processes runs: the same steps, for some of the rows"
     def __init__(self,
         whole:Block, # All rows
         part:Part, # Which process

@@ -31,7 +31,7 @@ from ..sequences.windows import Sequences
 
 # %% ../../nbs/loaders/05_streams.ipynb #ac3dad8a
 class _Reader:
-    "A thread that reads; a process that was forked has none of it, and reads by itself"
+    "A thread that reads; a forked process has no such thread, and reads without it"
     def __init__(self, read): self.read,self.pool,self.process = read,ThreadPoolExecutor(1),os.getpid()
     @property
     def is_here(self): return os.getpid()==self.process

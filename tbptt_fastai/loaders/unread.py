@@ -25,7 +25,7 @@ def _generators(dl):
 def unread(
     dl, # Any loader of a dataset that can be read again
 ):
-    "What is read from a loader in it is read again afterwards, in the same order; random generators are put back"
+    "Batches read from a loader in this context are read again afterwards, in the same order; random generators are put back"
     dl = inner_loader(dl)
     random_states = get_random_states()
     own = dict(getattr(dl, '__dict__', {}))

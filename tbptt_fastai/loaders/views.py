@@ -73,7 +73,7 @@ def resolve_time_dim(
 class SubWindows(GetAttr):
     """A view of any loader of windows that yields their sub-windows in order
 
-    `segment` says what was yielded last."""
+    `segment` describes the last batch."""
     _default = 'dl'
     flat = False # Are the predictions of a batch one step after the other, without rows?
     n_past = 0 # First steps of each window or sequence that the state after them is estimated from
@@ -377,7 +377,7 @@ def eval_seq_len(self:SubWindows):
 # %% ../../nbs/loaders/01_views.ipynb #4405d3bf
 @patch(as_prop=True)
 def in_flight(self:SubWindows):
-    "Windows that take turns, each with a state of its own"
+    "Windows that take turns, each with its own state"
     return 1 if self.truncation is None else self.truncation.in_flight
 
 @patch(as_prop=True)
@@ -526,7 +526,7 @@ def plain_batch(
 
 # %% ../../nbs/loaders/01_views.ipynb #bdc36515
 class Place:
-    "A step of a run over the data, and what is to be done on the way to it"
+    "A step of a run over the data, and how to get there"
     def __init__(self,
         step:int, # Steps before it
         window:int=0, # Windows that were read before its own; in a stream, the step at which its sequences were

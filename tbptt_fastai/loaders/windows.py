@@ -29,7 +29,7 @@ def _check_items(dataset):
 
 # %% ../../nbs/loaders/02_windows.ipynb #deb983ba
 class TbpttDL(TfmdDL):
-    "A `TfmdDL` over windows that yields sub-windows; `one_batch`, and what is shown, are whole windows"
+    "A `TfmdDL` over windows that yields sub-windows; `one_batch` and `show_batch` have whole windows"
     view,time_dim = SubWindows,None
     @delegates(TfmdDL.__init__)
     def __init__(self,

@@ -81,7 +81,7 @@ def sample_text(
     n:int=200, # Tokens to draw
     temperature:float=1., # Below 1: likely tokens become likelier; 0: always the likeliest
 ): # As the prompt: a string or a list
-    "`prompt`, gone on with by a model of text; torch's random generator draws"
+    "Continue `prompt` by a model of text, drawing from torch's random generator"
     vocab,model = getattr(learn.dls, 'vocab', None),learn.model
     _check_vocab(vocab)
     number = {o:i for i,o in enumerate(vocab)}

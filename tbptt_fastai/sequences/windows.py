@@ -329,7 +329,7 @@ def number_at(self:SequenceWindows,
 
 # %% ../../nbs/sequences/01_windows.ipynb #556a40e1
 class SequenceParts(_Pieces):
-    "Consecutive parts of `win_sz` steps; the last part of each sequence has what is left"
+    "Consecutive parts of `win_sz` steps; the last part of each sequence may be shorter"
     def __init__(self,
         x, # Inputs: array `(time,)` or `(time, ...)`, or a list of such
         y=None, # Targets, as long as the inputs; `None` for prediction only

@@ -88,12 +88,12 @@ class Carry:
 # %% ../../nbs/state/02_carry.ipynb #b7933ee5
 @patch(as_prop=True)
 def is_own(self:Carry)->bool:
-    "Does the model carry a state by itself, out of sight?"
+    "Does the model carry its own state, unknown to this library?"
     return self.resets_itself and not self.stateful
 
 @patch
 def reset_own(self:Carry):
-    "Reset a model that carries a state by itself"
+    "Reset a model that carries its own state"
     if self.is_own: reset_own_state(self.inner)
 
 # %% ../../nbs/state/02_carry.ipynb #ef70d0cc

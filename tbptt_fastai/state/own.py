@@ -111,7 +111,7 @@ def _versions(o):
     return [(t, t._version) for t in tensors if not t.is_inference()]
 
 def own_attributes(
-    model:nn.Module, # A model that carries a state by itself
+    model:nn.Module, # A model that carries its own state
 )->list: # For each module: itself, its attributes, its buffers, and the version of their tensors
     "What its modules keep"
     def attributes(m): return {k:v for k,v in vars(m).items() if k not in _of_any_module}

@@ -67,7 +67,7 @@ class Unroll(nn.Module):
         x, # `(batch, time, ...)`: tensors of any nesting
         state=None, # State before the first step; default: the cell's own first state
     ):
-        "Outputs of all steps, stacked along time, and the state after the last; what is no tensor is that of the last step"
+        "Outputs of all steps, stacked along time, and the state after the last; outputs that are not tensors come from the last step"
         steps,outs = self._steps(x),[]
         if state is None: state = self._first(x)
         with _rows_are_no_time(self.cell) if self._has_layers else nullcontext():

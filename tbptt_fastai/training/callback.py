@@ -94,12 +94,12 @@ class TbpttResetCB(CountedLoss):
 
     @property
     def setting(self):
-        "What was asked for: a scheme, a number of steps, `None` or 'dls'"
+        "The setting: a scheme, a number of steps, `None` or 'dls'"
         return self.sub_seq_len if self.truncation is None else self.truncation
 
     @property
     def first_steps(self):
-        "What is done with the first steps of a window or sequence, in training and in evaluation"
+        "How the first steps of a window or sequence are treated, in training and in evaluation"
         return as_first_steps(FirstSteps(self.n_skip, self.burn_in, self.warm_up, self.washout))
 
     def check_settings(self):
@@ -343,7 +343,7 @@ def _check_inputs(self:TbpttResetCB):
 def training_view(self:TbpttResetCB,
     dl, # Loader to train on
 )->SubWindows:
-    "Here what was asked for becomes a scheme, and the view of a loader that cuts by it"
+    "Turn the settings into a scheme, and into a view of a loader that cuts by it"
     return self._view(dl, resolve_truncation(self.setting, dl))
 
 @patch

@@ -148,7 +148,7 @@ def _is_known_part(o): return type(o).__module__.split('.')[0] in ('fastai', 'tb
 def left_out(
     learn, # Learner in a fit
 )->dict: # By part and attribute: the object, what it is made of, and all that was looked at for this
-    "What a checkpoint does not hold"
+    "The attributes that a checkpoint does not hold"
     found = {(name, k):(v, {}) for name,o in _parts(learn).items() for k,v in _left_out(o).items()}
     return {k:(v, _trace(v, seen), seen) for k,(v,seen) in found.items()}
 

@@ -42,7 +42,7 @@ class StreamingRMSE(Metric):
 class fun_rmse(StreamingRMSE):
     """The root mean squared error over every step of every window
 
-    Each learner has a `StreamingRMSE` of its own; with predictions and targets, that of one batch"""
+    Each learner has its own `StreamingRMSE`; called with predictions and targets, it returns that of one batch"""
     def __new__(cls,
         *batch # Predictions and targets of the same shape, or nothing
     ): return StreamingRMSE()(*batch) if batch else StreamingRMSE()

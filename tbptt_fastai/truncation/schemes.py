@@ -49,7 +49,7 @@ class Jittered(Truncation):
         std:float=5., # Standard deviation of the length, in steps
         least:int=5, # Shortest length, in steps
         longest:int=None, # Longest length, in steps; default: no limit
-        # What is multiplied by length/k: the 'loss', so that each step weighs the same;
+        # Multiply this by length/k: the 'loss', so that each step weighs the same;
         # or the learning rate, 'lr', as AWD-LSTM does
         rescale:str='loss',
     ):
