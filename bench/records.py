@@ -3,16 +3,15 @@
 Silverbox, Wiener-Hammerstein and the cascaded tanks of nonlinearbenchmark.org, with the training and test parts that are published. The last part of the training
 data is held back for validation. Without `--look` the tests stay closed. As published, the first 50 steps of a test do not count.
 """
-import argparse, contextlib, io, os, statistics, tempfile, warnings
+import argparse, os, statistics, tempfile, warnings
 warnings.filterwarnings('ignore', category=FutureWarning)
 from functools import partial
 from pathlib import Path
-from time import process_time
 from typing import NamedTuple
 import numpy as np, torch
-from fastai.callback.tracker import SaveModelCallback
 from tbptt_fastai.all import *
 from harness import headline, save, spread, table
+from systems import fit_best, in_one
 
 SKIP = 50 # steps that are published not to count
 
@@ -77,7 +76,7 @@ RECIPES = {
 class Scales:
     "Input and output by the mean and the deviation of the training part"
     def __init__(self, u, y): self.values = [(o.mean(), o.std()) for o in (u, y)]
-    def __call__(self, u, y): return [[((o-m)/s).astype('f4')[:,None]] for o,(m,s) in zip((u, y), self.values)]
+    def __call__(self, u, y): return [((o-m)/s).astype('f4')[:,None] for o,(m,s) in zip((u, y), self.values)]
     def output(self, y): return y*self.values[1][1]+self.values[1][0]
 
 class Net(nn.Module):
@@ -89,29 +88,17 @@ class Net(nn.Module):
         self.head = nn.Linear(recipe.hidden, 1)
     def forward(self, x): return self.head(self.rnn(x))
 
-def in_one(part, scales):
-    "All steps as one window"
-    return TbpttDL(SequenceWindows(*scales(*part), win_sz=len(part[0])), bs=1, num_workers=0)
-
 def learner(data, scales, recipe, folder):
-    windows = SequenceWindows(*scales(*data.train), win_sz=recipe.win_sz, stp_sz=recipe.stp_sz)
+    windows = SequenceWindows(*([o] for o in scales(*data.train)), win_sz=recipe.win_sz, stp_sz=recipe.stp_sz)
     train = TbpttDL(windows, bs=recipe.bs, shuffle=True, drop_last=True, num_workers=0)
-    dls = DataLoaders(train, in_one(data.valid, scales))
+    dls = DataLoaders(train, in_one(*scales(*data.valid)))
     adam = partial(FusedAdam, wd=recipe.wd)
     return TbpttLearner(dls, Net(recipe), loss_func=nn.MSELoss(), opt_func=adam, truncation=recipe.scheme, washout=0 if recipe.n_past else SKIP, grad_clip=1.,
                         path=folder, num_threads=1)
 
-def fit(learn, recipe):
-    "The seconds of the processor that a training took; the weights are those of the best validation"
-    per_epoch = len(learn.tbptt_reset_cb.training_view(learn.dls.train))
-    start = process_time()
-    with learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(io.StringIO()):
-        learn.fit_flat_cos(max(recipe.updates//per_epoch, 1), recipe.lr, cbs=SaveModelCallback())
-    return process_time()-start
-
 def rmse(learn, part, scales):
     "Root of the mean squared error of one pass, in volts, without the first steps"
-    with learn.no_bar(): pred,_ = learn.get_preds(dl=in_one(part, scales))
+    with learn.no_bar(): pred,_ = learn.get_preds(dl=in_one(*scales(*part)))
     return float(np.sqrt(np.mean((scales.output(pred[0,:,0].double().numpy())-part[1])[SKIP:]**2)))
 
 def run(data, recipe, seed, look):
@@ -119,7 +106,7 @@ def run(data, recipe, seed, look):
     scales = Scales(*data.train)
     with tempfile.TemporaryDirectory() as folder:
         learn = learner(data, scales, recipe, folder)
-        seconds = fit(learn, recipe)
+        _,seconds = fit_best(learn, recipe.updates, recipe.lr)
     parts = dict(validation=data.valid) | (data.tests if look else {})
     curve = [o[1]**.5 for o in learn.recorder.values]
     return {k: data.per_volt*rmse(learn, o, scales) for k,o in parts.items()} | dict(seconds=seconds, curve=curve)
