@@ -2953,6 +2953,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'tbptt_fastai/training/parts.py'),
                                              'tbptt_fastai.training.parts._worst': ( 'training/parts.html#_worst',
                                                                                      'tbptt_fastai/training/parts.py'),
+                                             'tbptt_fastai.training.parts.attempt': ( 'training/parts.html#attempt',
+                                                                                      'tbptt_fastai/training/parts.py'),
                                              'tbptt_fastai.training.parts.check_put_aside': ( 'training/parts.html#check_put_aside',
                                                                                               'tbptt_fastai/training/parts.py'),
                                              'tbptt_fastai.training.parts.check_remembers': ( 'training/parts.html#check_remembers',

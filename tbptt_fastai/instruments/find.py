@@ -71,7 +71,8 @@ class TbpttFind:
     reached:bool=False # Does the suggestion stay below `bias`, or is it only the largest lag that was measured?
     memory:int|None=None # Bytes of activations of a training step of so many steps
     seconds:float|None=None # Time of its forward and backward pass; measured once, so rough
-    forgetting:Forgetting|None=field(default=None, repr=False) # How long the first state is felt; `None`: without steps in predictions or targets
+    # How long the first state is felt; `None`: without steps in predictions or targets
+    forgetting:Forgetting|None=field(default=None, repr=False)
     advice:str=field(default='', repr=False) # What follows for burn-in, windows and loaders
 
     @property
@@ -183,11 +184,13 @@ def _advice(res, dl):
     if o.burn_in is None: return (
         f"The first state is felt in more than {o.share:.0%} of the loss for all of the {len(o.excess)} steps that could be seen: "
         "train a little more, or use longer windows. Until then carry the state, and do not begin windows at zero.")
-    said = [f'A first state is felt in the loss for {o.burn_in} steps (more than {o.share:.0%}); predictions forget it by {o.rate:.3g} per step.']
+    said = [f'A first state is felt in the loss for {o.burn_in} steps (more than {o.share:.0%}); '
+            f'predictions forget it by {o.rate:.3g} per step.']
     steps = view.usual_steps
     if view.flat: said += _of_stream(inner_loader(dl), o.burn_in)
     elif 5*o.burn_in>steps: said.append(
-        f"That is {o.burn_in/steps:.0%} of a window of {steps} steps. Use windows of {10*o.burn_in} or more, cut by sub_seq_len, or burn_in={o.burn_in}.")
+        f"That is {o.burn_in/steps:.0%} of a window of {steps} steps. "
+        f"Use windows of {10*o.burn_in} or more, cut by sub_seq_len, or burn_in={o.burn_in}.")
     elif res.suggestion and 10*o.burn_in<res.suggestion: said.append(
         "That is little beside the length of a gradient: a carried state gains little here, and windows that begin at zero lose little.")
     else: said.append(f"Windows of {steps} steps, shuffled and cut by sub_seq_len with the state carried, need no burn-in.")
@@ -197,7 +200,8 @@ def _of_stream(dl, burn_in):
     "Rows of a stream are the same sequences in one update after the other"
     if dl.n>4*dl.bs: return ['Sequences begin and end all the time, so updates do not repeat themselves.']
     longest = int(dl.dataset.lengths.max())
-    return [f"The {min(dl.bs, dl.n)} rows of this stream go through {dl.n} sequences of up to {longest} steps: one update after the other is on the same rows, "
+    return [f"The {min(dl.bs, dl.n)} rows of this stream go through {dl.n} sequences of up to {longest} steps: "
+        "one update after the other is on the same rows, "
         f"and a carried state is likely to lose against shuffled windows. Try win_sz={max(10*burn_in, 100)} or more, cut by sub_seq_len."]
 
 # %% ../../nbs/instruments/03_find.ipynb #d6e09ff9
@@ -212,9 +216,9 @@ def tbptt_find(self:Learner,
     share:float=.1, # Share of the loss that a first state may still have after the burn-in
     show:bool=True, # Plot?
 )->TbpttFind:
-    """Measure how far gradients reach back and how long a first state is felt; suggest a `sub_seq_len` (Aicher, Foti and Fox 2019) and a `burn_in`
+    """Measure how far gradients reach back and how long a first state is felt; suggest a `sub_seq_len` and a `burn_in`
 
-    The learner stays as it is. No callback is run, and nothing in mixed precision."""
+    After Aicher, Foti and Fox 2019. The learner stays as it is. No callback is run, and nothing in mixed precision."""
     n_batches,step = check_steps('n_batches', n_batches),check_steps('step', step)
     n_losses = check_steps('n_losses', n_losses)
     (bias,max_lag,tau),show = _check_settings(bias, max_lag, step, tau),check_switch('show', show)

@@ -447,8 +447,8 @@ def before_validate(self:TbpttResetCB):
             "leave out with_input, and take them from its dataset.")
     if self.view.flat and self.view.n_skip and self._ranks_losses:
         raise ValueError(
-            f"The first {self.view.n_skip} steps of each sequence are washout (n_skip or washout) and have no loss, but NaN, which would be the "
-            "largest for Interpretation. Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], "
+            f"The first {self.view.n_skip} steps of each sequence are washout (n_skip or washout) and have no loss, but NaN, "
+            "which would be the largest for Interpretation. Rank them by yourself: losses = learn.get_preds(with_loss=True)[-1], "
             "losses.nan_to_num(-float('inf')).topk(k).")
 
 # %% ../../nbs/training/04_callback.ipynb #0b5bf1a6
