@@ -412,6 +412,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'tbptt_fastai/instruments/table.py'),
                                                 'tbptt_fastai.instruments.table._shown': ( 'instruments/table.html#_shown',
                                                                                            'tbptt_fastai/instruments/table.py'),
+                                                'tbptt_fastai.instruments.table.show_tables': ( 'instruments/table.html#show_tables',
+                                                                                                'tbptt_fastai/instruments/table.py'),
                                                 'tbptt_fastai.instruments.table.table_of': ( 'instruments/table.html#table_of',
                                                                                              'tbptt_fastai/instruments/table.py')},
             'tbptt_fastai.learner': { 'tbptt_fastai.learner.RNNLearner': ('learner.html#rnnlearner', 'tbptt_fastai/learner.py'),
