@@ -6,7 +6,7 @@ import inspect, re, textwrap
 from fastcore.docments import DocmentTbl
 from nbdev.config import get_config
 from nbdev.showdoc import BasicMarkdownRenderer
-from tbptt_fastai.helptexts import HEADING
+from tbptt_fastai.helptexts import HEADING, all_docments
 
 WIDTH = 84 # columns of code that show on a page
 
@@ -38,11 +38,20 @@ def _default(o):
     "A name in angle brackets would be read as HTML"
     return 'a function' if getattr(o, '__name__', '')=='<lambda>' else o
 
+def _texts(obj):
+    "What is known of each parameter, as `help()` has it; nothing of what has no source of its own, as a dataclass"
+    function = obj.__init__ if inspect.isclass(obj) else getattr(obj, '__func__', obj)
+    if not inspect.isfunction(function): return {}
+    texts = all_docments(function)
+    known = [o for o in inspect.signature(function).parameters if o not in ('self', 'cls')]
+    return {o: texts.get(o, inspect.Parameter.empty) for o in known} if texts else {}
+
 class _Table(DocmentTbl):
     "Rows for the parameters of which there is something to say"
     def __init__(self, obj):
         super().__init__(obj)
         for o in self.dm.values(): o['anno'],o['default'] = _type(o['anno']),_default(o['default'])
+        for name,text in _texts(obj).items(): self.dm[name]['docment'] = text
         self.params = [o for o in self.params if o not in ('self', 'cls') and self._says(self.dm[o])]
 
     def _says(self, row): return any(row[o] is not inspect.Parameter.empty for o in self._map)
