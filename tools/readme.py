@@ -22,11 +22,15 @@ def _fence(s, lang=''):
     ticks = max(3, *(len(t)+1 for t in re.findall('`{3,}', s)), 0)*'`'
     return f'{ticks}{lang}\n{s.rstrip()}\n{ticks}'
 
+def _outside_code(pattern, change, text):
+    "As `re.sub`, but fenced code is left alone"
+    parts = re.split(r'(^```.*?^```)', text, flags=re.M|re.S)
+    return ''.join(p if i%2 else re.sub(pattern, change, p) for i,p in enumerate(parts))
+
 def _relink(s):
-    "Point links that are relative to `nbs/` at the same files from the project's root; fenced code is left alone"
+    "Point links that are relative to `nbs/` at the same files from the project's root"
     def _link(m): return f"]({posixpath.normpath('nbs/' + m[1])}"
-    parts = re.split(r'(^```.*?^```)', s, flags=re.M|re.S)
-    return ''.join(p if i%2 else re.sub(r'\]\((?![a-z]+:|[#/])([^)\s#]+)', _link, p) for i,p in enumerate(parts))
+    return _outside_code(r'\]\((?![a-z]+:|[#/])([^)\s#]+)', _link, s)
 
 def _alt(directives):
     "What a picture shows, in words, as its cell says"
@@ -63,14 +67,13 @@ def _with_address(text, url):
 LINK = re.compile(r'(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\((?![a-z]+:)([^)\s]+)\)')
 
 def for_package_index(text, url, branch='main'):
-    "`text` with links that hold outside of the repository, or with their words alone where its address is not known; fenced code is left alone"
+    "`text` with links that hold outside of the repository, or with their words alone where its address is not known"
     def _link(m):
         picture,words,target = m.groups()
         if not url: return words if '`' in words or not words else f'*{words}*'
         place = '' if target.startswith('#') else f'/raw/{branch}/' if picture else f'/blob/{branch}/'
         return f'{picture}[{words}]({url}{place}{target})'
-    parts = re.split(r'(^```.*?^```)', text, flags=re.M|re.S)
-    res = re.sub(r'\n{3,}', '\n\n', ''.join(p if i%2 else LINK.sub(_link, p) for i,p in enumerate(parts)))
+    res = re.sub(r'\n{3,}', '\n\n', _outside_code(LINK, _link, text))
     return res if url else f'{res}\nPages named in italics are notebooks in the folder `nbs` of the source distribution.\n'
 
 def citation(project, version, url):
