@@ -1,14 +1,18 @@
-"""How the pages show a symbol: its signature in lines that fit, what it does, and its parameters as a table
+"""How the pages show a symbol: its signature in lines that fit, what it does, and its parameters as a table; and in which order
 
-nbdev imports it by `renderer` in `pyproject.toml`, from wherever it builds the pages; nothing of the library needs it, or nbdev.
+nbdev imports it by `renderer` and `doc_procs` in `pyproject.toml`, from wherever it builds the pages; nothing of the library needs it, or nbdev.
 """
 import inspect, re, textwrap
 from fastcore.docments import DocmentTbl
 from nbdev.config import get_config
+from nbdev.process import Processor
 from nbdev.showdoc import BasicMarkdownRenderer
 from tbptt_fastai.helptexts import HEADING, all_docments
 
 WIDTH = 84 # columns of code that show on a page
+TABLE = 100 # characters in the width of a table
+NARROW = 16 # of these, for names, types and defaults, each at most; their meaning has the rest
+INSIDE = '## Inside' # how the heading of a section begins that is shown last
 
 def _plain(o): return o.__name__ if inspect.isclass(o) or inspect.isfunction(o) or inspect.ismodule(o) else repr(o)
 
@@ -32,11 +36,19 @@ def _type(anno):
     "Without the modules that it comes from: `Callback | list`, not `fastai.callback.core.Callback | list`"
     if any(anno is o for o in (inspect.Parameter.empty, None, type(None))): return inspect.Parameter.empty
     text = anno if isinstance(anno, str) else inspect.formatannotation(anno)
-    return re.sub(r'\b(?:[A-Za-z_]\w*\.)+(?=\w)', '', text)
+    text = re.sub(r'\b(?:[A-Za-z_]\w*\.)+(?=\w)', '', text)
+    return re.sub(r'^(Union|Optional)\[([^][]*)\]$', _alternatives, text)
+
+def _alternatives(union):
+    "`Callable | None` for `Union[Callable, NoneType]`"
+    names = union[2].replace('NoneType', 'None').split(', ')
+    return ' | '.join(names if union[1]=='Union' else [*names, 'None'])
 
 def _default(o):
     "A name in angle brackets would be read as HTML"
     return 'a function' if getattr(o, '__name__', '')=='<lambda>' else o
+
+def _text(o): return '' if o is inspect.Parameter.empty else str(o)
 
 def _texts(obj):
     "What is known of each parameter, as `help()` has it; nothing of what has no source of its own, as a dataclass"
@@ -56,6 +68,15 @@ class _Table(DocmentTbl):
 
     def _says(self, row): return any(row[o] is not inspect.Parameter.empty for o in self._map)
 
+    @property
+    def hdr_str(self):
+        "Pandoc divides the width of a page by the dashes of each column"
+        names = super().hdr_str.split('\n')[0]
+        held = [list(self.dm)]+[[_text(o[c]) for o in self.dm.values()] for c in self._columns]
+        dashes = [max(3, *map(len, o)) for o in held]
+        dashes = [min(n, NARROW) for n in dashes[:-1]]
+        return names+'\n'+'|'.join(['', *('-'*n for n in (*dashes, TABLE-sum(dashes))), ''])
+
 def table_of(sym):
     "Parameters by name, type, default and meaning; nothing where none is described"
     try: return str(_Table(sym))
@@ -70,3 +91,24 @@ class TableRenderer(BasicMarkdownRenderer):
         docs = rest.partition('```')[2].partition(HEADING)[0].strip() # which the table has
         signature = signature_of(self.nm.split('.')[-1], self.sig)
         return '\n\n'.join(filter(None, [head.rstrip(), f'{fence}{signature}\n```', docs, table_of(self.sym)]))
+
+class InsideLast(Processor):
+    "Sections about what a page is made of come after those about what its readers use, though Python needs them first"
+    def end(self):
+        sections = [[]]
+        for cell in self.nb.cells:
+            if cell.cell_type=='markdown' and cell.source.startswith('## '): sections.append([])
+            sections[-1].append(cell)
+        self.nb.cells = sum([sections[0], *sorted(sections[1:], key=_is_inside)], [])
+
+def _is_inside(section): return section[0].source.startswith(INSIDE)
+
+_linked_twice = re.compile(r'\[([^][]*)\[(`[^`]*`)\]\([^)]*\)([^][]*)\](?=\()')
+
+def _one_link(text):
+    while _linked_twice.search(text): text = _linked_twice.sub(r'[\1\2\3]', text)
+    return text
+
+def one_link(cell):
+    "A name of the library within the text of a link leads where its author said, and not to its own page"
+    if cell.cell_type=='markdown': cell.source = _one_link(cell.source)

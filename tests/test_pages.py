@@ -43,6 +43,14 @@ def test_a_link_that_leads_nowhere_is_named(site, link, why):
 
 def test_a_link_in_code_is_none(site): assert faults(site, markdown('`[a](b.ipynb)`\n\n```python\nx[0](c)\n```')) == []
 
+def test_a_link_in_a_link_is_named(site):
+    (site/'other.md').write_text('x')
+    assert 'a link in a link' in faults(site, markdown('[see [`f`](other.md)](other.md)'))[0]
+
+def test_a_link_in_brackets_is_none(site):
+    (site/'other.md').write_text('x')
+    assert faults(site, markdown('x[0] and ([see](other.md)) or [1] [`f`](other.md)')) == []
+
 def test_code_that_is_too_wide_is_named(site):
     wide = 'x = '+'1+'*43+'1'
     assert len(wide)==91

@@ -3,11 +3,12 @@ from fnmatch import fnmatch
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Callable, Optional, Union
 import pytest
 pytest.importorskip('nbdev') # which the lowest versions are tested without
 from nbdev.config import get_config, tomllib
 from nbdev.showdoc import show_doc
-from tbptt_fastai._reference import TableRenderer, WIDTH, signature_of
+from tbptt_fastai._reference import InsideLast, TableRenderer, WIDTH, one_link, signature_of
 from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.learner import TbpttLearner, default_loss
 
@@ -33,10 +34,56 @@ def test_every_docment_is_in_the_table():
     text = shown(default_loss)
     assert '| scale_y | Standardize | None | Scaling of the outputs;' in text
 
+def dashes(o): return [len(d) for d in next(l for l in shown(o).splitlines() if set(l)=={'|','-'}).strip('|').split('|')]
+
+@pytest.mark.parametrize('o', [TbpttLearner, default_loss], ids=lambda o: o.__name__)
+def test_the_meaning_has_more_than_half_of_the_width(o):
+    "Pandoc would give each column a quarter of it, if all had three dashes"
+    *others,meaning = dashes(o)
+    assert meaning>sum(others) and sum(others)+meaning==100
+
+def test_a_table_without_types_has_no_column_for_them():
+    def f(a, # How many
+          b): # Which
+        pass
+    assert len(dashes(f))==2
+
+def markdown(text): return SimpleNamespace(cell_type='markdown', source=text)
+
+def test_sections_about_the_inside_are_last_and_keep_their_order():
+    cells = [markdown(o) for o in ('# Page', 'p', '## Inside: b', 'of b', '## Use', 'of use', '### Inside is no section', '## Inside: a', '## More')]
+    nb = SimpleNamespace(cells=cells)
+    InsideLast(nb).end()
+    assert [o.source for o in nb.cells] == ['# Page', 'p', '## Use', 'of use', '### Inside is no section', '## More',
+                                           '## Inside: b', 'of b', '## Inside: a']
+
+def test_code_that_looks_like_a_heading_is_no_section():
+    code = SimpleNamespace(cell_type='code', source='## Inside')
+    nb = SimpleNamespace(cells=[code, markdown('## Use')])
+    InsideLast(nb).end()
+    assert nb.cells[0] is code
+
+def test_a_page_without_sections_stays_as_it_is():
+    nb = SimpleNamespace(cells=[])
+    InsideLast(nb).end()
+    assert nb.cells == []
+
+def test_a_link_leads_where_its_author_said():
+    cell = markdown('See [[`A.b`](/a.html#a.b)](how_to/x.ipynb) and [`C`](/c.html#c), [d [`E`](/e.html)](x)')
+    one_link(cell)
+    assert cell.source == 'See [`A.b`](how_to/x.ipynb) and [`C`](/c.html#c), [d `E`](x)'
+
 def test_types_are_named_without_their_modules():
     text = shown(TbpttLearner)
     assert 'fastai.callback' not in text and 'collections.abc' not in text and 'typing' not in text
     assert '| Optional |' not in text and '| Union |' not in text # of what?
+
+def test_alternatives_are_shown_with_bars():
+    def f(a:Union[Callable, list, None], # Which
+          b:Optional[int], # Which
+          c:Optional[list[int]], # Which
+    ): pass
+    for o in (r'| a | Callable \| list \| None | ', r'| b | int \| None | ', '| c | Optional[list[int]] | '): assert o in shown(f)
 
 def test_the_texts_that_help_shows_are_not_shown_twice():
     text = shown(TbpttLearner)

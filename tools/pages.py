@@ -17,6 +17,8 @@ SAID = {'a progress bar': re.compile('█'), 'a training without its table': re.
         'a traceback': re.compile(r'^Traceback \(most recent call last\)', re.M)}
 LINK = re.compile(r'\]\(([^)\s]+)(?: +"[^"]*")?\)|<(?:a|img)\b[^>]*?\b(?:href|src)=["\']?([^"\'\s>]+)')
 
+IN_A_LINK = re.compile(r'(?<!\])\[[^][]*\[[^][]*\]\([^)]*\)[^][]*\]\(')
+
 def joined(o): return o if isinstance(o, str) else ''.join(o or [])
 
 def cells_of(page): return json.loads(page.read_text(encoding='utf-8'))['cells']
@@ -127,6 +129,7 @@ class Site:
         for i,cell in enumerate(cells):
             for o in [*wide_code(cell), *unfit_outputs(cell), *self.dead_links(page, cell)]: yield f'cell {i}: {o}'
             if m := PRIVATE.search(seen_in(cell)): yield f'cell {i}: the path {m[0]}'
+            if m := IN_A_LINK.search(markdown_of(cell)): yield f'cell {i}: a link in a link: {m[0]}'
 
     def dead_links(self, page, cell):
         for m in LINK.finditer(without_code(markdown_of(cell))):

@@ -73,7 +73,7 @@ def back_to_method(
 class StateResets(Callback):
     """Reset the state where a window or sequence starts
 
-    The part of [`TbpttResetCB`](04_callback.ipynb) that looks after it."""
+    The part of `TbpttResetCB` that looks after it."""
     carry = None # owner of the states in a run over the batches
     _states = None # at the end of the last training step, of a model that other callbacks may reset
     is_interrupted = False # was there an evaluation since then?
