@@ -71,6 +71,45 @@ def test_names_that_users_type_are_not_among_the_internals():
     hidden = sorted(o for o in typed if modules()[o] in internal)
     assert not hidden, hidden
 
+def typed_names():
+    "What `from tbptt_fastai.all import *` has of this library, by the page it is written on"
+    text = (ROOT/'tbptt_fastai/all.py').read_text(encoding='utf-8')
+    found = [o for o in ast.parse(text).body if isinstance(o, ast.ImportFrom) and o.module.startswith('tbptt_fastai.')]
+    written = modules()
+    return {written[o.module.removeprefix('tbptt_fastai.')]: [n.name for n in o.names] for o in found}
+
+def shown_sections(page):
+    "The sections of a page but those about its inside, which come last"
+    sections = [[]]
+    for cell in cells(page):
+        if cell['cell_type']=='markdown' and ''.join(cell['source']).startswith('## '): sections.append([])
+        sections[-1].append(cell)
+    return [sections[0], *(o for o in sections[1:] if not ''.join(o[0]['source']).startswith('## Inside'))]
+
+def defined(cell):
+    "Public names that a page shows for a cell"
+    code = ''.join(cell['source'])
+    if cell['cell_type']!='code' or not re.search(r'^#\| *export\b', code, re.M) or re.search(r'^#\| *hide\b', code, re.M): return []
+    tree = ast.parse('\n'.join(o for o in code.splitlines() if not o.startswith(('%', '!'))))
+    return [o.name for o in tree.body if isinstance(o, (ast.FunctionDef, ast.ClassDef)) and o.name[0]!='_']
+
+def has_output(cell):
+    return cell['cell_type']=='code' and bool(cell['outputs']) and not re.search(r'^#\| *(hide|output: *false)', ''.join(cell['source']), re.M)
+
+@pytest.mark.parametrize('page', typed_names())
+def test_a_reference_page_begins_with_what_its_readers_type(page):
+    first = next(n for o in shown_sections(page) for c in o for n in defined(c))
+    assert first in typed_names()[page], f'{first}, of {page}, belongs in a section "## Inside: …"'
+
+@pytest.mark.parametrize('page,name', [(p, n) for p,names in typed_names().items() for n in names])
+def test_a_name_that_users_type_has_an_example_with_its_output(page, name):
+    shown = sum(shown_sections(page), [])
+    [at] = [i for i,c in enumerate(shown) if name in defined(c)]
+    later = [i for i,c in enumerate(shown) if i>at and set(defined(c)) & set(typed_names()[page])]
+    own = shown[at:later[0] if later else None]
+    example = [c for c in own if has_output(c) and re.search(rf'\b{name}\b', ''.join(c['source']))]
+    assert example, f'{page} shows no output of `{name}` after it, and before the next name'
+
 def test_the_build_leaves_it_alone():
     tomllib = pytest.importorskip('tomllib')
     config = tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))
