@@ -50,23 +50,40 @@ def _default(o):
 
 def _text(o): return '' if o is inspect.Parameter.empty else str(o)
 
+def _function_of(obj): return obj.__init__ if inspect.isclass(obj) else getattr(obj, '__func__', obj)
+
 def _texts(obj):
     "What is known of each parameter, as `help()` has it; nothing of what has no source of its own, as a dataclass"
-    function = obj.__init__ if inspect.isclass(obj) else getattr(obj, '__func__', obj)
+    function = _function_of(obj)
     if not inspect.isfunction(function): return {}
     texts = all_docments(function)
     known = [o for o in inspect.signature(function).parameters if o not in ('self', 'cls')]
     return {o: texts.get(o, inspect.Parameter.empty) for o in known} if texts else {}
 
+def _taken_over(function):
+    "Parameters that `@delegates` gave it"
+    if not hasattr(function, '__delwrap__'): return set()
+    code = function.__code__
+    return set(inspect.signature(function).parameters)-set(code.co_varnames[:code.co_argcount+code.co_kwonlyargcount])
+
 class _Table(DocmentTbl):
-    "Rows for the parameters of which there is something to say"
+    "Rows for the parameters of which there is something to say; one for all those that are described elsewhere"
     def __init__(self, obj):
         super().__init__(obj)
+        self.function = _function_of(obj)
+        self.others = _taken_over(self.function)
         for o in self.dm.values(): o['anno'],o['default'] = _type(o['anno']),_default(o['default'])
         for name,text in _texts(obj).items(): self.dm[name]['docment'] = text
-        self.params = [o for o in self.params if o not in ('self', 'cls') and self._says(self.dm[o])]
+        self.dm = {k:o for k,o in self.dm.items() if k not in self.others|{'self', 'cls'} and self._says(o)}
+        self.params = [o for o in self.params if o in self.dm]
 
     def _says(self, row): return any(row[o] is not inspect.Parameter.empty for o in self._map)
+
+    @property
+    def params_str(self):
+        rows = super().params_str
+        if not self.others: return rows
+        return f"{rows}\n| others {'| '*len(self._columns)}As in `{self.function.__delwrap__.__qualname__.removesuffix('.__init__')}` |"
 
     @property
     def hdr_str(self):

@@ -10,7 +10,7 @@ from nbdev.config import get_config, tomllib
 from nbdev.showdoc import show_doc
 from tbptt_fastai._reference import InsideLast, TableRenderer, WIDTH, one_link, signature_of
 from tbptt_fastai.deploy.predictor import StreamPredictor
-from tbptt_fastai.learner import TbpttLearner, default_loss
+from tbptt_fastai.learner import RNNLearner, TbpttLearner, default_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +72,12 @@ def test_a_link_leads_where_its_author_said():
     cell = markdown('See [[`A.b`](/a.html#a.b)](how_to/x.ipynb) and [`C`](/c.html#c), [d [`E`](/e.html)](x)')
     one_link(cell)
     assert cell.source == 'See [`A.b`](how_to/x.ipynb) and [`C`](/c.html#c), [d `E`](x)'
+
+def test_parameters_that_another_page_describes_are_one_row():
+    text = shown(RNNLearner)
+    assert '| others | | | As in `TbpttLearner` |' in text and '| hidden_size |' in text
+    assert 'grad_clip=None' in text and '| grad_clip |' not in text
+    assert '| others | | | As in `Learner` |' in shown(TbpttLearner) and '| grad_clip |' in shown(TbpttLearner)
 
 def test_types_are_named_without_their_modules():
     text = shown(TbpttLearner)

@@ -25,6 +25,15 @@ def cells(page): return json.loads((NBS/page).read_text(encoding='utf-8'))['cell
 
 def front_page(): return '\n'.join(''.join(o['source']) for o in cells('index.ipynb') if o['cell_type']=='markdown')
 
+def test_no_words_are_lost_with_a_title():
+    "What a cell has beyond a title, a sentence, and settings is not on the site"
+    lost = {}
+    for page in pages():
+        title = next(''.join(c['source']) for c in cells(page) if ''.join(c['source']).startswith('# '))
+        beyond = [o for o in title.splitlines()[1:] if o.strip() and not o.startswith(('>', '- '))]
+        if beyond: lost[page] = beyond
+    assert not lost, f'these lines belong in a cell of their own: {lost}'
+
 def test_every_page_is_in_the_sidebar_once():
     listed = hrefs(contents())
     missing,unknown = sorted(set(pages())-set(listed)),sorted(set(listed)-set(pages()))
