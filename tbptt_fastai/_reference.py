@@ -120,12 +120,11 @@ class InsideLast(Processor):
 
 def _is_inside(section): return section[0].source.startswith(INSIDE)
 
-_linked_twice = re.compile(r'\[([^][]*)\[(`[^`]*`)\]\([^)]*\)([^][]*)\](?=\()')
+NAME = r'\[(`[^`]*`)\]\([^)]*\)' # of the library, with its link
+LINKED = re.compile(rf'\[((?:[^][]|{NAME})*)\](?=\()')
 
-def _one_link(text):
-    while _linked_twice.search(text): text = _linked_twice.sub(r'[\1\2\3]', text)
-    return text
+def _with_names_alone(link): return '['+re.sub(NAME, r'\1', link[1])+']'
 
 def one_link(cell):
     "A name of the library within the text of a link leads where its author said, and not to its own page"
-    if cell.cell_type=='markdown': cell.source = _one_link(cell.source)
+    if cell.cell_type=='markdown': cell.source = LINKED.sub(_with_names_alone, cell.source)

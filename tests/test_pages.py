@@ -45,7 +45,8 @@ def test_a_link_in_code_is_none(site): assert faults(site, markdown('`[a](b.ipyn
 
 def test_a_link_in_a_link_is_named(site):
     (site/'other.md').write_text('x')
-    assert 'a link in a link' in faults(site, markdown('[see [`f`](other.md)](other.md)'))[0]
+    for text in ('[see [`f`](other.md)](other.md)', '[[`f`](other.md), [`g`](other.md)](other.md)'):
+        assert 'a link in a link' in faults(site, markdown(text))[0]
 
 def test_a_link_in_brackets_is_none(site):
     (site/'other.md').write_text('x')

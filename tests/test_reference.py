@@ -69,9 +69,9 @@ def test_a_page_without_sections_stays_as_it_is():
     assert nb.cells == []
 
 def test_a_link_leads_where_its_author_said():
-    cell = markdown('See [[`A.b`](/a.html#a.b)](how_to/x.ipynb) and [`C`](/c.html#c), [d [`E`](/e.html)](x)')
+    cell = markdown('See [[`A.b`](/a.html#a.b)](how_to/x.ipynb) and [`C`](/c.html#c), [d [`E`](/e.html), [`f`](/f)](x)')
     one_link(cell)
-    assert cell.source == 'See [`A.b`](how_to/x.ipynb) and [`C`](/c.html#c), [d `E`](x)'
+    assert cell.source == 'See [`A.b`](how_to/x.ipynb) and [`C`](/c.html#c), [d `E`, `f`](x)'
 
 def test_parameters_that_another_page_describes_are_one_row():
     text = shown(RNNLearner)

@@ -17,7 +17,7 @@ SAID = {'a progress bar': re.compile('█'), 'a training without its table': re.
         'a traceback': re.compile(r'^Traceback \(most recent call last\)', re.M)}
 LINK = re.compile(r'\]\(([^)\s]+)(?: +"[^"]*")?\)|<(?:a|img)\b[^>]*?\b(?:href|src)=["\']?([^"\'\s>]+)')
 
-IN_A_LINK = re.compile(r'(?<!\])\[[^][]*\[[^][]*\]\([^)]*\)[^][]*\]\(')
+IN_A_LINK = re.compile(r'(?<!\])\[[^][]*(?:\[[^][]*\]\([^)]*\)[^][]*)+\]\(')
 
 def joined(o): return o if isinstance(o, str) else ''.join(o or [])
 
