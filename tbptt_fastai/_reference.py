@@ -128,3 +128,29 @@ def _with_names_alone(link): return '['+re.sub(NAME, r'\1', link[1])+']'
 def one_link(cell):
     "A name of the library within the text of a link leads where its author said, and not to its own page"
     if cell.cell_type=='markdown': cell.source = LINKED.sub(_with_names_alone, cell.source)
+
+TABLE_LINES = re.compile(r'^\|.*\|[ ]*\n\|[-:| ]+\|[ ]*\n(?:\|.*\|[ ]*(?:\n|\Z))+', re.M)
+LINK = re.compile(r'\[([^][]*)\]\([^)]*\)')
+LONG = 60 # characters of a cell that make its column wider, at most
+
+def _cells(line): return [o.strip() for o in re.split(r'(?<!\\)\|', line.strip())[1:-1]]
+
+def _held(cell):
+    "Characters that a reader sees"
+    return min(len(LINK.sub(r'\1', cell).replace('`', '')), LONG)
+
+def _dashes(rule, n):
+    "At least three, with the colons that align a column"
+    return f"{':' if rule[0]==':' else '-'}{'-'*max(n-2, 1)}{':' if rule[-1]==':' else '-'}"
+
+def _by_content(table):
+    head,rules,*rows = table[0].strip('\n').split('\n')
+    columns = zip(*map(_cells, [head, *rows]))
+    widths = [max(map(_held, o)) for o in columns]
+    dashes = [_dashes(rule, n) for rule,n in zip(_cells(rules), widths)]
+    end = '\n' if table[0].endswith('\n') else ''
+    return '\n'.join([head, f"|{'|'.join(dashes)}|", *rows])+end
+
+def table_widths(cell):
+    "A column of a table is as wide, in proportion, as what it holds: Pandoc gives each the same where all have three dashes"
+    if cell.cell_type=='markdown': cell.source = TABLE_LINES.sub(_by_content, cell.source)
