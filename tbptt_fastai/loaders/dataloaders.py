@@ -252,7 +252,7 @@ def from_arrays(cls:SequenceDataLoaders,
     # sequence in a file may be shorter
     stp_sz:int=None,
     valid_stp_sz:int=None, # `stp_sz` in validation; default: `win_sz`, so that no step counts twice
-    groups:list=None, # Name of each sequence; with names, sequences are read as streams; default: its number
+    groups:list=None, # Name of each sequence; default: its number. Without `win_sz`, named sequences are read as streams
     valid_groups:list=None, # Name of each sequence in `valid`; default: its number
     check:bool=True, # Read all values once and refuse NaN and infinite ones?
     dtype:torch.dtype=torch.float32, # Type of the real numbers in a batch; integers keep theirs

@@ -29,16 +29,19 @@ def _check_items(dataset):
 
 # %% ../../nbs/loaders/02_windows.ipynb #deb983ba
 class TbpttDL(TfmdDL):
-    "A `TfmdDL` over windows that yields sub-windows; `one_batch` and `show_batch` have whole windows"
+    """A fastai `TfmdDL` that shuffles windows and yields the sub-windows of each batch in order
+
+    `one_batch`, `show_batch` and transforms see whole windows. Raises a `ValueError` or a `TypeError` for a length that is
+    no whole number above 0, or that is longer than the windows of `Sequences`."""
     view,time_dim = SubWindows,None
     @delegates(TfmdDL.__init__)
     def __init__(self,
-        dataset, # Map-style dataset of windows; a batch of `SequenceWindows` is read by one gather
+        dataset, # Windows: `SequenceWindows`, read a batch at a time, or any dataset of windows of one length
         bs:int=64, # Windows per batch
         sub_seq_len:int=None, # Steps of a sub-window; default: the whole window
-        ahead=None, # How batches come to a GPU: a function of them and the device, such as `pinned_ahead`
-        time_dim:int=None, # Where time is in a batch: 0, 1 or -1; `Sequences` are laid out so, others come so; default: 1
-        **kwargs
+        ahead=None, # Function that copies batches to the GPU ahead of time, such as `pinned_ahead`; default: none
+        time_dim:int=None, # Time axis of a batch: 0, 1 or -1. `Sequences` are laid out so, other data has to come so; default: 1
+        **kwargs # As for `TfmdDL`
     ):
         self.ahead,self.time_dim = ahead,check_time_dim(time_dim)
         self.sub_seq_len = None if sub_seq_len is None else check_steps('sub_seq_len', sub_seq_len)
@@ -51,9 +54,9 @@ class TbpttDL(TfmdDL):
         if isinstance(dataset, Sequences): view_of(self, self.sub_seq_len).check()
 
     def sub_windows(self):
-        """The view that is iterated
+        """The view that is iterated; its `is_first` says where the state has to be reset
 
-        A validation subset of `Datasets` is never cut, as train-only transforms never apply to it."""
+        The validation subset of `Datasets` stays whole."""
         return view_of(self, None if getattr(self.dataset, 'split_idx', None) else self.sub_seq_len)
 
     def __iter__(self): return iter(self.sub_windows())
@@ -135,7 +138,7 @@ def _copies_ahead(self:TbpttDL):
 # %% ../../nbs/loaders/02_windows.ipynb #40f5453e
 @patch
 def one_batch(self:TbpttDL):
-    "One batch of whole windows"
+    "One batch of whole windows; a `ValueError` if there is none"
     if self.n_whole==0:
         raise ValueError(f"This loader has no batches: {self.n} windows, bs={self.bs}, drop_last={self.drop_last}.")
     with self.fake_l.no_multiproc(): batch = first(SubWindows(self))
@@ -145,11 +148,11 @@ def one_batch(self:TbpttDL):
 @patch
 @delegates(TfmdDL.new)
 def new(self:TbpttDL,
-    dataset=None, # Another dataset; default: the same
-    cls=None, # Another class; default: the same
-    **kwargs
+    dataset=None, # Dataset of the copy; default: the same
+    cls=None, # Class of the copy; default: the same
+    **kwargs # Arguments of `TbpttDL` to change
 ):
-    "A copy with some arguments changed; `sub_seq_len`, `ahead` and `time_dim` are kept"
+    "A copy of the loader; arguments that you don't give stay as they are"
     kept = dict(sub_seq_len=self.sub_seq_len, ahead=self.ahead, time_dim=self.time_dim)
     if issubclass(cls or type(self), TbpttDL): kwargs = kept|kwargs
     return super(TbpttDL, self).new(dataset, cls, **kwargs)
@@ -158,11 +161,11 @@ def new(self:TbpttDL,
 @patch
 def show_batch(self:TbpttDL,
     b=None, # A batch of whole windows; default: `one_batch()`
-    max_n:int=4, # Windows to draw
+    max_n:int=4, # Windows to draw, at most
     show:bool=True, # Draw, or only decode?
-    **kwargs
+    **kwargs # As for `plot_windows`, or fastai's `show_batch`
 ):
-    "Draw `max_n` windows: targets above inputs, on one time axis"
+    "Draw some windows: targets above inputs, over time"
     draws = show and self.makes_batches
     if b is None and (draws or self.own_time_dim not in (None, 1)): b = self.one_batch()
     if draws or self.own_time_dim==0: b = self.in_rows(b) # fastai goes by the first axis
@@ -173,11 +176,11 @@ def show_batch(self:TbpttDL,
 def show_results(self:TbpttDL,
     b, # A batch of whole windows
     out, # Predictions for it
-    max_n:int=4, # Windows to draw
+    max_n:int=4, # Windows to draw, at most
     show:bool=True, # Draw, or only decode?
-    **kwargs
+    **kwargs # As for `plot_windows`, or fastai's `show_results`
 ):
-    "Draw `max_n` windows with the predictions `out`"
+    "Draw some windows with their predictions; `Learner.show_results` calls it"
     draws = show and self.makes_batches
     if draws or self.own_time_dim==0: b = self.in_rows(b)
     if not draws:
