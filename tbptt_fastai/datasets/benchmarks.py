@@ -27,7 +27,7 @@ def duffing_response(
     beta:float, # cubic stiffness relative to the linear one, in 1/V^2
     gain:float, # static gain of the linear part, in V/V
 )->np.ndarray: # (n+1,) output in V, every `h` seconds
-    "Output of y'' + 2*zeta*w0*y' + w0^2*(y + beta*y^3) = w0^2*gain*u from rest, by classical Runge-Kutta steps; w0 = 2*pi*f0"
+    "Output of `y'' + 2*zeta*w0*y' + w0^2*(y + beta*y^3) = w0^2*gain*u` from rest, by classical Runge-Kutta steps; `w0 = 2*pi*f0`"
     w2,d = (2*math.pi*f0)**2, 4*math.pi*f0*zeta
     f = (w2*gain*np.asarray(u, dtype=float)).tolist() # Python floats: several times faster here than numpy scalars
     x,v,y = 0., 0., [0.]
@@ -90,7 +90,7 @@ def simulate_duffing(
 )->tuple[np.ndarray, np.ndarray]: # (u, y), each (n_steps,) float64 in V
     """Simulate the Silverbox: a Duffing oscillator, from rest, under a random-phase odd multisine
 
-    The equation, m*y'' + d*y' + a*y + b*y^3 = u, is the one by which Wigren and Schoukens (2013) describe the
+    The equation, `m*y'' + d*y' + a*y + b*y^3 = u`, is the one by which Wigren and Schoukens (2013) describe the
     Silverbox. `f0`, `zeta`, `beta` and `gain` are our own fit to its recording (`bench/fit_duffing.py`): with the
     recorded input they give the first 5000 outputs of the multisine test with an error of 0.30 mV rms, of 54.5 mV.
     Like the recorded input, `u` is band-limited between the samples; its amplitude is the same at all frequencies,

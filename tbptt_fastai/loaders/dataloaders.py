@@ -263,7 +263,10 @@ def from_arrays(cls:SequenceDataLoaders,
     valid_warm_up:int=0, # Steps before the held-back end that bring the state up to date, without a loss; `True`: all
     **kwargs # As for `from_sequences`
 ):
-    "Loaders for arrays of inputs and targets, as windows or as whole sequences"
+    """Loaders for arrays of inputs and targets, as windows or as whole sequences
+
+    Raises a `TypeError` or a `ValueError` for arrays whose time axis is in doubt, values that are not finite, targets of
+    another length, and windows that no sequence fills."""
     if y is None: raise ValueError("y is None: training needs targets. For prediction alone use test_dl.")
     if win_sz is not None: win_sz = check_steps('win_sz', win_sz)
     if valid is None and valid_groups is not None: raise ValueError(
