@@ -27,7 +27,7 @@ def duffing_response(
     beta:float, # cubic stiffness relative to the linear one, in 1/V^2
     gain:float, # static gain of the linear part, in V/V
 )->np.ndarray: # (n+1,) output in V, every `h` seconds
-    "Output of y'' + 2*zeta*w0*y' + w0^2*(y + beta*y^3) = w0^2*gain*u from rest, by classical Runge-Kutta steps"
+    "Output of `y'' + 2*zeta*w0*y' + w0^2*(y + beta*y^3) = w0^2*gain*u` from rest, by classical Runge-Kutta steps; `w0 = 2*pi*f0`"
     w2,d = (2*math.pi*f0)**2, 4*math.pi*f0*zeta
     f = (w2*gain*np.asarray(u, dtype=float)).tolist() # Python floats: several times faster here than numpy scalars
     x,v,y = 0., 0., [0.]
@@ -77,25 +77,26 @@ def _generator(seed):
 
 # %% ../../nbs/datasets/00_benchmarks.ipynb #6a3cf364
 def simulate_duffing(
-    n_steps:int, # number of time steps, at least 2
-    fs:float=SILVERBOX_FS, # sampling rate in Hz
-    seed:int=0, # seed of the input's phases and of the noise
-    amplitude:float=0.0222, # rms of the input in V; the default is the recording's
-    noise:float=0., # standard deviation in V of the white Gaussian noise added to the output
-    bandwidth:float=200., # highest excited frequency in Hz, below `fs/2`
-    f0:float=68.32, # undamped natural frequency of the linear part in Hz
-    zeta:float=0.0488, # damping ratio of the linear part
-    beta:float=3.95, # cubic stiffness relative to the linear one, in 1/V^2
-    gain:float=1.0095, # static gain of the linear part, in V/V
+    n_steps:int, # Steps, at least 2
+    fs:float=SILVERBOX_FS, # Sampling rate in Hz
+    seed:int=0, # Seed of the input's phases and of the noise
+    amplitude:float=0.0222, # RMS of the input in V; the default is the recording's
+    noise:float=0., # Standard deviation in V of the white Gaussian noise added to the output
+    bandwidth:float=200., # Highest frequency of the input in Hz, below `fs/2`
+    f0:float=68.32, # Undamped natural frequency of the linear part in Hz
+    zeta:float=0.0488, # Damping ratio of the linear part
+    beta:float=3.95, # Cubic stiffness relative to the linear one, in 1/V^2
+    gain:float=1.0095, # Static gain of the linear part, in V/V
 )->tuple[np.ndarray, np.ndarray]: # (u, y), each (n_steps,) float64 in V
-    """Simulated Silverbox: a Duffing oscillator, from rest, under a random-phase odd multisine
+    """Simulate the Silverbox: a Duffing oscillator, from rest, under a random-phase odd multisine
 
-    The equation, m*y'' + d*y' + a*y + b*y^3 = u, is the one by which Wigren and Schoukens (2013) describe the
+    The equation, `m*y'' + d*y' + a*y + b*y^3 = u`, is the one by which Wigren and Schoukens (2013) describe the
     Silverbox. `f0`, `zeta`, `beta` and `gain` are our own fit to its recording (`bench/fit_duffing.py`): with the
     recorded input they give the first 5000 outputs of the multisine test with an error of 0.30 mV rms, of 54.5 mV.
     Like the recorded input, `u` is band-limited between the samples; its amplitude is the same at all frequencies,
     where the recorded one falls by a third towards 200 Hz. The steps are half a period of the multisine, as the
-    second half repeats the first with its sign changed.
+    second half repeats the first with its sign changed. Raises a `ValueError` for numbers that make no simulation, and for
+    an amplitude at which it is not accurate.
     """
     lengths = n_steps,fs,bandwidth
     (fs,f0),(amplitude,noise,zeta) = _check_simulation(*lengths, dict(fs=fs, f0=f0), dict(amplitude=amplitude, noise=noise, zeta=zeta))
@@ -118,13 +119,16 @@ def create_dls_duffing(
     win_sz:int=500, # Steps of a window
     stp_sz:int=20, # Steps from one training window to the next
     sub_seq_len:int=None, # Steps of a sub-window in training; default: the whole window
-    n_steps:int=20_000, # Steps to simulate for training
-    n_valid:int=5_000, # Steps to simulate, with another input, for validation
+    n_steps:int=20_000, # Steps to simulate for training, at least 2
+    n_valid:int=5_000, # Steps to simulate for validation, with another input
     noise:float=1e-4, # Standard deviation in V of the measurement noise
     seed:int=0, # Seed of input and noise
-    **kwargs
+    **kwargs # As for `SequenceDataLoaders.from_arrays`
 ):
-    "Loaders over a simulated Silverbox: predict the voltage out from the voltage in"
+    """Loaders for a simulated Silverbox: predict its output voltage from its input voltage
+
+    The simulation is that of `simulate_duffing`, after Wigren and Schoukens (2013), sampled at 610.35 Hz. The same seed
+    gives the same data."""
     train,valid = (simulate_duffing(n, seed=[seed,i], noise=noise) for i,n in enumerate((n_steps, n_valid)))
     sizes = dict(win_sz=win_sz, stp_sz=stp_sz, sub_seq_len=sub_seq_len, bs=bs)
     return SequenceDataLoaders.from_arrays(*train, valid=valid, **sizes, **{**_signals, **kwargs})
@@ -161,10 +165,10 @@ def _download_silverbox(root, nb):
         shutil.copy(src/'SilverboxFiles.zip', dst) # last, as it marks the folder as complete
 
 def load_silverbox(
-    path:str|os.PathLike|None=None, # folder of the cache; None: `$TBPTT_DATA/nlb_cache`, else the package's default
-    dtype:type=np.float32, # floating-point type of the arrays
+    path:str|os.PathLike|None=None, # Folder of the cache; default: `$TBPTT_DATA/nlb_cache`, else that of the package
+    dtype:type=np.float32, # Floating-point type of the arrays
 )->tuple: # (train, valid, tests): (u, y) of 50,000 and of 15,062 steps, and a dict of (u, y); 1-D arrays in V
-    """Recorded Silverbox, downloaded where needed; tests are 'multisine', 'arrow' and 'arrow_no_extrapolation'
+    """Load the recorded Silverbox, after a download if need be; tests are 'multisine', 'arrow' and 'arrow_no_extrapolation'
 
     The package's training part is split: its first 50,000 steps for training, its last 15,062 for validation.
     """
@@ -198,9 +202,12 @@ def create_dls_silverbox(
     stp_sz:int=10, # Steps from one training window to the next
     sub_seq_len:int=None, # Steps of a sub-window in training; default: the whole window
     path:str|os.PathLike|None=None, # Folder of the cache; default: `$TBPTT_DATA/nlb_cache`, else that of the package
-    **kwargs
+    **kwargs # As for `SequenceDataLoaders.from_arrays`
 ):
-    "Loaders over the Silverbox recording: 50,000 steps for training, the following 15,062 for validation"
+    """Loaders for the recorded Silverbox: 50,000 steps for training, the next 15,062 for validation
+
+    The recording, by Wigren and Schoukens (2013), is downloaded once. Raises an `ImportError` without the package
+    `nonlinear_benchmarks`, a `ConnectionError` if the download fails, and an `OSError` for a damaged file."""
     train,valid,_ = load_silverbox(path)
     sizes = dict(win_sz=win_sz, stp_sz=stp_sz, sub_seq_len=sub_seq_len, bs=bs)
     return SequenceDataLoaders.from_arrays(*train, valid=valid, **sizes, **{**_signals, **kwargs})

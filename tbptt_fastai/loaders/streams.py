@@ -41,10 +41,10 @@ class _Reader:
         if self.is_here: self.pool.shutdown()
 
 def read_ahead(
-    read, # Function of one item
-    items, # Iterable
+    read, # Function that reads one item
+    items, # Iterable of items
 ):
-    "Pairs `(item, read(item))`; while one is in use, the next is read by a thread"
+    "Yield pairs `(item, read(item))`; a thread reads the next item while one is in use"
     reader,ahead = _Reader(read),None
     try:
         for item in items:
@@ -114,18 +114,20 @@ def _check_reads_all(num_workers, drop_last, kwargs):
 
 # %% ../../nbs/loaders/05_streams.ipynb #e3c4801f
 class StreamDL(PicturesOfSequences, TbpttDL):
-    """A loader that lays sequences end to end in `bs` rows and yields their sub-windows, read one step ahead
+    """A loader that reads sequences of any length from start to end, `bs` of them side by side
 
-    It does so in training and in evaluation."""
+    It lays the sequences end to end in rows and yields the next `sub_seq_len` steps of all rows, in training and in
+    evaluation. Zeros fill a row where a sequence ends; they do not count. Raises a `TypeError` or a `ValueError` for other
+    datasets, for a length above that of the longest sequence, and for settings that would leave steps out."""
     view = StreamView
     @delegates(TbpttDL.__init__)
     def __init__(self,
-        dataset:Sequences, # Sequences of any length, or windows over them
-        bs:int=64, # Rows; no more are used than there are sequences
-        sub_seq_len:int=None, # Steps of a sub-window; default: whole sequences, padded to the longest of a batch
-        num_workers:int=0, # Always 0: a thread reads ahead
-        drop_last:bool=False, # Always `False`: no step is left out
-        **kwargs
+        dataset:Sequences, # `Sequences` of any length, in memory or in files, or windows over them
+        bs:int=64, # Rows; at most as many as there are sequences
+        sub_seq_len:int=None, # Steps that all rows give at once; default: whole sequences, padded to the longest of a batch
+        num_workers:int=0, # Has to be 0: a thread reads ahead
+        drop_last:bool=False, # Has to be `False`: no step is left out
+        **kwargs # As for `TbpttDL`
     ):
         if not isinstance(dataset, Sequences):
             raise TypeError(
@@ -141,7 +143,7 @@ class StreamDL(PicturesOfSequences, TbpttDL):
                     "Transform the sequences beforehand, or use after_batch.")
 
     def sub_windows(self):
-        "A view of one run over the data, which knows what its batches are"
+        "One run over the data; its `sub_window` says which sequences and steps the last batch holds"
         return self.view(self, self.sub_seq_len)
 
     def __iter__(self):
@@ -215,7 +217,7 @@ def aligned(self:StreamDL,
 
 @patch(as_prop=True)
 def waste(self:StreamDL):
-    "Share of the steps that rows are run over that are padding"
+    "Share of the steps in the rows that is padding, from 0 to 1"
     return Layout(self.dataset.lengths, self.bs, self.sub_seq_len).waste
 
 # %% ../../nbs/loaders/05_streams.ipynb #10174fde
@@ -280,7 +282,7 @@ def read_blocks(self:StreamDL,
 # %% ../../nbs/loaders/05_streams.ipynb #7b37b293
 @patch
 def one_batch(self:StreamDL):
-    "The first sub-windows of some sequences, without those that are shorter"
+    "The first `sub_seq_len` steps of some sequences that have so many; no row is padded"
     if self.n==0: raise ValueError("This loader has no sequences.")
     block = first(self.layout(self.sub_seq_len))
     self.before_iter()
@@ -307,13 +309,13 @@ def create_item(self:StreamDL, s):
 # %% ../../nbs/loaders/05_streams.ipynb #24e597a8
 @patch
 def new(self:StreamDL,
-    dataset=None, # Another dataset; default: the same
-    cls=None, # Another class; default: the same
-    **kwargs
+    dataset=None, # Dataset of the copy; default: the same
+    cls=None, # Class of the copy; default: the same
+    **kwargs # Arguments of `StreamDL` to change
 ):
-    """A copy with some arguments changed
+    """A copy of the loader; arguments that you don't give stay as they are
 
-    `sub_seq_len` is at most that of the longest sequence of another dataset."""
+    `sub_seq_len` shrinks to the longest sequence of a new dataset."""
     if issubclass(cls or type(self), StreamDL):
         if kwargs.pop('get_idxs', None) is not None: kwargs['shuffle'] = False # as `get_preds` asks for it
         if isinstance(dataset, Sequences) and self.sub_seq_len is not None:
@@ -324,9 +326,9 @@ def new(self:StreamDL,
 # %% ../../nbs/loaders/05_streams.ipynb #a2a455f9
 @patch
 def get_idxs(self:StreamDL):
-    """The steps that are evaluated, counted one sequence after the other, in the order in which evaluation comes to them
+    """The number of each step that is evaluated, in the order of evaluation; steps count on from sequence to sequence
 
-    `Learner.get_preds` puts them back."""
+    `Learner.get_preds` puts predictions into the order of the data with them."""
     lengths,last_step = self.dataset.lengths,self.dataset.evaluated.cumsum()
     first_step = last_step-lengths
     spans = [np.zeros(0, int)]
@@ -335,11 +337,12 @@ def get_idxs(self:StreamDL):
         spans.append(steps[block.filled])
     return np.concatenate(spans)
 
+# %% ../../nbs/loaders/05_streams.ipynb #fa85f181
 @patch
 def by_sequence(self:StreamDL,
-    values:Tensor, # One for each step of all sequences, as `Learner.get_preds` returns them
+    values:Tensor, # One value for each step of all sequences, as `Learner.get_preds` returns them
 )->list[Tensor]: # `(time, ...)` of each sequence
-    "Predictions, targets or losses of all steps, cut into those of each sequence"
+    "Cut the predictions, targets or losses of all steps into those of each sequence; a `ValueError` if their number differs"
     lengths = self.dataset.evaluated
     n = int(lengths.sum())
     if len(values)!=n: raise ValueError(
@@ -349,7 +352,7 @@ def by_sequence(self:StreamDL,
 # %% ../../nbs/loaders/05_streams.ipynb #f2ce41f1
 @patch(as_prop=True)
 def items(self:StreamDL):
-    "Refused: `Interpretation` would look up items by the numbers of steps"
+    "Raises a `ValueError`: `Interpretation` would take the numbers of steps for those of items"
     raise ValueError(
         "The losses of a StreamDL are one for each step, and their numbers are those of steps, not of items. For a loss of each "
         "sequence: losses = learn.get_preds(dl=dl, with_loss=True)[-1]; [o.nanmean() for o in dl.by_sequence(losses)].")

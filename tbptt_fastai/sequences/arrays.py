@@ -22,11 +22,13 @@ def _is_mapped(o):
     return isinstance(o, np.memmap) and o._mmap is not None
 
 class FileArray:
-    "An array outside of memory, or some of its steps; a slice is read as a tensor"
+    """An array outside of memory, or some of its steps; a slice is read as a tensor, and not kept
+
+    Raises an `IndexError` for steps that are not consecutive, and an `OSError` if a mapped file was cut meanwhile."""
     def __init__(self,
-        source, # Object with `shape`, `dtype` and slices along its first axis, which is time
-        start:int=0, # First step
-        stop:int=None, # One past the last step; default: the end
+        source, # Array with `shape`, `dtype` and slices along its first axis, time: `np.memmap`, HDF5, zarr and others
+        start:int=0, # First step of the part
+        stop:int=None, # One past the last step of the part; default: the end
     ):
         self.source,self.start = source,start
         self.stop = source.shape[0] if stop is None else stop
@@ -75,11 +77,11 @@ def _check_whole(self:FileArray):
 # %% ../../nbs/sequences/00_arrays.ipynb #e383b213
 @patch
 def narrow(self:FileArray,
-    dim:int, # 0: time
+    dim:int, # Has to be 0, time
     start:int, # First step
-    length:int, # Steps
+    length:int, # Number of steps
 ):
-    "Some of the steps, as `Tensor.narrow`: nothing is read"
+    "Take some of the steps, like `Tensor.narrow`, without reading them"
     if dim!=0: raise ValueError(f"Only time, dimension 0, can be narrowed, not dimension {dim}.")
     return FileArray(self.source, self.start+start, self.start+start+length)
 
@@ -143,11 +145,15 @@ def _dataset_names(names):
 
 # %% ../../nbs/sequences/00_arrays.ipynb #1d7436dd
 class HDF5Array:
-    "One or several datasets of an HDF5 file as the channels of one array"
+    """One or several datasets of an HDF5 file as the channels of one array
+
+    The file is opened when it is read, so the array can be copied and pickled. Raises an `ImportError` without `h5py`, a
+    `KeyError` that lists the datasets of the file, a `ValueError` for shapes that don't fit together or for values in
+    other files, and an `OSError` for a file that was cut."""
     def __init__(self,
-        path, # The file
-        names, # Name of a dataset `(time,)` or `(time, channels)`, or a list of such names
-        external:bool=False, # May its values be those of any other files, which it names?
+        path, # Path of the file
+        names, # Name of a dataset `(time,)` or `(time, channels)`, or a list of names
+        external:bool=False, # May the file take its values from files in other folders, or in other formats?
     ):
         try: import h5py
         except ImportError: raise ImportError("HDF5 files need h5py: pip install 'tbptt_fastai[hdf5]'.") from None

@@ -157,16 +157,17 @@ def rows_of_groups(
 
 # %% ../../nbs/sequences/03_frames.ipynb #7a1cab8e
 def group_sequences(
-    df:pd.DataFrame, # One row per step
-    x, # Column of the inputs, or a list of columns
-    y, # Column of the targets, or a list of columns; `None`: new data, without any
-    group=None, # Column, or list of columns, with the sequence that a row belongs to; default: all are one sequence
-    time:str=None, # Column to sort by within a group; default: rows are in order
-)->dict: # For each group, in the order they first appear: x, y or `None`, and the index of its rows
-    """Take a data frame apart into one sequence for each group.
+    df:pd.DataFrame, # One row for each step
+    x, # Input column, or a list of columns, of finite numbers
+    y, # Target column, or a list of columns; `None` for new data without targets
+    group=None, # Column, list of columns, or level of the index, that names the sequence of a row; default: one sequence
+    time:str=None, # Column, or level of the index, to sort each group by; default: rows are in order
+)->dict: # For each group, in the order of its first row: x, y or `None`, and the index of its rows
+    """Take a data frame apart into one sequence for each group
 
-    x and y are `(time, channels)`, but y is `(time,)` if it is one column of classes.
-    What cannot be a sequence is refused with its group and row. Columns may be levels of the index"""
+    x and y are arrays `(time, channels)`; y is `(time,)` if it is one column of integers, which are classes. Raises a
+    `KeyError`, `TypeError` or `ValueError` that names the group and row for a missing value, time or group, and for a time
+    that a group has twice."""
     x,y,by,time = as_list(x),y if y is None else as_list(y),as_list(group),one_column(time)
     check_xy(x, ['none'] if y is None else y)
     columns = [*x, *(y or []), *by, *([] if time is None else [time])]
@@ -202,10 +203,10 @@ def _hold_back_ends(sequences, valid_pct):
 
 # %% ../../nbs/sequences/03_frames.ipynb #eb6946b9
 def split_groups(
-    sequences:dict, # As `group_sequences` or `rows_of_groups` returns them
-    valid_pct:float=.2, # Share of each group, at its end, that is held back for validation
-    valid_groups=None, # Names of groups that are held back whole, instead
+    sequences:dict, # Sequences by group, as `group_sequences` returns them
+    valid_pct:float=.2, # Share of each group to hold back, at its end, for validation
+    valid_groups=None, # Groups to hold back whole, instead of ends
 )->tuple[dict,dict]: # For training and for validation
-    "Hold back the end of every group, or whole groups. A group too short to give up a step is in training only"
+    "Hold back the end of every group, or whole groups; a group too short for that is in training only"
     if valid_groups is None: return _hold_back_ends(sequences, valid_pct)
     return _hold_back_groups(sequences, check_names('valid_groups', as_list(valid_groups)))

@@ -24,12 +24,15 @@ def _check_tokens(tokens, vocab, bs, name):
 
 # %% ../../nbs/sequences/04_text.ipynb #b1ef985e
 class TextRows(Sequences):
-    "A text in `bs` contiguous rows, as inputs and next tokens; no token is left out"
+    """A dataset of `bs` contiguous rows of a text, whose targets are the next tokens
+
+    No token is left out, so rows may differ by one token. Raises a `ValueError` for a token that the vocabulary lacks, and
+    for a text with fewer than `bs+1` tokens."""
     def __init__(self,
-        tokens, # The text: a string, or a list of tokens
-        vocab:list, # All characters or tokens that there are
-        bs:int=64, # Rows
-        name:str='text', # What it is, for messages
+        tokens, # The text: a string of characters, or a list of tokens
+        vocab:list, # All characters or tokens; the position of each is its class
+        bs:int=64, # Rows that the text is cut into
+        name:str='text', # Name of the text, for messages
     ):
         _check_tokens(tokens, vocab, bs, name)
         number = {o:i for i,o in enumerate(vocab)}
@@ -38,13 +41,13 @@ class TextRows(Sequences):
         self.vocab,self.loss_func = list(vocab),CrossEntropyLossFlat()
 
     def plot(self, x, y=None, pred=None, max_n=4, **kwargs):
-        "Print rows: text, what follows each of its tokens, and what was predicted to follow"
+        "Print some rows: text, the next token of each, and the predicted one"
         for row in range(min(len(x), max_n)):
             for name,o in (('text',x), ('next',y), ('predicted',pred)):
                 if o is not None: print(f'{name:9} {self.join(o[row])!r}')
 
     def join(self, ids):
-        "Tokens as text: characters side by side, words with blanks in between"
+        "The text of some class numbers: characters side by side, words with blanks in between"
         tokens = [self.vocab[i] for i in ids]
         are_characters = all(isinstance(o, str) and len(o)==1 for o in self.vocab)
         return ('' if are_characters else ' ').join(map(str, tokens))
