@@ -75,9 +75,11 @@ def test_a_link_leads_where_its_author_said():
 
 def test_parameters_that_another_page_describes_are_one_row():
     text = shown(RNNLearner)
-    assert '| others | | | As in `TbpttLearner` |' in text and '| hidden_size |' in text
-    assert 'grad_clip=None' in text and '| grad_clip |' not in text
-    assert '| others | | | As in `Learner` |' in shown(TbpttLearner) and '| grad_clip |' in shown(TbpttLearner)
+    assert '| kwargs | | | sub_seq_len, truncation, n_skip, ' in text and 'default_cbs: as in `TbpttLearner` |' in text
+    assert '| hidden_size |' in text and '| grad_clip |' not in text
+    assert 'initial=None, **kwargs)' in ' '.join(text.split()) and 'grad_clip=' not in text
+    text = shown(TbpttLearner)
+    assert '| kwargs | | | lr, splitter, metrics, ' in text and ': as in `Learner` |' in text and '| grad_clip |' in text
 
 def test_columns_are_as_wide_as_what_they_hold():
     cell = markdown('a\n\n| a | b |\n| --- | ---: |\n| [`x`](a/very/long/path.ipynb) | twelve chars |\n| y | a \\| b |\n\nb')
