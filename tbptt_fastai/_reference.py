@@ -26,9 +26,10 @@ def _lines(parameters):
     lines = textwrap.wrap(whole, WIDTH-1, initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
     return '\n'.join(lines).replace('\0', ' ')
 
-def signature_of(name, sig):
-    "Names and defaults; types and meanings are in the table"
-    parameters = [_parameter(p) for n,p in sig.parameters.items() if n not in ('self', 'cls')]
+def signature_of(name, sig, others=()):
+    "Names and defaults; types and meanings are in the table, as are the names of `others`"
+    parameters = [_parameter(p) for n,p in sig.parameters.items() if n not in ('self', 'cls', *others)]
+    if others: parameters.append('**kwargs')
     line = f"{name}({', '.join(parameters)})"
     return line if len(line)<=WIDTH else f'{name}(\n{_lines(parameters)})'
 
@@ -61,10 +62,11 @@ def _texts(obj):
     return {o: texts.get(o, inspect.Parameter.empty) for o in known} if texts else {}
 
 def _taken_over(function):
-    "Parameters that `@delegates` gave it"
-    if not hasattr(function, '__delwrap__'): return set()
+    "Parameters that `@delegates` gave it, in their order"
+    if not hasattr(function, '__delwrap__'): return []
     code = function.__code__
-    return set(inspect.signature(function).parameters)-set(code.co_varnames[:code.co_argcount+code.co_kwonlyargcount])
+    own = code.co_varnames[:code.co_argcount+code.co_kwonlyargcount]
+    return [o for o in inspect.signature(function).parameters if o not in own]
 
 class _Table(DocmentTbl):
     "Rows for the parameters of which there is something to say; one for all those that are described elsewhere"
@@ -74,7 +76,7 @@ class _Table(DocmentTbl):
         self.others = _taken_over(self.function)
         for o in self.dm.values(): o['anno'],o['default'] = _type(o['anno']),_default(o['default'])
         for name,text in _texts(obj).items(): self.dm[name]['docment'] = text
-        self.dm = {k:o for k,o in self.dm.items() if k not in self.others|{'self', 'cls'} and self._says(o)}
+        self.dm = {k:o for k,o in self.dm.items() if k not in ('self', 'cls', *self.others) and self._says(o)}
         self.params = [o for o in self.params if o in self.dm]
 
     def _says(self, row): return any(row[o] is not inspect.Parameter.empty for o in self._map)
@@ -83,7 +85,8 @@ class _Table(DocmentTbl):
     def params_str(self):
         rows = super().params_str
         if not self.others: return rows
-        return f"{rows}\n| others {'| '*len(self._columns)}As in `{self.function.__delwrap__.__qualname__.removesuffix('.__init__')}` |"
+        source = self.function.__delwrap__.__qualname__.removesuffix('.__init__')
+        return f"{rows}\n| kwargs {'| '*len(self._columns)}{', '.join(self.others)}: as in `{source}` |"
 
     @property
     def hdr_str(self):
@@ -106,7 +109,7 @@ class TableRenderer(BasicMarkdownRenderer):
         if not get_config().git_url: head = '\n'.join(o for o in head.splitlines() if not o.startswith('[source]'))+'\n'
         if self.sig is None or not rest: return head+fence+rest
         docs = rest.partition('```')[2].partition(HEADING)[0].strip() # which the table has
-        signature = signature_of(self.nm.split('.')[-1], self.sig)
+        signature = signature_of(self.nm.split('.')[-1], self.sig, _taken_over(_function_of(self.sym)))
         return '\n\n'.join(filter(None, [head.rstrip(), f'{fence}{signature}\n```', docs, table_of(self.sym)]))
 
 class InsideLast(Processor):
@@ -120,12 +123,37 @@ class InsideLast(Processor):
 
 def _is_inside(section): return section[0].source.startswith(INSIDE)
 
-_linked_twice = re.compile(r'\[([^][]*)\[(`[^`]*`)\]\([^)]*\)([^][]*)\](?=\()')
+NAME = r'\[(`[^`]*`)\]\([^)]*\)' # of the library, with its link
+LINKED = re.compile(rf'\[((?:[^][]|{NAME})*)\](?=\()')
 
-def _one_link(text):
-    while _linked_twice.search(text): text = _linked_twice.sub(r'[\1\2\3]', text)
-    return text
+def _with_names_alone(link): return '['+re.sub(NAME, r'\1', link[1])+']'
 
 def one_link(cell):
     "A name of the library within the text of a link leads where its author said, and not to its own page"
-    if cell.cell_type=='markdown': cell.source = _one_link(cell.source)
+    if cell.cell_type=='markdown': cell.source = LINKED.sub(_with_names_alone, cell.source)
+
+TABLE_LINES = re.compile(r'^\|.*\|[ ]*\n\|[-:| ]+\|[ ]*\n(?:\|.*\|[ ]*(?:\n|\Z))+', re.M)
+LINK = re.compile(r'\[([^][]*)\]\([^)]*\)')
+LONG = 60 # characters of a cell that make its column wider, at most
+
+def _cells(line): return [o.strip() for o in re.split(r'(?<!\\)\|', line.strip())[1:-1]]
+
+def _held(cell):
+    "Characters that a reader sees"
+    return min(len(LINK.sub(r'\1', cell).replace('`', '')), LONG)
+
+def _dashes(rule, n):
+    "At least three, with the colons that align a column"
+    return f"{':' if rule[0]==':' else '-'}{'-'*max(n-2, 1)}{':' if rule[-1]==':' else '-'}"
+
+def _by_content(table):
+    head,rules,*rows = table[0].strip('\n').split('\n')
+    columns = zip(*map(_cells, [head, *rows]))
+    widths = [max(map(_held, o)) for o in columns]
+    dashes = [_dashes(rule, n) for rule,n in zip(_cells(rules), widths)]
+    end = '\n' if table[0].endswith('\n') else ''
+    return '\n'.join([head, f"|{'|'.join(dashes)}|", *rows])+end
+
+def table_widths(cell):
+    "A column of a table is as wide, in proportion, as what it holds: Pandoc gives each the same where all have three dashes"
+    if cell.cell_type=='markdown': cell.source = TABLE_LINES.sub(_by_content, cell.source)

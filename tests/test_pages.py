@@ -45,7 +45,8 @@ def test_a_link_in_code_is_none(site): assert faults(site, markdown('`[a](b.ipyn
 
 def test_a_link_in_a_link_is_named(site):
     (site/'other.md').write_text('x')
-    assert 'a link in a link' in faults(site, markdown('[see [`f`](other.md)](other.md)'))[0]
+    for text in ('[see [`f`](other.md)](other.md)', '[[`f`](other.md), [`g`](other.md)](other.md)'):
+        assert 'a link in a link' in faults(site, markdown(text))[0]
 
 def test_a_link_in_brackets_is_none(site):
     (site/'other.md').write_text('x')
@@ -59,7 +60,12 @@ def test_code_that_is_too_wide_is_named(site):
 
 def test_code_that_nobody_sees_may_be_wide(site): assert faults(site, code('#| echo: false\n'+'x = '+'1+'*43+'1')) == []
 
-def test_fenced_code_that_is_too_wide_is_named(site): assert '91 columns' in faults(site, markdown('```python\nx = '+'1+'*43+'1\n```'))[0]
+@pytest.mark.parametrize('language', ['python', 'text', ''])
+def test_fenced_code_that_is_too_wide_is_named(site, language):
+    "And a diagram; a message of several words wraps"
+    [fault] = faults(site, markdown(f"Words.\n\n```{language}\nx = {'1+'*43}1\n```"))
+    assert '91 columns' in fault
+    assert faults(site, markdown(f"Words.\n\n```{language}\n{'ValueError: it says what is wrong, and what to do. '*3}\n```")) == []
 
 @pytest.mark.parametrize('output, found', [
     (stream('UserWarning: something\n', 'stderr'), 'stderr'), (stream('█ 0.00% [0/8 00:00<?]\n'), 'progress bar'),
@@ -91,8 +97,10 @@ def test_an_image_that_is_there_is_found(site):
 def signature(): return code('#| echo: false\n#| output: asis\nshow_doc(f)')
 
 def test_a_page_begins_with_a_sentence(site):
-    assert 'begins with a signature' in faults(site, code('import f'), markdown('## Heading'), signature())[0]
-    assert faults(site, code('import f'), markdown('## Heading\n\nWhat it is for.'), signature()) == []
+    words = markdown('## Heading\n\nWhat it is for.')
+    for first in (signature(), code('import f'), markdown('```text\na diagram\n```')):
+        assert 'begins with code' in faults(site, markdown('## Heading'), first, words)[0]
+        assert faults(site, words, first) == []
 
 @pytest.mark.parametrize('head, found', [('---\ndescription: it\n---\n', 'no title'), ('---\ntitle: it\n---\n', 'no description')])
 def test_a_page_says_what_it_is(site, head, found): assert faults(site, head=head) == [f'page.ipynb: {found}']

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ONLY_PYPROJECT = {f'project.optional-dependencies.{o}': 'nbdev 2 settings know no extra but dev'
     for o in ('benchmarks', 'bench', 'hdf5', 'onnx', 'distributed')}
 ONLY_PYPROJECT |= {'project.urls.Repository': 'the address of the repository is set in one place'}
-ONLY_PYPROJECT |= {'tool.nbdev.renderer': 'nbdev 2 settings know no renderer of this kind'}
+ONLY_PYPROJECT |= dict.fromkeys(['tool.nbdev.renderer', 'tool.nbdev.doc_procs'], 'nbdev 2 settings know none of this kind')
 ONLY_PYPROJECT |= {f'tool.pytest.ini_options.{o}': "pytest's own table" for o in ('testpaths', 'filterwarnings')}
 
 def prune(x):

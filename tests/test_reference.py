@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip('nbdev') # which the lowest versions are tested without
 from nbdev.config import get_config, tomllib
 from nbdev.showdoc import show_doc
-from tbptt_fastai._reference import InsideLast, TableRenderer, WIDTH, one_link, signature_of
+from tbptt_fastai._reference import InsideLast, TableRenderer, WIDTH, one_link, signature_of, table_widths
 from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, default_loss
 
@@ -69,15 +69,32 @@ def test_a_page_without_sections_stays_as_it_is():
     assert nb.cells == []
 
 def test_a_link_leads_where_its_author_said():
-    cell = markdown('See [[`A.b`](/a.html#a.b)](how_to/x.ipynb) and [`C`](/c.html#c), [d [`E`](/e.html)](x)')
+    cell = markdown('See [[`A.b`](/a.html#a.b)](how_to/x.ipynb) and [`C`](/c.html#c), [d [`E`](/e.html), [`f`](/f)](x)')
     one_link(cell)
-    assert cell.source == 'See [`A.b`](how_to/x.ipynb) and [`C`](/c.html#c), [d `E`](x)'
+    assert cell.source == 'See [`A.b`](how_to/x.ipynb) and [`C`](/c.html#c), [d `E`, `f`](x)'
 
 def test_parameters_that_another_page_describes_are_one_row():
     text = shown(RNNLearner)
-    assert '| others | | | As in `TbpttLearner` |' in text and '| hidden_size |' in text
-    assert 'grad_clip=None' in text and '| grad_clip |' not in text
-    assert '| others | | | As in `Learner` |' in shown(TbpttLearner) and '| grad_clip |' in shown(TbpttLearner)
+    assert '| kwargs | | | sub_seq_len, truncation, n_skip, ' in text and 'default_cbs: as in `TbpttLearner` |' in text
+    assert '| hidden_size |' in text and '| grad_clip |' not in text
+    assert 'initial=None, **kwargs)' in ' '.join(text.split()) and 'grad_clip=' not in text
+    text = shown(TbpttLearner)
+    assert '| kwargs | | | lr, splitter, metrics, ' in text and ': as in `Learner` |' in text and '| grad_clip |' in text
+
+def test_columns_are_as_wide_as_what_they_hold():
+    cell = markdown('a\n\n| a | b |\n| --- | ---: |\n| [`x`](a/very/long/path.ipynb) | twelve chars |\n| y | a \\| b |\n\nb')
+    table_widths(cell)
+    assert cell.source == ('a\n\n| a | b |\n|---|-----------:|\n| [`x`](a/very/long/path.ipynb) | twelve chars |\n| y | a \\| b |\n\nb')
+
+def test_one_long_cell_leaves_room_for_the_others():
+    cell = markdown(f"| a | b |\n|:---|---|\n| {'x '*100}| {'y'*20} |")
+    table_widths(cell)
+    assert cell.source.split('\n')[1] == f"|:{'-'*59}|{'-'*20}|"
+
+def test_lines_that_are_no_table_stay():
+    cell = markdown('| a | b |\n\n`|x|`')
+    table_widths(cell)
+    assert cell.source == '| a | b |\n\n`|x|`'
 
 def test_types_are_named_without_their_modules():
     text = shown(TbpttLearner)

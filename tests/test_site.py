@@ -55,6 +55,13 @@ def test_the_first_page_is_the_front_page(): assert hrefs(contents())[0] == 'ind
 
 def test_internals_are_last(): assert contents()[-1]['contents'][-1]['section'] == 'Internals'
 
+def title(page): return next(''.join(c['source']) for c in cells(page) if ''.join(c['source']).startswith('# ')).splitlines()[0][2:]
+
+def test_a_page_has_the_same_name_in_the_sidebar_and_above_it():
+    "But for those of the reference, which list what is on them, and the front page"
+    named = {o['href']: o['text'] for name in SECTIONS[:-1] for o in entries(section(contents(), name)) if o['href']!='index.ipynb'}
+    assert len(named)>25 and named == {o: title(o) for o in named}
+
 def test_names_tell_pages_apart():
     names = [o['text'] for o in entries(contents())]
     assert len(set(names)) == len(names)
@@ -143,7 +150,13 @@ TASKS = {
     'we used Keras with stateful=True': 'how_to/coming_from.ipynb',
     'what does this warning mean?': 'explanation/troubleshooting.ipynb',
     'frames of a camera': 'tutorials/video.ipynb',
-    'two GPUs': 'how_to/distributed.ipynb'}
+    'two GPUs': 'how_to/distributed.ipynb',
+    'ragged series, every step counted once': 'how_to/unequal_lengths.ipynb',
+    'the first predictions are bad, and I set n_skip': 'how_to/burn_in.ipynb',
+    'a metric in the units of my measurement': 'how_to/several_outputs.ipynb#units',
+    'my own LSTM cell': 'state/04_unroll.ipynb',
+    'can I trust the numbers?': 'explanation/what_is_tested.ipynb',
+    'validation loss differs from mine': 'explanation/troubleshooting.ipynb#the-validation-loss-is-not-the-one-i-calculate'}
 
 @pytest.mark.parametrize('task', TASKS)
 def test_the_front_page_leads_to_the_page_of_a_task(task): assert f']({TASKS[task]})' in front_page()

@@ -107,3 +107,31 @@ def f(n, e):
     raise e
 '''
 def test_what_is_collected(): assert found_in(CODE, 'f.py')==([(3,'n is …; expected at least 1.'), (5,'Two are ….')], ['e'])
+
+def quoted():
+    "Messages that pages show without running them: (page, text)"
+    for page in sorted((ROOT/'nbs').rglob('*.ipynb')):
+        if '.ipynb_checkpoints' in page.parts: continue
+        for cell in json.loads(page.read_text(encoding='utf-8'))['cells']:
+            fences = re.findall(r'^```(\w*)\n(.*?)^```', ''.join(cell['source']), re.M|re.S) if cell['cell_type']=='markdown' else []
+            yield from ((page.name, ' '.join(text.split())) for language,text in fences if not language)
+
+def pattern(template):
+    parts = [re.escape(' '.join(o.split())) for o in re.sub(r'\s+', ' ', template).split(VALUE)]
+    return re.compile(r' ?.*? ?'.join(parts))
+
+def is_quoted(text, template):
+    "Whole, or where `[...]` ends it up to a sentence of the message"
+    ends = [m.end() for m in re.finditer(r'[.:](?= )', template)] if text.endswith(' [...]') else [len(template)]
+    return any(pattern(template[:o]).fullmatch(text.removesuffix(' [...]')) for o in ends)
+
+@pytest.mark.parametrize('page,text', [pytest.param(*o, id=f'{o[0]}-{i}') for i,o in enumerate(quoted())])
+def test_a_message_that_a_page_quotes_is_one_of_the_library(page, text):
+    words = re.sub(r'^\w*(Error|Warning): |^Row \S+ of group \S+ ', '', text)
+    assert any(is_quoted(words, o) for o in messages().values()), f'{page} quotes {text!r}'
+
+def test_a_quotation_of_another_time_is_noticed():
+    message = 'n_skip is …, the window has … steps: too many. Use fewer.'
+    for o in ('n_skip is 4, the window has 40 steps: too many. Use fewer.', 'n_skip is 4, the window has 40 steps: too many. [...]'):
+        assert is_quoted(o, message) and not is_quoted(o.replace('has', 'had'), message)
+    assert not is_quoted('n_skip is 4, the window has 40 steps: too many.', message)

@@ -2,7 +2,7 @@
 
 A cell that cannot be run there is an error that names it. So are, on any page, a link, an image or an anchor that leads nowhere, a line of code
 or of numbers that is too wide, a warning, a traceback, what a notebook says on stderr, a progress bar, a path of the machine, a page without a title
-and a sentence about it, and one that begins with a signature.
+and a sentence about it, and one that begins with code.
 """
 import json, re
 from pathlib import Path
@@ -17,7 +17,7 @@ SAID = {'a progress bar': re.compile('█'), 'a training without its table': re.
         'a traceback': re.compile(r'^Traceback \(most recent call last\)', re.M)}
 LINK = re.compile(r'\]\(([^)\s]+)(?: +"[^"]*")?\)|<(?:a|img)\b[^>]*?\b(?:href|src)=["\']?([^"\'\s>]+)')
 
-IN_A_LINK = re.compile(r'(?<!\])\[[^][]*\[[^][]*\]\([^)]*\)[^][]*\]\(')
+IN_A_LINK = re.compile(r'(?<!\])\[[^][]*(?:\[[^][]*\]\([^)]*\)[^][]*)+\]\(')
 
 def joined(o): return o if isinstance(o, str) else ''.join(o or [])
 
@@ -67,8 +67,9 @@ def html_name(page):
     return page.with_name(re.sub(r'^\d+[a-z]?_', '', page.stem)+'.html')
 
 def wide_code(cell):
-    fenced = re.findall(r'^```python\n(.*?)^```', markdown_of(cell), re.M|re.S)
-    for line in (code_of(cell) if shown(cell) else [])+'\n'.join(fenced).split('\n'):
+    fenced = [o.split('\n') for o in re.findall(r'^```(?:python|text|)\n(.*?)^```', markdown_of(cell), re.M|re.S)]
+    fenced = [o for lines in fenced for o in lines if not is_sentence(o)]
+    for line in (code_of(cell) if shown(cell) else [])+fenced:
         if len(line)>WIDTH: yield f'{len(line)} columns of code: {line.strip()[:60]}…'
 
 def unfit_outputs(cell):
@@ -85,12 +86,14 @@ def seen_in(cell):
     code = code_of(cell) if shown(cell) else [markdown_of(cell)] if cell['cell_type']=='markdown' else []
     return '\n'.join([*code, *(text for _,text in texts_of(cell))])
 
-def begins_with_a_signature(cells):
-    "Headings are no sentences; cells with imports alone are no beginning"
+def begins_with_code(cells):
+    "Or with a signature, or a diagram, before the first words; headings are none"
+    code = False
     for cell in cells[1:]:
         if is_signature(cell): return True
-        words = re.sub(r'^#.*$|^<!--.*-->$', '', markdown_of(cell), flags=re.M) if cell['cell_type']=='markdown' else ''
-        if words.strip(): return False
+        words = re.sub(r'^#.*$|^<!--.*-->$', '', markdown_of(cell), flags=re.M).strip() if cell['cell_type']=='markdown' else ''
+        if words: return code or words.startswith('```')
+        code = code or shown(cell)
     return False
 
 class Site:
@@ -125,7 +128,7 @@ class Site:
         head = joined(cells[0]['source']) if cells else ''
         for o in ('title', 'description'):
             if page.stem!='index' and not re.search(rf'^{o}: *\S', head, re.M): yield f'no {o}'
-        if begins_with_a_signature(cells): yield 'begins with a signature: a sentence about it first'
+        if begins_with_code(cells): yield 'begins with code: a sentence about it first'
         for i,cell in enumerate(cells):
             for o in [*wide_code(cell), *unfit_outputs(cell), *self.dead_links(page, cell)]: yield f'cell {i}: {o}'
             if m := PRIVATE.search(seen_in(cell)): yield f'cell {i}: the path {m[0]}'
