@@ -26,9 +26,14 @@ def _lines(parameters):
     lines = textwrap.wrap(whole, WIDTH-1, initial_indent='    ', subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
     return '\n'.join(lines).replace('\0', ' ')
 
+def _given(names):
+    "Parameters that a caller gives: not the first, of a method"
+    names = list(names)
+    return names[1:] if names and names[0] in ('self', 'cls') else names
+
 def signature_of(name, sig, others=()):
     "Names and defaults; types and meanings are in the table, as are the names of `others`"
-    parameters = [_parameter(p) for n,p in sig.parameters.items() if n not in ('self', 'cls', *others)]
+    parameters = [_parameter(sig.parameters[o]) for o in _given(sig.parameters) if o not in others]
     if others: parameters.append('**kwargs')
     line = f"{name}({', '.join(parameters)})"
     return line if len(line)<=WIDTH else f'{name}(\n{_lines(parameters)})'
@@ -38,7 +43,8 @@ def _type(anno):
     if any(anno is o for o in (inspect.Parameter.empty, None, type(None))): return inspect.Parameter.empty
     text = anno if isinstance(anno, str) else inspect.formatannotation(anno)
     text = re.sub(r'\b(?:[A-Za-z_]\w*\.)+(?=\w)', '', text)
-    return re.sub(r'^(Union|Optional)\[([^][]*)\]$', _alternatives, text)
+    text = re.sub(r'^(Union|Optional)\[([^][]*)\]$', _alternatives, text)
+    return re.sub(r'([][])', r'\\\1', text) # which would be a link
 
 def _alternatives(union):
     "`Callable | None` for `Union[Callable, NoneType]`"
@@ -58,7 +64,7 @@ def _texts(obj):
     function = _function_of(obj)
     if not inspect.isfunction(function): return {}
     texts = all_docments(function)
-    known = [o for o in inspect.signature(function).parameters if o not in ('self', 'cls')]
+    known = _given(inspect.signature(function).parameters)
     return {o: texts.get(o, inspect.Parameter.empty) for o in known} if texts else {}
 
 def _taken_over(function):
@@ -76,7 +82,9 @@ class _Table(DocmentTbl):
         self.others = _taken_over(self.function)
         for o in self.dm.values(): o['anno'],o['default'] = _type(o['anno']),_default(o['default'])
         for name,text in _texts(obj).items(): self.dm[name]['docment'] = text
-        self.dm = {k:o for k,o in self.dm.items() if k not in ('self', 'cls', *self.others) and self._says(o)}
+        first = list(inspect.signature(self.function).parameters)[:1] if inspect.isfunction(self.function) else []
+        method = set(first) & {'self', 'cls'}
+        self.dm = {k:o for k,o in self.dm.items() if k not in (*method, *self.others) and self._says(o)}
         self.params = [o for o in self.params if o in self.dm]
 
     def _says(self, row): return any(row[o] is not inspect.Parameter.empty for o in self._map)

@@ -10,7 +10,7 @@ from nbdev.config import get_config, tomllib
 from nbdev.showdoc import show_doc
 from tbptt_fastai._reference import InsideLast, TableRenderer, WIDTH, one_link, signature_of, table_widths
 from tbptt_fastai.deploy.predictor import StreamPredictor
-from tbptt_fastai.learner import RNNLearner, TbpttLearner, default_loss
+from tbptt_fastai.learner import RNNLearner, TbpttLearner, default_loss, scaling_from_data
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,7 +106,7 @@ def test_alternatives_are_shown_with_bars():
           b:Optional[int], # Which
           c:Optional[list[int]], # Which
     ): pass
-    for o in (r'| a | Callable \| list \| None | ', r'| b | int \| None | ', '| c | Optional[list[int]] | '): assert o in shown(f)
+    for o in (r'| a | Callable \| list \| None | ', r'| b | int \| None | ', r'| c | Optional\[list\[int\]\] | '): assert o in shown(f)
 
 def test_the_texts_that_help_shows_are_not_shown_twice():
     text = shown(TbpttLearner)
@@ -117,6 +117,16 @@ def test_a_default_is_no_html():
         scheme=lambda k: k, # What to try
     ): pass
     assert '| scheme | function | a function | What to try |' in shown(g)
+
+def test_a_parameter_named_cls_is_shown():
+    class A:
+        def new(self,
+            cls=None, # Of what kind
+        ): pass
+    text = shown(A.new)
+    assert 'new(cls=None)' in text and '| cls | None | Of what kind |' in text
+
+def test_brackets_of_a_type_are_no_link(): assert r'| list\[Standardize\]' in shown(scaling_from_data).replace('*', '')
 
 def test_a_method_is_shown_without_self(): assert 'self' not in shown(StreamPredictor.reset).partition('\n\n*')[0]
 

@@ -311,7 +311,7 @@ class SequenceWindows(_Pieces):
 
     def __repr__(self):
         return (f'{type(self).__name__}: {len(self)} windows of {self.win_sz} steps, every {self.stp_sz}, '
-            f'over {len(self.steps)} sequences')
+            f"over {len(self.steps)} sequence{'s'*(len(self.steps)>1)}")
 
 # %% ../../nbs/sequences/01_windows.ipynb #ce479618
 @patch
