@@ -3,6 +3,7 @@
 nbdev imports it by `renderer` and `doc_procs` in `pyproject.toml`, from wherever it builds the pages; nothing of the library needs it, or nbdev.
 """
 import inspect, re, textwrap
+from fastai.callback.core import event
 from fastcore.docments import DocmentTbl
 from nbdev.config import get_config
 from nbdev.process import Processor
@@ -14,7 +15,11 @@ TABLE = 100 # characters in the width of a table
 NARROW = 16 # of these, for names, types and defaults, each at most; their meaning has the rest
 INSIDE = '## Inside' # how the heading of a section begins that is shown last
 
-def _plain(o): return o.__name__ if inspect.isclass(o) or inspect.isfunction(o) or inspect.ismodule(o) else repr(o)
+EVENTS = event._fields # methods that fastai calls, and no reader
+
+def _plain(o):
+    if getattr(o, '__name__', '')=='<lambda>': return '...'
+    return o.__name__ if inspect.isclass(o) or inspect.isfunction(o) or inspect.ismodule(o) else repr(o)
 
 def _starred(p): return {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')+p.name
 
@@ -113,6 +118,7 @@ def table_of(sym):
 class TableRenderer(BasicMarkdownRenderer):
     "Markdown renderer for `show_doc`"
     def _repr_markdown_(self):
+        if self.nm.split('.')[-1] in EVENTS and not self.sym.__doc__: return ''
         head,fence,rest = super()._repr_markdown_().partition('```python\n')
         if not get_config().git_url: head = '\n'.join(o for o in head.splitlines() if not o.startswith('[source]'))+'\n'
         if self.sig is None or not rest: return head+fence+rest

@@ -12,6 +12,9 @@ from tbptt_fastai._reference import InsideLast, TableRenderer, WIDTH, one_link, 
 from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, default_loss, scaling_from_data
 
+from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.truncation.plan import Truncation
+
 ROOT = Path(__file__).resolve().parent.parent
 
 def shown(o): return TableRenderer(o)._repr_markdown_()
@@ -117,6 +120,15 @@ def test_a_default_is_no_html():
         scheme=lambda k: k, # What to try
     ): pass
     assert '| scheme | function | a function | What to try |' in shown(g)
+
+def test_events_of_a_callback_are_not_shown():
+    "But a hook of a scheme that other people write, which says what it is for"
+    assert shown(TbpttResetCB.before_epoch) == '' and 'TbpttResetCB(' in shown(TbpttResetCB)
+    assert 'before_epoch(learn)' in shown(Truncation.before_epoch)
+
+def test_a_lambda_is_no_html_in_a_signature():
+    def g(scheme=lambda k: k): pass
+    assert signature_of('g', signature(g)) == 'g(scheme=...)'
 
 def test_a_parameter_named_cls_is_shown():
     class A:
