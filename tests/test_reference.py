@@ -12,7 +12,7 @@ from tbptt_fastai._reference import InsideLast, TableRenderer, WIDTH, one_link, 
 from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, default_loss, scaling_from_data
 
-from tbptt_fastai.training.callback import TbpttResetCB
+from tbptt_fastai.instruments.health import GradientHealth
 from tbptt_fastai.truncation.plan import Truncation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,8 +122,8 @@ def test_a_default_is_no_html():
     assert '| scheme | function | a function | What to try |' in shown(g)
 
 def test_events_of_a_callback_are_not_shown():
-    "But a hook of a scheme that other people write, which says what it is for"
-    assert shown(TbpttResetCB.before_epoch) == '' and 'TbpttResetCB(' in shown(TbpttResetCB)
+    "But for those that say what they are for, such as the hook of a scheme"
+    assert shown(GradientHealth.before_fit) == '' and 'GradientHealth(' in shown(GradientHealth)
     assert 'before_epoch(learn)' in shown(Truncation.before_epoch)
 
 def test_a_lambda_is_no_html_in_a_signature():
