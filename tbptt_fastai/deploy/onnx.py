@@ -199,12 +199,15 @@ def to_onnx(
     model, # Model, learner or `StreamPredictor`; it is copied
     path, # The file to write
     x_example, # Input `(streams, time, ...)`, or a tuple of several inputs
-    dynamic=('streams','steps'), # Sizes that may differ from the example; a model that loops over steps in Python has `'streams'` alone
+    dynamic=('streams','steps'), # Sizes that may differ from the example; `'streams'` alone for a model that loops over steps in Python
     groups:list=None, # The group of each stream, for the first state of a `StatefulRNN`
     tol:float=1e-4, # Largest difference from the model, relative to the largest value where that is above 1
     timed:tuple[bool,...]=None, # Which of several inputs have a time axis, as for `StreamPredictor`
 )->dict: # Names of the state's inputs, and the first state as arrays; each has an output by the same name and '.next'
-    "Write a model to an ONNX file with its state as inputs and outputs, and check it with onnxruntime"
+    """Write a model to an ONNX file with its state as inputs and outputs, and check the file with onnxruntime
+
+    The file takes chunks `x` (or `x0`, `x1`, …) and the tensors of the state, and gives `y` and the next state. Needs
+    `pip install tbptt_fastai[onnx]`. Raises a `ValueError`, and writes nothing, if the file does not do what the model does."""
     onnxruntime = _onnxruntime()
     if isinstance(dynamic, str): dynamic = (dynamic,)
     if unknown := set(dynamic)-{'streams','steps'}: raise ValueError(
@@ -280,7 +283,10 @@ def past_to_onnx(
     tol:float=1e-4, # Largest difference from the model, relative to the largest value where that is above 1
     timed:tuple[bool,...]=None, # Which of several inputs have a time axis, as for `StreamPredictor`
 )->list: # Names of the tensors that it gives; those of `to_onnx` that are not among them come from running the past
-    "Write the encoder to an ONNX file, from 'x_past' ('x0_past', …) and 'y_past' to the states of `to_onnx`, for any number of streams"
+    """Write the encoder of an `EncodedState` to an ONNX file: from a known past to the state that the next chunk starts from
+
+    The file takes `x_past` (or `x0_past`, …) and `y_past`, and gives states of `to_onnx`, for any number of streams.
+    Raises a `ValueError`, and writes nothing, if it gives other states than the model."""
     onnxruntime = _onnxruntime()
     predictor = _copied(model, timed)
     xs,y = _known_past(predictor, x_past if isinstance(x_past, tuple) else (x_past,), y_past)

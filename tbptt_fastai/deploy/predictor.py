@@ -97,16 +97,21 @@ def _check_ndim(ndim):
 
 # %% ../../nbs/deploy/00_predictor.ipynb #e2868d8b
 class StreamPredictor:
-    "Run a model on sequences that come in chunks: each call goes on from where the last one ended"
+    """Run a trained model on sequences that come in chunks: each call continues where the last one ended
+
+    Call it with a tensor, array or data frame `(streams, time, ...)`, or `(time, ...)` of one stream, of any number of
+    steps; one for each input of the model. It returns the model's output: a tensor, or an array for an array. The learner's
+    activation and decoding are not applied. Raises a `TypeError` for a model whose state cannot be kept."""
     def __init__(self,
-        learn, # Learner or model; it is held, not copied: a later change of its weights is seen
-        # Dimensions of the input `(streams, time, ...)`, or a tuple with those of each input;
+        learn, # Learner or model; it is held, not copied, so predictions follow its weights
+        # Number of dimensions of the input `(streams, time, ...)`, or a tuple with that of each input;
         # default: 3, and 2 for the tokens of a model with an `nn.Embedding`
         ndim:int=None,
         timed:tuple[bool,...]=None, # Which of several inputs have a time axis; default: as the learner's `TbpttResetCB` says
-        # How a stream treats steps that are not finite: 'raise', 'hold', 'skip' or 'reset'; `None`: use them
+        # What a stream does at steps that are not finite: 'raise' a `ValueError`, 'hold' the last value, 'skip' the step,
+        # or 'reset' after it; `None`: use them as they are
         on_nan:str='raise',
-        # Where time is in what the model is given: 0, 1 or -1; chunks are `(streams, time, ...)` in any case;
+        # Where the model has its time axis: 0, 1 or -1, while chunks are `(streams, time, ...)` in any case;
         # default: as the learner or the model says, or 1
         time_dim:int=None,
     ):
@@ -450,17 +455,21 @@ def _check_rows(self:StreamPredictor, rows):
     if rows.dtype!=torch.bool or rows.shape!=(self.n_streams,): raise ValueError(
         f"rows is {rows.dtype} with shape {tuple(rows.shape)}; expected bool with one value for each of {self.n_streams or 0} streams.")
 
+
+# %% ../../nbs/deploy/00_predictor.ipynb #b4bea016
 @patch
 def reset(self:StreamPredictor,
     rows=None, # bool `(streams,)`: the streams to reset; default: all, and their number may change
     groups:list=None, # The group of each stream, for the first state of a `StatefulRNN`; default: with `rows` as before, else not known
 ):
-    "Forget the state: the next chunk starts a sequence, in all streams or in some"
+    "Forget the state, so that the next chunk starts a sequence, in all streams or in some"
     if groups is not None: groups = check_names('groups', groups, 'a list with the group of each stream')
     with taking_turns(self.model):
         if rows is None: self._forget(groups)
         else: self._begin_rows(rows, groups)
 
+
+# %% ../../nbs/deploy/00_predictor.ipynb #93aaa5f6
 @patch
 def _forget(self:StreamPredictor, groups=None):
     self._states,self._begins,self._groups,self.n_streams = {},None,groups,None
@@ -486,7 +495,9 @@ def begin(self:StreamPredictor,
     y_past, # The outputs of the same steps, in the units of the data; classes by their numbers
     groups:list=None, # The group of each stream, as for `reset`
 ):
-    "Start all streams over, with the state estimated at the end of the known past"
+    """Start all streams over, with the state estimated at the end of the known past
+
+    Raises a `TypeError` for a model without an `EncodedState`, and a `ValueError` for a past that is too short or not finite."""
     after = copy.copy(self) # so that nothing has changed if the past is refused
     if groups is not None: groups = check_names('groups', groups, 'a list with the group of each stream')
     with taking_turns(self.model):
@@ -494,6 +505,8 @@ def begin(self:StreamPredictor,
         after._begin_after(x_past if isinstance(x_past, tuple) else (x_past,), y_past)
     vars(self).update(vars(after))
 
+
+# %% ../../nbs/deploy/00_predictor.ipynb #87fab6d0
 @patch
 def _begin_after(self:StreamPredictor, x_past, y_past):
     n = n_past_of(self.model)
@@ -531,9 +544,11 @@ def _known_outputs(self:StreamPredictor, y, xs, timed, one, n):
 # %% ../../nbs/deploy/00_predictor.ipynb #a7aad32c
 @patch
 def state_dict(self:StreamPredictor)->dict: # Copies on the CPU, for `torch.save`
-    "Where the streams are"
+    "The states of all streams; `load_state_dict` continues from them, in another process too"
     with taking_turns(self.model): return self._saved()
 
+
+# %% ../../nbs/deploy/00_predictor.ipynb #32bbbcd0
 @patch
 def _saved(self:StreamPredictor):
     states = {name:self._states.get(name) for name in Carry(self.model).modules}
@@ -562,9 +577,11 @@ def _check_saved_layer(name, module, state, n):
 def load_state_dict(self:StreamPredictor,
     state:dict, # From `state_dict`, of a predictor with the same layers
 ):
-    "Go on from there"
+    "Continue from a saved state; raises a `ValueError`, with nothing changed, if it is that of another model"
     with taking_turns(self.model): self._load(state)
 
+
+# %% ../../nbs/deploy/00_predictor.ipynb #826210ed
 @patch
 def _load(self:StreamPredictor, state):
     _check_saved(state)

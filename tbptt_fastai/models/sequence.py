@@ -47,10 +47,12 @@ def as_statistics(
 
 # %% ../../nbs/models/00_sequence.ipynb #e6e8ba30
 class Standardize(nn.Module):
-    "Scale channels to zero mean and unit deviation with statistics that are saved with the model"
+    """Scale each channel to zero mean and unit deviation: `(x-mean)/std`; `inverse` scales back
+
+    The statistics are buffers, so they are saved with the model. Raises a `ValueError` for an input of other channels."""
     def __init__(self,
-        mean=0., # Mean per channel, `(channels,)`, or one for all
-        std=1., # Standard deviation per channel; a channel that never changes, but for rounding, is only shifted
+        mean=0., # Mean of each channel, `(channels,)`, or one number for all
+        std=1., # Standard deviation of each channel, or one for all; a channel that never changes is only shifted
     ):
         super().__init__()
         mean,std = as_statistics('mean', mean),as_statistics('std', std)
@@ -126,7 +128,10 @@ def check_rnn_type(rnn_type):
 
 # %% ../../nbs/models/00_sequence.ipynb #390f7b6a
 class SequenceRNN(nn.Module):
-    "A stateful RNN and a linear layer on its output at every step, in the units of the data"
+    """A recurrent layer that carries its state, and a linear layer on its output at every step
+
+    With `scale_x` and `scale_y` it takes and returns values in the units of the data. Raises a `ValueError` for an input
+    of other channels than it was made for."""
     time_dim = 1 # of a model that was pickled without
     def __init__(self,
         n_in:int, # Input channels
@@ -135,12 +140,12 @@ class SequenceRNN(nn.Module):
         hidden_size:int=100, # Hidden units per layer
         num_layers:int=1, # Recurrent layers
         dropout:float=0., # Dropout between recurrent layers
-        scale_x:Standardize=None, # Scaling of the input; default: none
-        scale_y:Standardize=None, # Scaling that is undone on the output; default: none
-        last:bool=False, # One output for each window, after its last step?
+        scale_x:Standardize=None, # Scaling of the input, from the units of the data; default: none
+        scale_y:Standardize=None, # Scaling of the targets, undone on the output; default: none
+        last:bool=False, # Return the output after the last step alone, one for each window?
         time_dim:int=1, # Where the time axis of inputs and outputs is: 0, 1 or -1
-        n_classes:dict=None, # Number of classes, for each input channel that has such: it is embedded
-        initial:nn.Module=None, # First state, as for `StatefulRNN`; an `EncodedState` is told channels and scalings
+        n_classes:dict=None, # Number of classes of each input channel that has classes, by channel; these are embedded
+        initial:nn.Module=None, # First state, as for `StatefulRNN`; default: zeros
     ):
         super().__init__()
         check_rnn_type(rnn_type)

@@ -16,14 +16,16 @@ from ..truncation.settings import check_number, check_sizes
 
 # %% ../../nbs/models/01_text.ipynb #bf100807
 class TextRNN(nn.Module):
-    "Embedding, stateful RNN, dropout and a linear layer to the scores of the next token"
+    """Score every token of a vocabulary as the next one: an embedding, a recurrent layer that carries its state, and a linear layer
+
+    Takes numbers of tokens `(batch, time)` and returns scores `(batch, time, n_vocab)`, for a cross entropy."""
     def __init__(self,
-        n_vocab:int, # Size of the vocabulary
-        emb_sz:int=64, # Size of the embedding
+        n_vocab:int, # Tokens in the vocabulary: `len(dls.vocab)`
+        emb_sz:int=64, # Numbers that a token is embedded in
         rnn_type:str='lstm', # 'rnn', 'gru' or 'lstm'
         hidden_size:int=192, # Hidden units per layer
         num_layers:int=2, # Recurrent layers
-        dropout:float=.1, # Dropout between recurrent layers and after the last
+        dropout:float=.1, # Share of values dropped between recurrent layers and after the last
         initial=None, # First state, as for `StatefulRNN`; default: zeros
     ):
         super().__init__()
@@ -76,12 +78,15 @@ def _draw(
 
 @torch.no_grad()
 def sample_text(
-    learn, # Learner on the loaders of `SequenceDataLoaders.from_text`
+    learn, # Trained learner on loaders of `SequenceDataLoaders.from_text`, whose `dls.vocab` names the tokens
     prompt, # What the text begins with: a string, or a list of tokens; at least one
     n:int=200, # Tokens to draw
     temperature:float=1., # Below 1: likely tokens become likelier; 0: always the likeliest
 ): # As the prompt: a string or a list
-    "Continue `prompt` by a model of text, drawing from torch's random generator"
+    """Continue `prompt` token by token: each is drawn from the scores of the model, and is its next input
+
+    Draws from torch's random generator. Raises a `ValueError` for a prompt that is empty or has a token that is not in the
+    vocabulary, and a `TypeError` for a learner without one."""
     vocab,model = getattr(learn.dls, 'vocab', None),learn.model
     _check_vocab(vocab)
     number = {o:i for i,o in enumerate(vocab)}

@@ -36,17 +36,19 @@ def layer_of(
 
 # %% ../../nbs/state/02_carry.ipynb #d93ec3f7
 class Carry:
-    """Owner of the states of a model
+    """Carry all states of a model from one call to the next: `with Carry(model): ...`
 
-    Within it as a context, plain recurrent layers carry them as each `StatefulRNN` does."""
+    Inside the block, plain `nn.LSTM`, `nn.GRU` and `nn.RNN` layers carry their state as a `StatefulRNN` does, and states are
+    detached between calls. Nothing stays behind: the model has neither hooks nor states of the block afterwards.
+    Raises a `ValueError` for a bidirectional layer, and for one that is called twice in one forward pass."""
     entered = [] # the contexts that have begun and not ended, the innermost last
     seen = None # the segment that the states are at the end of
     here = None # what is known of the rows of the batch that is run, in a training with first states from elsewhere
     begun = None # such first states and what they began: a scheme may go back to the start of a window, and begins it alike
     def __init__(self,
         model:nn.Module, # Any model, also in a `DistributedDataParallel`
-        evaluation:bool=False, # Carry in evaluation mode, and leave the training state as it is?
-        keep_graph:bool=False, # Keep the graph of the states, instead of detaching them?
+        evaluation:bool=False, # Carry in evaluation mode instead of training mode, and leave the state of a training alone?
+        keep_graph:bool=False, # Keep the graph of the states, so that gradients go back over calls, instead of detaching them?
     ):
         check_module('Carry', model, 'a model, such as SequenceRNN(1, 1)')
         self.model = model
@@ -105,12 +107,14 @@ def check_rows(
     if carry.is_own: raise ValueError(
         f"{what}, but the reset() of {type(carry.inner).__name__} resets all rows. Carry its state in a StatefulRNN.")
 
+
+# %% ../../nbs/state/02_carry.ipynb #977ac0da
 @patch
 def reset(self:Carry,
     rows=None, # bool `(bs,)`: the rows that start over; default: all
     groups:list=None, # The group of each row, for the first state of a `StatefulRNN`
 ):
-    "A window starts, in all rows or in some"
+    "Start a new window: the next call begins with the first state, in all rows or in some"
     if rows is None and self.resets_itself: reset_own_state(self.inner)
     if rows is not None: check_rows(self)
     for m in self.stateful.values(): m.reset(rows, groups)
@@ -175,23 +179,24 @@ def _reset_layers(self:Carry, rows):
         if rows is None or slot.state is None: slot.state = None
         else: slot.state = where_state(torch.as_tensor(rows), None, slot.state, 1)
 
-# %% ../../nbs/state/02_carry.ipynb #cadb529a
+# %% ../../nbs/state/02_carry.ipynb #2dabd6a8
 @patch
 def snapshot(self:Carry
 )->dict: # By name: state, rows that start over, group of each row, states from elsewhere that they start with
-    "What every module carries"
+    "A dict of all that is carried now; `restore` puts it back"
     return {name:(o.state, o.rows, o.groups, o.first) for name,o in self.slots.items()}
 
 @patch
 def restore(self:Carry,
     snapshot:dict, # From `snapshot`; modules that it does not name stay as they are
 ):
-    "Go on from there"
+    "Continue from a snapshot"
     slots = self.slots
     for name,values in snapshot.items():
         slot = slots[name]
         slot.state,slot.rows,slot.groups,slot.first = (*values, None)[:4]
 
+# %% ../../nbs/state/02_carry.ipynb #36cddd23
 @patch(as_prop=True)
 def states(self:Carry)->dict:
     "The state that each module has carried here, by name; without those that have none"
@@ -221,7 +226,7 @@ def forget_turns(self:Carry):
 def out_of_reach(
     model:nn.Module, # Any model
 ):
-    "In it, no state that is carried elsewhere, such as that of a training, is seen or changed"
+    "Inside the block, the model runs without seeing or changing any state that is carried outside, as that of a training"
     modules = set(model.modules())
     stateful = {m:m.slot for m in modules if isinstance(m, StatefulRNN)}
     others = [o for o in Carry.entered if not modules.isdisjoint(o.modules.values())]
@@ -334,11 +339,13 @@ class _Nobody:
     keep_graph = False
     def begin_call(self, slot, own=False): return False
 
+
+# %% ../../nbs/state/02_carry.ipynb #0149a098
 @contextmanager
 def without_carrying(
     model:nn.Module, # Any model, also in an `AveragedModel`
 ):
-    """In it, each call of a model starts from its first state, in training mode too, and no state is left behind
+    """Inside the block, every call of the model starts from its first state, in training mode too
 
     For batches that have nothing to do with each other: `with without_carrying(model): update_bn(loader, model)`."""
     inner = get_model(model)

@@ -88,11 +88,14 @@ def _as_parameter(leaf):
     return nn.Parameter(leaf, requires_grad=False)
 
 class InitialState(nn.Module):
-    "First states, one for all sequences or one for each group; those that are parameters are learned"
+    """A first state for all sequences, or one for each group
+
+    Give it to `StatefulRNN(..., initial=...)`. Tensors stay as they are; those that are an `nn.Parameter` are learned.
+    Raises a `ValueError` unless each tensor has one row, or one for each group."""
     def __init__(self,
-        state, # Tensors, parameters, numbers and None of any nesting; 1 or `len(groups)` rows in the batch dimension
+        state, # A tensor, or tensors in tuples, lists and dicts, with 1 or `len(groups)` rows in the batch dimension
         groups:list=None, # Names of the groups; default: one state for all
-        batch_dim=0, # Which dimension of the tensors is the batch, see `batch_dims`; 1 for the layers of `torch.nn`
+        batch_dim=0, # Where the batch is in these tensors; 1 for the state of a layer of `torch.nn`
     ):
         super().__init__()
         leaves = state_leaves(state)
@@ -142,7 +145,7 @@ def learned_state(
     rnn:nn.RNNBase, # `nn.RNN`, `nn.GRU` or `nn.LSTM`
     groups:list=None, # Names of the groups; default: one state for all
 )->InitialState:
-    "A first state that is learned, and zero before"
+    "An `InitialState` for a layer of `torch.nn` that starts at zero and is learned with the weights"
     rows,layers,w = len(groups or [0]),rnn.num_layers,rnn.weight_hh_l0
     sizes = rnn.proj_size or rnn.hidden_size, rnn.hidden_size
     h,c = (nn.Parameter(w.new_zeros(layers, rows, size)) for size in sizes)
@@ -235,19 +238,20 @@ def _check_initial(initial):
 
 # %% ../../nbs/state/01_stateful.ipynb #91a38870
 class StatefulRNN(nn.Module):
-    """Wrap a recurrent module so that, in training, each call starts from the state the last one ended in, detached
+    """Carry the state of a recurrent module: in training, each call starts where the last one ended, with the state detached
 
-    The module is an `nn.RNN`, `nn.GRU` or `nn.LSTM`, or any with `forward(x, state) -> (out, state)` that has
-    `initial_state(bs, device, dtype)`, `init_memory` or `init_hidden`, or takes `None` as first state.
-    It may be a whole model: its output alone goes on to a loss. Outside a learner each call goes on from the last until `reset()`.
-    What runs it there on batches that have nothing to do with each other, such as `update_bn`, does so `without_carrying`."""
+    The module is an `nn.RNN`, `nn.GRU` or `nn.LSTM`, or any with `forward(x, state) -> (out, state)`, a whole model too.
+    Its first state comes from its `initial_state(bs, device, dtype)`, `init_memory` or `init_hidden`; without these it is
+    called with `None`. A call returns the output alone. In evaluation mode every call starts from the first state.
+    Outside a learner the state is carried until `reset()`; run unrelated batches, as `update_bn` does, `without_carrying`.
+    Raises a `TypeError` for a cell of `torch.nn`, which `Unroll` runs, and a `ValueError` for a bidirectional layer."""
     def __init__(self,
-        rnn:nn.Module, # The recurrent module
-        batch_dim=None, # Batch dimension of its state, see `batch_dims`; default: 1 for layers of `torch.nn`, else 0
-        # First state, from the groups of a batch's rows: an `InitialState`; or from elsewhere in the training:
-        # a `StoredState`, or a `PassedState`; default: the module's own
+        rnn:nn.Module, # `nn.RNN`, `nn.GRU`, `nn.LSTM`, or a module with `forward(x, state) -> (out, state)`
+        batch_dim=None, # Where the batch is in the tensors of its state; default: 1 for layers of `torch.nn`, else 0
+        # Where the first state comes from: `InitialState`, `EncodedState`, `StoredState` or `PassedState`;
+        # default: the module's own
         initial=None,
-        batch_first:bool=None, # Is the batch the first dimension of its input, and not time? Default: as it says, else yes
+        batch_first:bool=None, # Is its input `(batch, time, ...)`, and not `(time, batch, ...)`? Default: as the module says, else yes
     ):
         super().__init__()
         check_module('StatefulRNN', rnn, 'a recurrent module, such as nn.GRU(1, 8, batch_first=True)')
@@ -392,11 +396,13 @@ def check_rows(self:StatefulRNN):
         "give it an `initial_state(bs, device, dtype)` or `init_hidden(bs)`, or StatefulRNN an `initial`, "
         "such as InitialState(torch.zeros(1, ...)).")
 
+
+# %% ../../nbs/state/01_stateful.ipynb #652b787a
 @patch
 def reset(self:StatefulRNN,
-    rows=None, # bool `(bs,)`: the rows that begin a new window; default: all
-    groups:list=None, # The group of each row, for `initial`
+    rows=None, # bool `(bs,)`: the rows that start over; default: all
+    groups:list=None, # The group of each row, where `initial` has a first state for each group
 ):
-    "Forget the state: the next call starts a new window, in all rows or in some"
+    "Forget the carried state, so that the next call starts from the first state, in all rows or in some"
     if rows is not None: self.check_rows()
     self.slot.reset(rows, groups if self._own_initial is not None else None)

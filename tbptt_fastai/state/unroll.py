@@ -48,13 +48,14 @@ def _rows_are_no_time(cell):
 
 # %% ../../nbs/state/04_unroll.ipynb #0a2c8cbb
 class Unroll(nn.Module):
-    """Run a module that takes one time step over all steps of its input: `forward(x, state) -> (out, state)`
+    """Make a layer of a module that takes one time step: `forward(x, state) -> (out, state)` runs it over all steps
 
-    The cell is one of `torch.nn`, or any with `forward(x_t, state) -> (output, state)`. Its first state is that of its
-    `initial_state(bs, device, dtype)`, `init_memory` or `init_hidden`, or zeros for `torch.nn`; any other is given `None`."""
+    The cell is one of `torch.nn`, or any with `forward(x_t, state) -> (output, state)`. Its first state comes from its
+    `initial_state(bs, device, dtype)`, `init_memory` or `init_hidden`; cells of `torch.nn` start from zeros, others are given
+    `None`. Raises a `TypeError` for a layer that runs over time, and for a module that does not take a step and a state."""
     def __init__(self,
         cell:nn.Module, # Module that takes one time step
-        timed:tuple[bool,...]=None, # Which elements of the input, through the nesting, have a time axis; default: all
+        timed:tuple[bool,...]=None, # Which tensors of a nested input have a time axis, in their order; default: all
         batch_first:bool=True, # Is the input `(batch, time, ...)`, and not `(time, batch, ...)`?
     ):
         super().__init__()

@@ -62,7 +62,9 @@ def check_steps(
 
 # %% ../../nbs/truncation/00_plan.ipynb #f1f93de9
 class Truncation:
-    "A plan over one window, made anew for each window. Subclasses have a `plan`"
+    """Base of all truncation schemes: a subclass says in its `plan` how one window is cut into sub-windows
+
+    A plan is made anew for each window. Pass a scheme as `TbpttLearner(..., truncation=...)`."""
     least_window = 1 # Steps that a window has to have
     sub_seq_len = None # Steps that gradients usually go back over; `None`: those of the window
     random = False # Does the plan draw random numbers?
@@ -77,7 +79,7 @@ class Truncation:
         win_sz:int, # Steps of the window
         rng:Random, # Where random numbers come from: the same ones in every process
     ):
-        "The sub-windows in their order: `SubWindow`s, or pairs `(start, stop)`"
+        "The sub-windows of one window in their order: `SubWindow`s, or pairs `(start, stop)`"
         raise NotImplementedError(f"{type(self).__name__} has no `plan`.")
 
     @property
@@ -148,10 +150,13 @@ class _NoRandom:
 @patch
 def sub_windows(self:Truncation,
     win_sz:int, # Steps of the window
-    n_skip:int=0, # Washout: first steps of the window whose loss does not count
-    rng:Random=None, # Default: one that draws the same each time
+    n_skip:int=0, # First steps of the window whose loss does not count
+    rng:Random=None, # Where a scheme that is `random` draws from; default: `Random(0)`
 )->list[SubWindow]:
-    "The plan, checked, with washout and weights. A sub-window of weight 0 only brings the state to its `next_start`"
+    """The plan of one window, checked, with the steps that count and their weights
+
+    A sub-window of weight 0 has no loss: it only carries the state on. Raises a `ValueError` if no step would count, or if
+    the sub-windows do not cover the window in order."""
     win_sz,n_skip = check_steps('win_sz', win_sz),check_steps('n_skip', n_skip, least=0)
     if n_skip>=win_sz: raise ValueError(
         f"n_skip is {n_skip}, the window has {win_sz} steps: no step would count in the loss. "
@@ -168,11 +173,13 @@ def sub_windows(self:Truncation,
 
 # %% ../../nbs/truncation/00_plan.ipynb #2536c121
 class Fixed(Truncation):
-    "Cut a window every `sub_seq_len` steps; the last sub-window has what is left"
+    """Cut a window every `sub_seq_len` steps; the last sub-window takes the rest
+
+    `sub_seq_len=100` of a learner or a loader means `Fixed(100)`."""
     _last = None
     def __init__(self,
-        sub_seq_len:int, # Steps of a sub-window
-        block:int=None, # In a stream: every so many steps of a sub-window, a sequence may begin; default: at its start alone
+        sub_seq_len:int, # Steps of a sub-window, and so the most that gradients go back over
+        block:int=None, # In a stream, a sequence may begin every `block` steps of a sub-window; default: at its start alone
     ):
         self.sub_seq_len = self.block = self.least_window = check_steps('sub_seq_len', sub_seq_len)
         if block is None: return

@@ -12,11 +12,14 @@ from .settings import check_number
 
 # %% ../../nbs/truncation/01_schemes.ipynb #ae5298be
 class Overlap(Truncation):
-    "Every `k1` steps, backpropagate over the last `k2`; after Williams and Peng 1990"
+    """Make an update every `k1` steps, with gradients over the last `k2` steps
+
+    The model runs over `k2` steps for each update, so an epoch takes about `k2/k1` times as long as with `Fixed(k1)`.
+    Raises a `ValueError` if `k2` is less than `k1`. After Williams and Peng 1990, Neural Computation 2(4), 490–501."""
     def __init__(self,
         k1:int, # Steps from one update to the next
         k2:int, # Steps that gradients go back over
-        losses:str='last', # Losses in an update: of the 'last' k1 steps, each once; or of 'all' k2, most several times
+        losses:str='last', # Losses of an update: those of the 'last' k1 steps, each once; or of 'all' k2 steps, most of them several times
     ):
         self.k1,self.k2,self.losses = check_steps('k1', k1),check_steps('k2', k2),losses
         if k2<k1: raise ValueError(
@@ -41,7 +44,9 @@ class Overlap(Truncation):
 
 # %% ../../nbs/truncation/01_schemes.ipynb #41d0b807
 class Jittered(Truncation):
-    "Sub-windows of varying length, as those of AWD-LSTM; after Merity, Keskar and Socher 2017 (arXiv 1708.02182)"
+    """Cut windows into sub-windows of random length, about `k` steps each, as AWD-LSTM does
+
+    After Merity, Keskar and Socher 2017 (arXiv 1708.02182)."""
     random = True
     def __init__(self,
         k:int, # Usual length, in steps
@@ -49,8 +54,8 @@ class Jittered(Truncation):
         std:float=5., # Standard deviation of the length, in steps
         least:int=5, # Shortest length, in steps
         longest:int=None, # Longest length, in steps; default: no limit
-        # Multiply this by length/k: the 'loss', so that each step weighs the same;
-        # or the learning rate, 'lr', as AWD-LSTM does
+        # What is multiplied by length/k: the 'loss', so that each step weighs the same;
+        # or the learning rate, 'lr', as in AWD-LSTM
         rescale:str='loss',
     ):
         self.k,self.least = check_steps('k', k),check_steps('least', least)
@@ -89,15 +94,15 @@ class Jittered(Truncation):
 
 # %% ../../nbs/truncation/01_schemes.ipynb #ce7ea437
 class RandomUnbiased(Truncation):
-    """Cut at random, and scale up gradients that pass, so that the mean gradient is the full one.
+    """Cut windows at random and scale up the gradients that pass, so that the mean gradient is the full one
 
-    ARTBP, Tallec and Ollivier 2017 (arXiv 1705.08209)"""
+    This is ARTBP, after Tallec and Ollivier 2017 (arXiv 1705.08209). The gradient is unbiased, at the price of variance."""
     random = True
     def __init__(self,
         mean:float, # Mean length of a sub-window, in steps
         # Exponent of the power law of lengths, above 2; default: a geometric law, the same probability everywhere
         alpha:float=None,
-        block:int=1, # Steps from one boundary, where a cut is possible, to the next: larger blocks are faster
+        block:int=1, # Steps from one possible cut to the next: larger blocks are faster
     ):
         self.alpha,self.block = alpha,check_steps('block', block)
         self.mean = check_number('mean', mean, f'a mean length above that of a block, block={block}', above=block)
@@ -131,12 +136,12 @@ class RandomUnbiased(Truncation):
 
 # %% ../../nbs/truncation/01_schemes.ipynb #c995e641
 class Exact(Truncation):
-    """Full backpropagation through whole windows that keeps one segment's activations at a time.
+    """Full backpropagation through whole windows in the memory of one segment: the activations of the others are computed again
 
-    After Gruslys et al. 2016 (arXiv 1606.03401)"""
+    Takes about a third more time. After Gruslys et al. 2016 (arXiv 1606.03401)."""
     recompute = True
     def __init__(self,
-        segment:int=None, # Steps that are computed again at a time; default: the square root of the window's
+        segment:int=None, # Steps that are computed again at once; default: the square root of those of the window, rounded up
     ): self.segment = segment if segment is None else check_steps('segment', segment)
 
     def plan(self, win_sz, rng):
