@@ -207,18 +207,20 @@ def _of_stream(dl, burn_in):
 # %% ../../nbs/instruments/03_find.ipynb #d6e09ff9
 @patch
 def tbptt_find(self:Learner,
-    bias:float=.1, # Largest relative bias of the gradient
+    bias:float=.1, # Relative bias of the gradient that you accept: 0.1 is a tenth of its norm
     n_batches:int=4, # Training batches to measure on
     max_lag:int=None, # Largest lag, in steps; default: half of a window, at most 500
     step:int=1, # Resolution: steps from one lag to the next
-    n_losses:int=4, # Losses in each window, at steps spread evenly over what has `max_lag` steps before it and is no washout
-    tau:int=None, # Lag from which on the decay is fitted; default: a tenth of the largest
-    share:float=.1, # Share of the loss that a first state may still have after the burn-in
-    show:bool=True, # Plot?
+    n_losses:int=4, # Losses to measure in each window, spread evenly over the steps that have `max_lag` steps before them and count
+    tau:int=None, # Lag from which the decay is fitted, in steps; default: a tenth of the largest
+    share:float=.1, # Rise of the loss by a first state that you accept after the burn-in, as a share of the loss
+    show:bool=True, # Plot the gradient against the lag?
 )->TbpttFind:
     """Measure how far gradients reach back and how long a first state is felt; suggest a `sub_seq_len` and a `burn_in`
 
-    After Aicher, Foti and Fox 2019. The learner stays as it is. No callback is run, and nothing in mixed precision."""
+    After Aicher, Foti and Fox, "Adaptively Truncating Backpropagation Through Time to Control Gradient Bias", UAI 2019. The
+    learner stays as it is; callbacks and mixed precision are left out. Warns if no length can be suggested, and raises a
+    `ValueError` for a model that carries no state or windows too short to measure."""
     n_batches,step = check_steps('n_batches', n_batches),check_steps('step', step)
     n_losses = check_steps('n_losses', n_losses)
     (bias,max_lag,tau),show = _check_settings(bias, max_lag, step, tau),check_switch('show', show)

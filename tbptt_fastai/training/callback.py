@@ -42,9 +42,10 @@ from ..truncation.settings import check_bools, check_switch
 
 # %% ../../nbs/training/04_callback.ipynb #054d8ba4
 class TbpttResetCB(CountedLoss):
-    """Train on the sub-windows of each window in turn, and reset the state where a window or sequence starts
+    """Train on one sub-window after the other; the state is carried between them, and reset where a window starts
 
-    Evaluation runs whole windows; sequences of a `StreamDL` in sub-windows too."""
+    Evaluation runs each window in one piece, and the sequences of a `StreamDL` in sub-windows. Raises a `ValueError` or a
+    `TypeError` when the learner is made, or before its first step, for settings, data and models that cannot be trained so."""
     _is_new = False # is the first batch of a fit still to be looked at?
     _trained = None # channels of the inputs in the last training
     _is_unfinished = False # has a fit begun, and not ended?
@@ -58,17 +59,17 @@ class TbpttResetCB(CountedLoss):
     # after GatherPredsCallback (0), MixedPrecision (10), DistributedTrainer (11); before Recorder (50), ProgressCallback (60)
     order = 12
     def __init__(self,
-        sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: the whole window; 'dls': as the training loader says
-        n_skip:int=0, # Washout: first steps of each window or sequence that count neither in loss nor in metrics
+        sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: no truncation; 'dls': as the training loader says
+        n_skip:int=0, # First steps of each window or sequence that count in no loss and no metric, in training and evaluation
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
-        truncation:Truncation=None, # A scheme such as `Overlap`; what the loaders say is then for evaluation
-        check:bool=True, # Before the first step of a fit, refuse a model that sub-windows cannot train
+        truncation:Truncation=None, # How windows are cut, where not into sub-windows of one length: `Overlap`, `Interleaved`, your own
+        check:bool=True, # Compare sub-windows with whole windows before the first step, and refuse a model that differs?
         time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the training loader says, or 1
-        counts=None, # Function of the targets that says which count, as in `TargetCounts`; default: all but a loss's `ignore_index`
-        continuing:bool=None, # Does each batch continue the last, row by row? Default: those of fastai's `LMDataLoader`
-        burn_in:int=0, # First steps of each window or sequence without a loss in training; gradients go through them
-        warm_up:int=0, # First steps that training runs without a gradient; the scheme begins after them
-        washout:int=0, # First steps that count in training, and in no loss or metric of an evaluation
+        counts=None, # Function of the targets that returns which of them count; default: all but a loss's `ignore_index`
+        continuing:bool=None, # Does each batch continue the last, row by row? Default: for fastai's `LMDataLoader`
+        burn_in:int=0, # First steps without a loss in training; gradients go through them
+        warm_up:int=0, # First steps that training runs without a gradient; sub-windows begin after them
+        washout:int=0, # First steps that count in training, and in no loss and no metric of an evaluation
     ):
         is_said = not (isinstance(sub_seq_len, str) and sub_seq_len=='dls')
         if truncation is not None and is_said:

@@ -405,9 +405,10 @@ def _is_fit(learn):
     return not (lock is not None and lock.locked()) and not learn._grab_cbs(LRFinder)
 
 class TbpttCheckpoint(Callback):
-    """Write, every so many training steps, all that a training is; and go on from there
+    """Write the whole state of a training every so many steps, and resume a training that was interrupted
 
-    It is given to `fit` and its kind: `learn.fit_flat_cos(20, cbs=TbpttCheckpoint(resume=True))`."""
+    For `fit` and its relatives: `learn.fit_flat_cos(20, cbs=TbpttCheckpoint(resume=True))`. Raises a `FileExistsError` where a
+    checkpoint of an interrupted training would be lost, and a `ValueError` that names what differs from the one to resume."""
     order,run_valid,remove_on_fetch = 1000,False,True # after all others: what they do in a step is done
     follows_windows = True # goes through one window after the other
     _resumed = None # the checkpoint that is on its way to be gone on with
@@ -417,10 +418,10 @@ class TbpttCheckpoint(Callback):
     _epoch = 0 # the one at hand
     _n_ended = 0 # fits that it has seen the end of, one after the other: `fine_tune` has two
     def __init__(self,
-        path='checkpoint', # Folder, within that of the learner; processes that train together have one each in it
-        every:int=1000, # Training steps, that is sub-windows, from one checkpoint to the next; each epoch begins with one too
+        path='checkpoint', # Folder, within `learn.path`; each of several processes has its own in it
+        every:int=1000, # Training steps (sub-windows) between checkpoints; there is one at the start of each epoch too
         resume:bool=False, # Go on with the newest checkpoint, if there is one?
-        keep:int=2, # Checkpoints that are kept
+        keep:int=2, # How many of the newest checkpoints are kept
     ):
         if not isinstance(path, (str,os.PathLike)): raise TypeError(
             f"path is {path!r}, a {type(path).__name__}; expected the name of a folder.")

@@ -164,14 +164,15 @@ _policies = 'stop','skip'
 class FiniteCB(Callback):
     """Look for NaN and inf in the loss, the gradient and the carried state of each training step, before it is taken
 
-    'stop' ends the fit with a report; 'skip' leaves the rest of the window out, and goes on from a state that is not harmed."""
+    'stop' ends the fit with a `NotFiniteError` that has a `report`; 'skip' warns, leaves out the rest of the window, and goes
+    on from a state that is not harmed. Raises a `ValueError` before the first step where a step cannot be left out."""
     order,run_valid = 1001,False # after all others, TbpttCheckpoint (1000) too
     tells_not_finite = True # a learner has no need to, see `warn_of_weights`
     _resets,_parts = (),None
     _active = False # not in a search of the learning rate, where losses may become anything
     def __init__(self,
-        policy:str='stop', # What to do: 'stop' or 'skip'
-        limit:int=10, # Most windows that are skipped in a fit; of a stream, blocks
+        policy:str='stop', # What to do: 'stop' the fit, or 'skip' the window
+        limit:int=10, # Most windows to skip in a fit (of a stream: blocks) before it is stopped
     ):
         if not (isinstance(policy, str) and policy in _policies): raise ValueError(f"policy is {policy!r}; expected one of {_policies}.")
         self.policy,self.limit = policy,check_steps('limit', limit, least=0)
