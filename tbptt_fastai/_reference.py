@@ -126,6 +126,11 @@ class TableRenderer(BasicMarkdownRenderer):
         signature = signature_of(self.nm.split('.')[-1], self.sig, _taken_over(_function_of(self.sym)))
         return '\n\n'.join(filter(None, [head.rstrip(), f'{fence}{signature}\n```', docs, table_of(self.sym)]))
 
+def drop_empty(cell):
+    "A cell whose symbol is not shown"
+    data = [o.get('data', {}) for o in cell.get('outputs', [])]
+    if any('text/markdown' in o and not o['text/markdown'] for o in data): del cell['source']
+
 class InsideLast(Processor):
     "Sections about what a page is made of come after those about what its readers use, though Python needs them first"
     def end(self):

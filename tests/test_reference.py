@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip('nbdev') # which the lowest versions are tested without
 from nbdev.config import get_config, tomllib
 from nbdev.showdoc import show_doc
-from tbptt_fastai._reference import InsideLast, TableRenderer, WIDTH, one_link, signature_of, table_widths
+from fastcore.nbio import NbCell
+from tbptt_fastai._reference import InsideLast, TableRenderer, WIDTH, drop_empty, one_link, signature_of, table_widths
 from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, default_loss, scaling_from_data
 
@@ -125,6 +126,12 @@ def test_events_of_a_callback_are_not_shown():
     "But for those that say what they are for, such as the hook of a scheme"
     assert shown(GradientHealth.before_fit) == '' and 'GradientHealth(' in shown(GradientHealth)
     assert 'before_epoch(learn)' in shown(Truncation.before_epoch)
+
+@pytest.mark.parametrize('shown_as', ['', None])
+def test_a_cell_without_a_symbol_is_left_out(shown_as):
+    kept,empty = (NbCell(0, dict(cell_type='code', source='show_doc(f)', outputs=[dict(data={'text/markdown': o})])) for o in ('### f', shown_as))
+    for o in (kept, empty): drop_empty(o)
+    assert hasattr(kept, 'source') and not hasattr(empty, 'source')
 
 def test_a_lambda_is_no_html_in_a_signature():
     def g(scheme=lambda k: k): pass
