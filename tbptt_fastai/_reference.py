@@ -3,6 +3,7 @@
 nbdev imports it by `renderer` and `doc_procs` in `pyproject.toml`, from wherever it builds the pages; nothing of the library needs it, or nbdev.
 """
 import inspect, re, textwrap
+from itertools import filterfalse
 from fastai.callback.core import event
 from fastcore.docments import DocmentTbl
 from nbdev.config import get_config
@@ -138,9 +139,14 @@ class InsideLast(Processor):
         for cell in self.nb.cells:
             if cell.cell_type=='markdown' and cell.source.startswith('## '): sections.append([])
             sections[-1].append(cell)
-        self.nb.cells = sum([sections[0], *sorted(sections[1:], key=_is_inside)], [])
+        first,*others = sections
+        self.nb.cells = sum([first, *sorted(filterfalse(_is_empty, others), key=_is_inside)], [])
 
 def _is_inside(section): return section[0].source.startswith(INSIDE)
+
+def _is_empty(section):
+    "A heading above private names alone, which are not shown"
+    return _is_inside(section) and len(section)==1 and '\n' not in section[0].source.strip()
 
 NAME = r'\[(`[^`]*`)\]\([^)]*\)' # of the library, with its link
 LINKED = re.compile(rf'\[((?:[^][]|{NAME})*)\](?=\()')

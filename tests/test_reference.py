@@ -55,11 +55,11 @@ def test_a_table_without_types_has_no_column_for_them():
 def markdown(text): return SimpleNamespace(cell_type='markdown', source=text)
 
 def test_sections_about_the_inside_are_last_and_keep_their_order():
-    cells = [markdown(o) for o in ('# Page', 'p', '## Inside: b', 'of b', '## Use', 'of use', '### Inside is no section', '## Inside: a', '## More')]
-    nb = SimpleNamespace(cells=cells)
+    cells = [markdown(o) for o in ('# Page', 'p', '## Inside: b', 'of b', '## Use', 'of use', '### Inside is no section', '## Inside: a\n\nwords', '## More')]
+    nb = SimpleNamespace(cells=[*cells, markdown('## Inside: nothing that shows')])
     InsideLast(nb).end()
     assert [o.source for o in nb.cells] == ['# Page', 'p', '## Use', 'of use', '### Inside is no section', '## More',
-                                           '## Inside: b', 'of b', '## Inside: a']
+                                           '## Inside: b', 'of b', '## Inside: a\n\nwords']
 
 def test_code_that_looks_like_a_heading_is_no_section():
     code = SimpleNamespace(cell_type='code', source='## Inside')

@@ -105,6 +105,7 @@ def shown_sections(page):
 def defined(cell):
     "Public names that a page shows for a cell"
     code = ''.join(cell['source'])
+    if shown := re.match(r'show_doc\((\w+)\)', code): return [shown[1]]
     if cell['cell_type']!='code' or not re.search(r'^#\| *export\b', code, re.M) or re.search(r'^#\| *hide\b', code, re.M): return []
     tree = ast.parse('\n'.join(o for o in code.splitlines() if not o.startswith(('%', '!'))))
     return [o.name for o in tree.body if isinstance(o, (ast.FunctionDef, ast.ClassDef)) and o.name[0]!='_']
