@@ -14,7 +14,7 @@ from ..truncation.settings import check_number, check_sizes
 
 # %% ../../nbs/models/02_memories.ipynb #2e236261
 class WorkingMemory(nn.Module):
-    """Slots that each step first reads by content, and then writes
+    """Memory in slots: each step reads them by their content, then writes to them
 
     They are written by a gate, an erased and an added part, as in the Neural Turing Machine
     (Graves et al. 2014, arXiv:1410.5401). Each slot has a learned address beside its content
@@ -61,7 +61,7 @@ class WorkingMemory(nn.Module):
 
 # %% ../../nbs/models/02_memories.ipynb #0858d4cb
 class FastWeights(nn.Module):
-    """A matrix that each step corrects towards 'value' where 'key' is asked for, and then asks with a query
+    """Memory in a matrix that each step corrects: asked for a key, it answers with the value written there
 
     It is corrected by the delta rule, with a learned rate and decay (Schlag, Irie & Schmidhuber 2021,
     arXiv:2102.11174; a decay as in Ba et al. 2016, arXiv:1610.06258)."""
@@ -69,7 +69,7 @@ class FastWeights(nn.Module):
         n_in:int, # Input channels
         n_out:int, # Output channels
         n_mem:int=16, # Rows and columns of the matrix
-        decay:float=.99, # What is left of it after a step, at first; learned
+        decay:float=.99, # Share of the matrix that is left after a step, before training; learned
     ):
         super().__init__()
         n_in,n_out,n_mem = check_sizes(n_in=n_in, n_out=n_out, n_mem=n_mem)
@@ -104,7 +104,7 @@ class FastWeights(nn.Module):
 
 # %% ../../nbs/models/02_memories.ipynb #897ea71a
 class CachedAttention(nn.Module):
-    """Causal attention of every step to itself and the `mem_len` steps before it
+    """Causal attention: each step looks at itself and at the `mem_len` steps before it, over the bounds of sub-windows
 
     There is a learned bias for each distance. Keys and values of the last `mem_len` steps are kept for the next
     sub-window, after Transformer-XL (Dai et al. 2019, arXiv:1901.02860), which keeps the input that they are
@@ -161,16 +161,16 @@ class CachedAttention(nn.Module):
 
 # %% ../../nbs/models/02_memories.ipynb #93fe828a
 class LRU(nn.Module):
-    """Linear recurrent unit: a diagonal complex linear recurrence, stable by its parametrization
+    """Linear recurrent unit: many complex numbers that decay and turn by a constant factor per step, always stable
 
     From Orvieto et al. 2023, arXiv:2303.06349."""
     def __init__(self,
         n_in:int, # Input channels
         n_out:int, # Output channels
         n_mem:int=16, # Complex state variables
-        r_min:float=.9, # Least modulus of an eigenvalue, at first
-        r_max:float=.999, # Greatest modulus of an eigenvalue, at first
-        max_phase:float=math.pi/10, # Greatest angle of an eigenvalue per step, at first
+        r_min:float=.9, # Least share of a state variable that is left after a step, before training
+        r_max:float=.999, # Greatest such share, below 1
+        max_phase:float=math.pi/10, # Greatest angle that a state variable turns by in a step, before training; radians
     ):
         super().__init__()
         n_in,n_out,n_mem = check_sizes(n_in=n_in, n_out=n_out, n_mem=n_mem)
@@ -210,16 +210,16 @@ class LRU(nn.Module):
 
 # %% ../../nbs/models/02_memories.ipynb #00b96ac7
 class CausalConv(nn.Module):
-    """A stack of dilated causal convolutions with residual connections
+    """A stack of dilated causal convolutions with residual connections, over the bounds of sub-windows
 
-    The last steps of each layer's input are the state
+    The last steps of each layer's input are its state
     (van den Oord et al. 2016, arXiv:1609.03499; Bai et al. 2018, arXiv:1803.01271)."""
     def __init__(self,
         n_in:int, # Input channels
         n_out:int, # Output channels
         n_mem:int=16, # Channels of each layer
-        kernel_size:int=3, # Steps that a convolution combines
-        dilations:tuple=(1,2,4), # Distance between them, in steps, for each layer
+        kernel_size:int=3, # Steps that each convolution combines
+        dilations:tuple=(1,2,4), # Distance between these steps, for each layer
     ):
         super().__init__()
         n_in,n_out,n_mem,kernel_size = check_sizes(n_in=n_in, n_out=n_out, n_mem=n_mem, kernel_size=kernel_size)

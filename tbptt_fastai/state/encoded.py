@@ -122,17 +122,19 @@ def _one_hot(y, n):
 
 # %% ../../nbs/state/08_encoded.ipynb #24bfd95a
 class EncodedState(nn.Module):
-    """A state that a small network estimates from the first `n_past` inputs and targets of each window or sequence
+    """Estimate the state of a recurrent module by a small network, from the first `n_past` inputs and targets of a window
 
-    Losses and numbers count from `n_past` on; up to there a model runs from its own first state.
-    After Beintema, Tóth and Schoukens 2021 (arXiv 2012.07697)"""
+    In a stream it looks at the first steps of each sequence. Losses and numbers count from `n_past` on; up to there the model
+    runs from its own first state.
+    Raises a `ValueError` before training if windows are not longer than the past.
+    After Beintema, Tóth and Schoukens 2021 (arXiv 2012.07697)."""
     own_first = True # before the past is known, the module's own first state
     n_state = None # numbers of the state of a row; not known before a `StatefulRNN` has it
     def __init__(self,
-        n_past:int, # First steps of a window that the state after them is estimated from
+        n_past:int, # Known first steps of a window; the state after them is estimated
         n_in:int=None, # Channels of the inputs; default: those of a `SequenceRNN`, or of the learner that makes one
         n_out:int=None, # Channels, or classes, of the targets; default: as for `n_in`
-        hidden:int=64, # Units of the hidden layer
+        hidden:int=64, # Units of the hidden layer of the network
         encoder:nn.Module=None, # Another network, from inputs and targets to `(batch, n_state)`; default: a `PastMLP`
         scale_x:nn.Module=None, # Scaling of a single input, such as a `Standardize`; default: that of a `SequenceRNN`, or none
         scale_y:nn.Module=None, # Scaling of a single target; default: as for `scale_x`

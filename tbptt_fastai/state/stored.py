@@ -91,15 +91,16 @@ def extra_repr(self:FirstStateElsewhere):
 
 # %% ../../nbs/state/09_stored.ipynb #c4b2f20f
 class StoredState(FirstStateElsewhere):
-    """A window begins with the state in which its first step was last come to, in this epoch or an earlier one
+    """Begin a window with the state in which the model last reached its first step, in this epoch or an earlier one
 
-    After R2D2, Kapturowski et al. 2019. States are there at the end of each sub-window, and of each window."""
+    States are stored at the end of each sub-window and each window, so `stp_sz` has to divide `sub_seq_len` or `win_sz`.
+    Without effect in an evaluation. Raises a `ValueError` where no window would begin so. After R2D2, Kapturowski et al. 2019."""
     in_windows = True
     def __init__(self,
         share:float=1., # Share of the windows that begin so; they are drawn each time
         from_epoch:int=0, # First epoch of a fit in which they do, counted from 0
         otherwise:nn.Module=None, # What makes all other first states: an `InitialState`; default: the recurrent module's own
-        device=None, # Where a state for each window is kept, such as 'cpu'; default: where the model is
+        device=None, # Device that keeps a state for each window, such as 'cpu'; default: that of the model
     ):
         self.device = None if device is None else str(check_device(device))
         super().__init__(share, from_epoch, otherwise)
@@ -173,16 +174,17 @@ def nbytes(self:StoredState):
 # %% ../../nbs/state/09_stored.ipynb #9d355238
 @patch
 def summary(self:StoredState)->str:
-    "What began with a stored state in this epoch, or in the last one, and how old these states were"
+    "How many windows began with a stored state in this epoch, or in the last one, and how old these states were"
     begun = f'epoch {self.epoch}: {self.n_begun} of {self.n_rows} windows began with a stored state'
     if not self.n_begun: return begun
     return f'{begun}, {self.staleness:.2f} epochs old in the mean, {self.staleness_max} at most'
 
 # %% ../../nbs/state/09_stored.ipynb #7b5078a5
 class PassedState(FirstStateElsewhere):
-    """A window, or a sequence of a stream, begins with the final state of another one that has ended
+    """Begin a window, or a sequence of a stream, with the final state of another one that has ended
 
-    State passing, Buitrago and Gu 2025 (arXiv 2507.02782). Of windows it is one of the batch before; of sequences, the last in a row."""
+    Of windows it is one of the batch before; of sequences, the last one in some row. Without effect in an evaluation.
+    This is state passing, after Buitrago and Gu 2025 (arXiv 2507.02782)."""
     def forget(self):
         self.is_there = None # bool `(bs,)`: rows of which a final state is kept
         super().forget()
@@ -228,5 +230,5 @@ def keep(self:PassedState,
 # %% ../../nbs/state/09_stored.ipynb #86ebda11
 @patch
 def summary(self:PassedState)->str:
-    "What began with a passed state in this epoch, or in the last one"
+    "How many rows began with a passed state in this epoch, or in the last one"
     return f'epoch {self.epoch}: {self.n_begun} of {self.n_rows} rows began with the final state of another'

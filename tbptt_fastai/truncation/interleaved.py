@@ -10,10 +10,13 @@ from .plan import Truncation, as_truncation, check_steps
 
 # %% ../../nbs/truncation/04_interleaved.ipynb #567292ff
 class Interleaved(Truncation):
-    "Another scheme, on several batches of windows in turn: successive updates are on different windows"
+    """Cut windows by another scheme, and train on several batches of them in turn
+
+    Successive updates are on different windows. Each batch in flight has states of its own, which wait for their turn.
+    Raises a `ValueError` for a scheme that cuts no windows."""
     def __init__(self,
-        scheme, # A scheme for each window, such as `Overlap(20, 100)`, or steps of a sub-window
-        in_flight:int=16, # Batches of windows that take turns; each of them is held in memory, with its states
+        scheme, # How each window is cut: a scheme, such as `Overlap(20, 100)`, or the steps of a sub-window
+        in_flight:int=16, # Batches of windows that take turns; all of them are in memory, with their states
     ):
         if scheme is None or getattr(scheme, 'in_flight', 1)>1 or isinstance(scheme, Interleaved): raise ValueError(
             f"scheme is {scheme!r}; expected one that cuts windows, such as Overlap(20, 100), or a number of steps.")
