@@ -21,11 +21,11 @@ def _forget(model, groups=None):
         if isinstance(m, StatefulRNN): m.reset(groups=groups)
 
 def activation_memory(
-    model:nn.Module, # A model in any mode; its carried state is forgotten
-    *xb, # Inputs of one training step: a sub-window, or a whole window
-    groups:list=None, # The group of each row, for the first state of a `StatefulRNN`
-)->int: # Bytes; tensors that start at one address are counted once, as the largest of them
-    "Bytes that autograd keeps from the forward pass of one training step until its backward pass, parameters not counted"
+    model:nn.Module, # A model, in training or evaluation mode; its carried state is reset
+    *xb, # Inputs of one training step, `(batch, time, channels)`: a sub-window or a whole window
+    groups:list=None, # Group of each row, for the first state of a `StatefulRNN`
+)->int: # Bytes; tensors at the same address count once, with the size of the largest
+    "Bytes that autograd keeps from the forward pass of a training step until its backward pass, parameters left out"
     check_module('activation_memory', model, 'a model, such as SequenceRNN(1, 1)')
     params = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved,keep = {},[] # tensors are kept, so that no address is used twice

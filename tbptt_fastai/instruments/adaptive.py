@@ -22,17 +22,18 @@ from ..training.callback import TbpttResetCB
 
 # %% ../../nbs/instruments/05_adaptive.ipynb #0da2fa2c
 class Adaptive(Truncation):
-    """Measure before each epoch how far gradients reach, and use the smallest length with an estimated relative bias below `delta`
+    """Measure before each epoch how far gradients reach, and use the shortest length whose estimated relative bias is below `delta`
 
-    After Aicher, Foti and Fox 2019 (arXiv 1905.07473)."""
+    After Aicher, Foti and Fox, "Adaptively Truncating Backpropagation Through Time to Control Gradient Bias", UAI 2019 (arXiv
+    1905.07473). `trace` has a dict for each epoch: its `epoch`, the length `k`, `beta`, and whether the bias was `reached`."""
     def __init__(self,
-        delta:float=.1, # Largest estimated relative bias of the gradient
-        k_max:int=400, # Longest length, in steps; used where no shorter one is good enough
+        delta:float=.1, # Largest estimated relative bias of the gradient, above 0
+        k_max:int=400, # Longest length, in steps; used where none is good enough
         k_min:int=1, # Shortest length, in steps
         every:int=1, # Epochs from one measurement to the next
-        n_batches:int=4, # Training batches that are measured on
+        n_batches:int=4, # Training batches to measure on
         step:int=None, # Resolution of the measurement, in steps; default: a hundredth of `k_max`
-        scheme:Callable[[int],Truncation]=lambda k: Overlap(k, 2*k), # A length's scheme; default: k or more steps of gradient for a loss
+        scheme:Callable[[int],Truncation]=lambda k: Overlap(k, 2*k), # Function of the length that returns the scheme; default: k or more steps of gradient for each loss
     ):
         self.k_max,self.k_min = check_steps('k_max', k_max, 2),check_steps('k_min', k_min)
         self.every,self.n_batches = check_steps('every', every),check_steps('n_batches', n_batches)

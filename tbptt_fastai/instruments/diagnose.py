@@ -79,13 +79,13 @@ def a_window(
 # %% ../../nbs/instruments/01_diagnose.ipynb #7f4988aa
 @patch
 def check_sub_windows(self:Learner,
-    sub_seq_len:int=None, # Steps of a sub-window; default: a third of those that are tried
-    steps:int=48, # Steps of the window that is tried, at most
+    sub_seq_len:int=None, # Steps of a sub-window; default: a third of the window
+    steps:int=48, # Steps of the window that is run, at most
     tol:float=None, # Largest difference, relative to the largest prediction; default: 1e-4, and 16 roundings in half precision
 ):
-    """Raise a `ValueError` that names the layer, if sub-windows and the whole window have different outputs
+    """Compare predictions in sub-windows with those in one piece; a `ValueError` names the first layer that differs
 
-    Models without step-by-step predictions are not checked."""
+    Returns nothing. A model without a prediction for each step is not checked."""
     if tol is not None: tol = check_number('tol', tol, 'a relative difference above 0, or None', above=0)
     window,_,groups = a_window(self, check_steps('steps', steps, 2))
     sub = window.steps//3 if sub_seq_len is None else check_steps('sub_seq_len', sub_seq_len)
@@ -275,12 +275,13 @@ def _steps_to_try(steps, sub_seq_len):
 
 @patch
 def check_memory_grads(self:Learner,
-    steps:int=None, # Steps of the window that is tried; default: those of a sub-window, at most 100; 20 for a sub-window of one step
-    tol:float=1e-6, # A share below this is none
+    steps:int=None, # Steps of the window that is run; default: those of a sub-window, at most 100; 20 for a sub-window of one step
+    tol:float=1e-6, # Shares below this count as none
 )->pd.DataFrame: # A row for each parameter: norm of its gradient, norm of the part that came through the state, share of that part, verdict
-    """Which parameters learn through the memory?
+    """Measure how much of each parameter's gradient comes through the memory, and say whether the memory learns
 
-    The verdict on the model, and its cause, are above the table, and in its `.attrs['verdict']`."""
+    The verdict and its cause are above the table, and in its `.attrs['verdict']`. Raises a `ValueError` or a `TypeError` for
+    a model that cannot be measured: random in evaluation, all frozen, or without a prediction for each step."""
     tol = check_number('tol', tol, 'a share, 0 or more', least=0)
     reset = first(self._grab_cbs(TbpttResetCB)) or TbpttResetCB()
     scheme = resolve_truncation(reset.setting, self.dls.train)

@@ -207,7 +207,7 @@ def _of_stream(dl, burn_in):
 # %% ../../nbs/instruments/03_find.ipynb #d6e09ff9
 @patch
 def tbptt_find(self:Learner,
-    bias:float=.1, # Relative bias of the gradient that you accept: 0.1 is a tenth of its norm
+    bias:float=.1, # Largest relative bias of the gradient: 0.1 is a tenth of its norm
     n_batches:int=4, # Training batches to measure on
     max_lag:int=None, # Largest lag, in steps; default: half of a window, at most 500
     step:int=1, # Resolution: steps from one lag to the next

@@ -69,12 +69,14 @@ def _both(learn, window, n_inp, groups, limit):
 
 # %% ../../nbs/instruments/06_forgetting.ipynb #7f6d6914
 def measure_forgetting(
-    learn, # Any learner
+    learn, # Any learner, trained a little
     n_batches:int=4, # Training batches to measure on
-    share:float=.1, # Of the loss, that the transient may have at the end of the burn-in
-    limit:int=500, # Most steps that are looked at
+    share:float=.1, # Rise of the loss that is left after the burn-in, as a share of the loss
+    limit:int=500, # Most steps to look at
 )->Forgetting|None: # `None` if predictions or targets have no steps, or are not finite
-    "Run windows from a warm and from the first state, in evaluation mode"
+    """Run windows from a warm and from the first state, in evaluation mode, and measure how the difference falls
+
+    The learner stays as it is."""
     cb = next(iter(learn._grab_cbs(TbpttResetCB)), TbpttResetCB())
     found = windows_of(inner_loader(learn.dls.train), 2*limit, given_n_inp(learn.dls), cb.timed, cb.time_dim)
     with unchanged(learn), torch.no_grad():

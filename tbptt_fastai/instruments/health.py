@@ -20,14 +20,16 @@ from ..truncation.settings import check_number
 
 # %% ../../nbs/instruments/04_health.ipynb #29148169
 class GradientHealth(Callback):
-    "Record the gradient norm of each optimizer step, before clipping, and warn once if it vanishes and once if it explodes"
+    """Record the gradient norm of each optimizer step, before clipping; warn once if it vanishes and once if it explodes
+
+    `norms` has them as an array, `clipped` the share of steps that a `GradientClip` has clipped, and `plot` draws them."""
     # after MixedPrecision (10), which unscales; before GradientClip (11). GradientAccumulation (6) lets only real steps come here
     order,run_valid = MixedPrecision.order+.5,False
     tells_not_finite = True # a learner has no need to, see `warn_of_weights`
     def __init__(self,
-        low:float=1e-7, # Norms below vanish
-        high:float=1e3, # Norms above explode, and those that are not finite
-        every:int=100, # Steps between two looks at the norms; until then they stay on the device
+        low:float=1e-7, # Warn of norms below this: the gradient vanishes
+        high:float=1e3, # Warn of norms above this, and of those that are not finite: the gradient explodes
+        every:int=100, # Optimizer steps between two looks at the norms, which stay on the device until then
     ):
         def norm(name, o): return o if isinstance(o, (int,float)) else check_number(name, o, 'a norm, 0 or more')
         low,high = norm('low', low),norm('high', high)

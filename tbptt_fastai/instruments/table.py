@@ -27,7 +27,7 @@ def table_of(
 
 # %% ../../nbs/instruments/07_table.ipynb #0acc618a
 class TrainingTable(Callback):
-    "Show losses and metrics of all epochs as one table when a fit ends; no line is printed before"
+    "Show losses and metrics of all epochs as one table when a fit ends; nothing is printed before"
     order = 60 # after ProgressCallback, whose logger it takes the place of
 
     def before_fit(self):

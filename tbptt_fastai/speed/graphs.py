@@ -26,14 +26,14 @@ from ..truncation.plan import check_steps
 class CudaGraphCB(Callback):
     """Replay forward, loss and backward of a sub-window as one CUDA graph, once a sub-window of its shape was seen
 
-    Raises a `ValueError` before the first step on a CPU, and for what a graph would leave out: hooks, a scaled loss, several
-    processes, a state that the library does not know, `sub_seq_len=None`. `n_replayed` counts the steps that were replayed."""
+    Raises a `ValueError` before the first step for models, callbacks, schemes and devices whose steps cannot be replayed.
+    `n_replayed` counts the steps that were."""
     order = TbpttResetCB.order+1 # after MixedPrecision (10), DistributedTrainer (11) and the reset of the state
     run_valid = False
     follows_windows = True # its graphs hold the states
     graph,_stateattrs = CudaGraph,('_steps','_seen')
     def __init__(self,
-        n_shapes:int=4, # Shapes of a sub-window that get a graph each, at most; all others run kernel by kernel
+        n_shapes:int=4, # Most shapes of a sub-window that get a graph; all others run kernel by kernel
     ):
         self._init_state()
         self.n_shapes = check_steps('n_shapes', n_shapes, least=0)

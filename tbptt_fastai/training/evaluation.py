@@ -22,7 +22,9 @@ from ..sequences.axis import has_steps
 
 # %% ../../nbs/training/05_evaluation.ipynb #218f8285
 class SubWindowEvalCB(Callback):
-    "Evaluate each window in sub-windows, with the state carried from one to the next"
+    """Evaluate each window in sub-windows, with the state carried from one to the next
+
+    For validation and prediction. Raises a `ValueError` for a `StreamDL`, which is evaluated in sub-windows anyway."""
     # after MixedPrecision (10), before TbpttResetCB (12), which takes the washout from predictions of whole windows
     order = 11
     run_train = False

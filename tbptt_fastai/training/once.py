@@ -15,14 +15,17 @@ from ..loaders.views import SubWindows
 
 # %% ../../nbs/training/06_once.ipynb #9ae55fb8
 def once_per_window(
-    cb:Callback, # A callback that draws random numbers in `before_batch`, from torch's generator
-)->Callback: # The same callback
-    "Have a callback draw once per window: in later sub-windows it meets the random numbers of the first one"
+    cb:Callback, # A callback that draws random numbers in `before_batch`, by PyTorch's generator
+)->Callback: # The same object, changed
+    """Have a callback draw once per window: in later sub-windows it meets the random numbers of the first one
+
+    Its `before_batch` raises a `ValueError` for a `StreamDL` whose rows begin their sequences at different times."""
     cb._drawing,cb._last = cb.before_batch,LastSeen()
     cb.follows_windows = True # what it has drawn is for the window at hand
     cb.before_batch = MethodType(_draw_once, cb)
     return cb
 
+# %% ../../nbs/training/06_once.ipynb #0def1dc2
 class LastSeen:
     "What was drawn for last; nothing in a copy or a file, as it holds data"
     segment = None

@@ -59,13 +59,13 @@ def pass_seconds(
 
 # %% ../../nbs/training/08_threads.ipynb #bf832f31
 class ThreadHintCB(Callback):
-    """Warn, before the first training step, if one CPU thread would be several times as fast
+    """Warn once, at the first batch of a fit on the CPU, if a pass takes several times as long as on one thread
 
-    Times a short pass through a copy of the model, once. `TbpttLearner` adds it unless `num_threads` is given."""
+    `TbpttLearner` has it unless `num_threads` is given."""
     order,run_valid = TbpttResetCB.order-.4,False # before the state is reset for the training
     def __init__(self,
-        times:float=2., # How many times as long a pass has to take for a warning, above 1
-        steps:int=50, # Time steps of the pass, at most
+        times:float=2., # Warn if a pass takes this many times as long as on one thread, above 1
+        steps:int=50, # Time steps of the pass that is timed, at most
     ):
         self.times = check_number('times', times, 'how many times as long a pass may take, above 1', above=1)
         self.steps = check_steps('steps', steps)
