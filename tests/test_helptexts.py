@@ -21,7 +21,7 @@ def test_help_has_every_docment(name):
 
 def test_a_loader_a_learner_and_an_instrument():
     for o,words in ((ours.TbpttLearner, 'sub_seq_len: Steps of a sub-window'), (ours.SequenceDataLoaders.from_arrays, 'win_sz: Steps of a window'),
-                    (ours.Learner.tbptt_find, 'bias: Relative bias of the gradient')):
+                    (ours.Learner.tbptt_find, 'bias: Largest relative bias')):
         assert words in o.__doc__
 
 @dataclass
