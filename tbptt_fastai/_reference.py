@@ -148,6 +148,15 @@ def _is_empty(section):
     "A heading above private names alone, which are not shown"
     return _is_inside(section) and len(section)==1 and '\n' not in section[0].source.strip()
 
+class OneHeading(Processor):
+    "A section that has the name of the symbol it shows needs no second heading"
+    def begin(self): self.section = ''
+
+    def cell(self, cell):
+        if cell.cell_type=='markdown' and cell.source.startswith('## '): self.section = cell.source.split('\n')[0][3:].strip(' `')
+        for data in [o['data'] for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})]:
+            data['text/markdown'] = re.sub(rf'^(?:---\s*)?### {re.escape(self.section)}\n', '', ''.join(data['text/markdown']))
+
 NAME = r'\[(`[^`]*`)\]\([^)]*\)' # of the library, with its link
 LINKED = re.compile(rf'\[((?:[^][]|{NAME})*)\](?=\()')
 

@@ -9,7 +9,7 @@ pytest.importorskip('nbdev') # which the lowest versions are tested without
 from nbdev.config import get_config, tomllib
 from nbdev.showdoc import show_doc
 from fastcore.nbio import NbCell
-from tbptt_fastai._reference import InsideLast, TableRenderer, WIDTH, drop_empty, one_link, signature_of, table_widths
+from tbptt_fastai._reference import InsideLast, OneHeading, TableRenderer, WIDTH, drop_empty, one_link, signature_of, table_widths
 from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, default_loss, scaling_from_data
 
@@ -52,7 +52,7 @@ def test_a_table_without_types_has_no_column_for_them():
         pass
     assert len(dashes(f))==2
 
-def markdown(text): return SimpleNamespace(cell_type='markdown', source=text)
+def markdown(text): return NbCell(0, dict(cell_type='markdown', source=text))
 
 def test_sections_about_the_inside_are_last_and_keep_their_order():
     cells = [markdown(o) for o in ('# Page', 'p', '## Inside: b', 'of b', '## Use', 'of use', '### Inside is no section', '## Inside: a\n\nwords', '## More')]
@@ -60,6 +60,14 @@ def test_sections_about_the_inside_are_last_and_keep_their_order():
     InsideLast(nb).end()
     assert [o.source for o in nb.cells] == ['# Page', 'p', '## Use', 'of use', '### Inside is no section', '## More',
                                            '## Inside: b', 'of b', '## Inside: a\n\nwords']
+
+@pytest.mark.parametrize('heading,left', [('## f', 'words'), ('## `f`', 'words'), ('## F', '---\n\n\n### f\nwords')])
+def test_a_section_with_the_name_of_its_symbol_has_one_heading(heading, left):
+    symbol = NbCell(1, dict(cell_type='code', source='show_doc(f)', outputs=[dict(data={'text/markdown': ['---\n', '\n', '\n', '### f\n', 'words']})]))
+    proc = OneHeading(SimpleNamespace(cells=[]))
+    proc.begin()
+    for o in (markdown(heading), symbol): proc.cell(o)
+    assert ''.join(symbol.outputs[0]['data']['text/markdown']) == left
 
 def test_code_that_looks_like_a_heading_is_no_section():
     code = SimpleNamespace(cell_type='code', source='## Inside')
