@@ -33,9 +33,10 @@ def _lines(parameters):
     return '\n'.join(lines).replace('\0', ' ')
 
 def _given(names):
-    "Parameters that a caller gives: not the first, of a method"
+    "Parameters that a caller gives: not the first, of a method, and no functions for the events of a callback"
     names = list(names)
-    return names[1:] if names and names[0] in ('self', 'cls') else names
+    if names and names[0] in ('self', 'cls'): names = names[1:]
+    return [o for o in names if o not in EVENTS]
 
 def signature_of(name, sig, others=()):
     "Names and defaults; types and meanings are in the table, as are the names of `others`"

@@ -14,6 +14,7 @@ from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, default_loss, scaling_from_data
 
 from tbptt_fastai.instruments.health import GradientHealth
+from tbptt_fastai.instruments.table import TrainingTable
 from tbptt_fastai.truncation.plan import Truncation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,6 +141,8 @@ def test_a_cell_without_a_symbol_is_left_out(shown_as):
     kept,empty = (NbCell(0, dict(cell_type='code', source='show_doc(f)', outputs=[dict(data={'text/markdown': o})])) for o in ('### f', shown_as))
     for o in (kept, empty): drop_empty(o)
     assert hasattr(kept, 'source') and not hasattr(empty, 'source')
+
+def test_a_callback_without_settings_is_called_without(): assert 'TrainingTable()' in shown(TrainingTable)
 
 def test_a_lambda_is_no_html_in_a_signature():
     def g(scheme=lambda k: k): pass
