@@ -2,9 +2,11 @@
 import ast, json, re
 from pathlib import Path
 import pytest, yaml
+import tbptt_fastai
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
+PACKAGE = Path(tbptt_fastai.__file__).parent # which the source distribution is tested without
 SECTIONS = ['Start', 'Tutorials', 'How-to', 'Understand', 'Reference']
 
 def contents(): return yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
@@ -79,7 +81,7 @@ def modules():
     return {m[1]: p for p,m in found.items() if m}
 
 def test_names_that_users_type_are_not_among_the_internals():
-    names = (ROOT/'tbptt_fastai/all.py').read_text(encoding='utf-8')
+    names = (PACKAGE/'all.py').read_text(encoding='utf-8')
     typed = set(re.findall(r'^from tbptt_fastai\.(\S+) import', names, re.M))
     reference = section(contents(), 'Reference')
     internal = set(hrefs(section(reference, 'Internals')))
@@ -89,7 +91,7 @@ def test_names_that_users_type_are_not_among_the_internals():
 
 def typed_names():
     "What `from tbptt_fastai.all import *` has of this library, by the page it is written on"
-    text = (ROOT/'tbptt_fastai/all.py').read_text(encoding='utf-8')
+    text = (PACKAGE/'all.py').read_text(encoding='utf-8')
     found = [o for o in ast.parse(text).body if isinstance(o, ast.ImportFrom) and o.module.startswith('tbptt_fastai.')]
     written = modules()
     return {written[o.module.removeprefix('tbptt_fastai.')]: [n.name for n in o.names] for o in found}
