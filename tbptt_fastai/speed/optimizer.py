@@ -29,10 +29,10 @@ def _hyper(name, o, **bounds):
 _known_adam = '200d89af0122d222' # the digest of what the kernel stands for
 
 class FusedAdam(Optimizer):
-    """fastai's `Adam` (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), in one kernel of PyTorch
+    """fastai's `Adam` (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), by PyTorch's fused kernel
 
-    Hypers and state are those of `Adam`, and the results are the same to rounding. Raises a `ValueError` or a `TypeError` for a
-    hyper out of its range."""
+    Hypers and state are those of `Adam`, and the results are the same to rounding. Raises a `TypeError` for a
+    hyper that is no number, and a `ValueError` for one out of its range."""
     def __init__(self,
         params, # Parameters, or a list of them for each parameter group
         lr:float|slice, # Learning rate, per step; a slice spreads over the groups
