@@ -34,7 +34,7 @@ class Adaptive(Truncation):
         every:int=1, # Epochs from one measurement to the next
         n_batches:int=4, # Training batches to measure on
         step:int=None, # Resolution of the measurement, in steps; default: a hundredth of `k_max`
-        scheme:Callable[[int],Truncation]=lambda k: Overlap(k, 2*k), # Function of a length that returns a scheme; default: k or more steps of gradient for each loss
+        scheme:Callable[[int],Truncation]=lambda k: Overlap(k, 2*k), # Returns the scheme of a length; default: `Overlap(k, 2*k)`
     ):
         self.k_max,self.k_min = check_steps('k_max', k_max, 2),check_steps('k_min', k_min)
         self.every,self.n_batches = check_steps('every', every),check_steps('n_batches', n_batches)
