@@ -46,7 +46,7 @@ class TbpttResetCB(CountedLoss):
 
     Evaluation runs each window in one piece, and the sequences of a `StreamDL` in sub-windows. Raises a `ValueError` or a
     `TypeError` for settings, data and models that cannot be run so, when the callback or the learner is made, or at the first batch;
-    a `NotImplementedError` for what several processes cannot share; a `RuntimeError` after an evaluation in an event of a batch."""
+    a `NotImplementedError` for what several processes cannot share; a `RuntimeError` after an evaluation in `before_train` or a batch."""
     _is_new = False # is the first batch of a fit still to be looked at?
     _trained = None # channels of the inputs in the last training
     _is_unfinished = False # has a fit begun, and not ended?

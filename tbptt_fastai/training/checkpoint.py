@@ -405,7 +405,7 @@ def _is_fit(learn):
     return not (lock is not None and lock.locked()) and not learn._grab_cbs(LRFinder)
 
 class TbpttCheckpoint(Callback):
-    """Write the whole state of a training every so many steps, and resume a training that was interrupted
+    """Write a checkpoint every so many training steps, and resume a training that was interrupted
 
     For `fit` and its relatives: `learn.fit_flat_cos(20, cbs=TbpttCheckpoint(resume=True))`. Raises a `FileExistsError` where a
     checkpoint of an interrupted training would be lost, a `ValueError` that names what differs from the one to resume, and a
