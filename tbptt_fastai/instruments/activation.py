@@ -21,8 +21,8 @@ def _forget(model, groups=None):
         if isinstance(m, StatefulRNN): m.reset(groups=groups)
 
 def activation_memory(
-    model:nn.Module, # A model, in training or evaluation mode; its carried state is reset
-    *xb, # Inputs of one training step, `(batch, time, channels)`: a sub-window or a whole window
+    model:nn.Module, # A model, which is run in training mode and put back into its own; its carried state is reset
+    *xb, # Inputs of one training step, in the layout of the model: a sub-window or a whole window
     groups:list=None, # Group of each row, for the first state of a `StatefulRNN`
 )->int: # Bytes; tensors at the same address count once, with the size of the largest
     "Bytes that autograd keeps from the forward pass of a training step until its backward pass, parameters left out"

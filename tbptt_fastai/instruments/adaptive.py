@@ -25,7 +25,8 @@ class Adaptive(Truncation):
     """Measure before each epoch how far gradients reach, and use the shortest length whose estimated relative bias is below `delta`
 
     After Aicher, Foti and Fox, "Adaptively Truncating Backpropagation Through Time to Control Gradient Bias", UAI 2019 (arXiv
-    1905.07473). `trace` has a dict for each epoch: its `epoch`, the length `k`, `beta`, and whether the bias was `reached`."""
+    1905.07473). `trace` has a dict for each epoch of the last fit: its `epoch`, the length `k`, `beta`, and whether the bias was
+    `reached`. Raises a `ValueError` when the first epoch begins, if windows are too short for `step`."""
     def __init__(self,
         delta:float=.1, # Largest estimated relative bias of the gradient, above 0
         k_max:int=400, # Longest length, in steps; used where none is good enough
@@ -33,7 +34,7 @@ class Adaptive(Truncation):
         every:int=1, # Epochs from one measurement to the next
         n_batches:int=4, # Training batches to measure on
         step:int=None, # Resolution of the measurement, in steps; default: a hundredth of `k_max`
-        scheme:Callable[[int],Truncation]=lambda k: Overlap(k, 2*k), # Scheme of a length; default: k or more steps of gradient for a loss
+        scheme:Callable[[int],Truncation]=lambda k: Overlap(k, 2*k), # Returns the scheme of a length; default: `Overlap(k, 2*k)`
     ):
         self.k_max,self.k_min = check_steps('k_max', k_max, 2),check_steps('k_min', k_min)
         self.every,self.n_batches = check_steps('every', every),check_steps('n_batches', n_batches)

@@ -219,8 +219,8 @@ def tbptt_find(self:Learner,
     """Measure how far gradients reach back and how long a first state is felt; suggest a `sub_seq_len` and a `burn_in`
 
     After Aicher, Foti and Fox, "Adaptively Truncating Backpropagation Through Time to Control Gradient Bias", UAI 2019. The
-    learner stays as it is; callbacks and mixed precision are left out. Warns if no length can be suggested, and raises a
-    `ValueError` for a model that carries no state or windows too short to measure."""
+    learner stays as it is; callbacks and mixed precision are left out. Warns if no length can be suggested or none
+    stays below `bias`. Raises a `ValueError` for a model that carries no state or is frozen, and for windows too short to measure."""
     n_batches,step = check_steps('n_batches', n_batches),check_steps('step', step)
     n_losses = check_steps('n_losses', n_losses)
     (bias,max_lag,tau),show = _check_settings(bias, max_lag, step, tau),check_switch('show', show)

@@ -69,10 +69,10 @@ def _both(learn, window, n_inp, groups, limit):
 
 # %% ../../nbs/instruments/06_forgetting.ipynb #7f6d6914
 def measure_forgetting(
-    learn, # Any learner, trained a little
+    learn, # Any learner; before a training its answer says nothing about the data
     n_batches:int=4, # Training batches to measure on
-    share:float=.1, # Rise of the loss that is left after the burn-in, as a share of the loss
-    limit:int=500, # Most steps to look at
+    share:float=.1, # Largest rise of the loss that may be left after the burn-in, as a share of the loss
+    limit:int=500, # Most steps to look at after the first state; half a window, if that is less
 )->Forgetting|None: # `None` if predictions or targets have no steps, or are not finite
     """Run windows from a warm and from the first state, in evaluation mode, and measure how the difference falls
 

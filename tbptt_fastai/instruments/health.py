@@ -22,7 +22,7 @@ from ..truncation.settings import check_number
 class GradientHealth(Callback):
     """Record the gradient norm of each optimizer step, before clipping; warn once if it vanishes and once if it explodes
 
-    `norms` has them as an array, `clipped` the share of steps that a `GradientClip` has clipped, and `plot` draws them."""
+    `norms` has them as an array, `clipped` is the share of them that a `GradientClip` has clipped, and `plot` draws them."""
     # after MixedPrecision (10), which unscales; before GradientClip (11). GradientAccumulation (6) lets only real steps come here
     order,run_valid = MixedPrecision.order+.5,False
     tells_not_finite = True # a learner has no need to, see `warn_of_weights`

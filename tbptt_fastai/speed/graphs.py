@@ -26,8 +26,9 @@ from ..truncation.plan import check_steps
 class CudaGraphCB(Callback):
     """Replay forward, loss and backward of a sub-window as one CUDA graph, once a sub-window of its shape was seen
 
-    Raises a `ValueError` before the first step for models, callbacks, schemes and devices whose steps cannot be replayed.
-    `n_replayed` counts the steps that were."""
+    Raises a `ValueError` before the first training step for models, callbacks, schemes and devices whose steps cannot be replayed,
+    and a `RuntimeError` at a replayed one whose predictions, targets or loss a callback has changed. `n_replayed` counts the
+    training steps that a graph stood for."""
     order = TbpttResetCB.order+1 # after MixedPrecision (10), DistributedTrainer (11) and the reset of the state
     run_valid = False
     follows_windows = True # its graphs hold the states

@@ -29,17 +29,17 @@ def _hyper(name, o, **bounds):
 _known_adam = '200d89af0122d222' # the digest of what the kernel stands for
 
 class FusedAdam(Optimizer):
-    """fastai's `Adam` (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), in one kernel of PyTorch
+    """fastai's `Adam` (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), by PyTorch's fused kernel
 
-    Hypers and state are those of `Adam`, and the results are the same to rounding. Raises a `ValueError` or a `TypeError` for a
-    hyper out of its range."""
+    Hypers and state are those of `Adam`, and the results are the same to rounding. Raises a `TypeError` for a
+    hyper that is no number, and a `ValueError` for one out of its range."""
     def __init__(self,
         params, # Parameters, or a list of them for each parameter group
-        lr:float|slice, # Learning rate, per step; a slice spreads over the groups
-        mom:float=0.9, # Decay of the mean of gradients, per step (beta1)
-        sqr_mom:float=0.99, # Decay of the mean of squared gradients, per step (beta2)
+        lr:float|slice, # Learning rate, per update; a slice spreads over the groups
+        mom:float=0.9, # Decay of the mean of gradients, per update (beta1)
+        sqr_mom:float=0.99, # Decay of the mean of squared gradients, per update (beta2)
         eps:float=1e-5, # Added to the root of the mean square, in the units of the gradient
-        wd:float=0.01, # Weight decay; each step multiplies weights by `1-lr*wd`, unless their state has `do_wd=False`
+        wd:float=0.01, # Weight decay; each update multiplies weights by `1-lr*wd`, unless their state has `do_wd=False`
     ):
         lr,eps,wd = _hyper('lr', lr),_hyper('eps', eps, least=0),_hyper('wd', wd)
         mom,sqr_mom = _hyper('mom', mom, least=0, below=1),_hyper('sqr_mom', sqr_mom, least=0, below=1)

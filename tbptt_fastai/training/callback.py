@@ -42,10 +42,11 @@ from ..truncation.settings import check_bools, check_switch
 
 # %% ../../nbs/training/04_callback.ipynb #054d8ba4
 class TbpttResetCB(CountedLoss):
-    """Train on one sub-window after the other; the state is carried between them, and reset where a window starts
+    """Train on one sub-window after the other; the state is carried between them, and reset where a window or sequence starts
 
     Evaluation runs each window in one piece, and the sequences of a `StreamDL` in sub-windows. Raises a `ValueError` or a
-    `TypeError` when the learner is made, or before its first step, for settings, data and models that cannot be trained so."""
+    `TypeError` for settings, data and models that cannot be run so, when the callback or the learner is made, or at the first batch;
+    a `NotImplementedError` for what several processes cannot share; a `RuntimeError` after an evaluation in `before_train` or a batch."""
     _is_new = False # is the first batch of a fit still to be looked at?
     _trained = None # channels of the inputs in the last training
     _is_unfinished = False # has a fit begun, and not ended?
@@ -62,11 +63,11 @@ class TbpttResetCB(CountedLoss):
         sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: no truncation; 'dls': as the training loader says
         n_skip:int=0, # First steps of each window or sequence that count in no loss and no metric, in training and evaluation
         timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
-        truncation:Truncation=None, # How windows are cut, where not into sub-windows of one length: `Overlap`, `Interleaved`, your own
-        check:bool=True, # Compare sub-windows with whole windows before the first step, and refuse a model that differs?
+        truncation:Truncation=None, # A scheme in place of `sub_seq_len`, such as `Overlap`; that of the loaders is then for evaluation
+        check:bool=True, # Refuse a model that sub-windows cannot train, and inputs with other channels than those of the training?
         time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the training loader says, or 1
         counts=None, # Function of the targets that returns which of them count; default: all but a loss's `ignore_index`
-        continuing:bool=None, # Does each batch continue the last, row by row? Default: for fastai's `LMDataLoader`
+        continuing:bool=None, # Does each batch continue the last, row by row? Default: as the loader says; fastai's `LMDataLoader` does
         burn_in:int=0, # First steps without a loss in training; gradients go through them
         warm_up:int=0, # First steps that training runs without a gradient; sub-windows begin after them
         washout:int=0, # First steps that count in training, and in no loss and no metric of an evaluation

@@ -405,10 +405,11 @@ def _is_fit(learn):
     return not (lock is not None and lock.locked()) and not learn._grab_cbs(LRFinder)
 
 class TbpttCheckpoint(Callback):
-    """Write the whole state of a training every so many steps, and resume a training that was interrupted
+    """Write a checkpoint every so many training steps, and resume a training that was interrupted
 
     For `fit` and its relatives: `learn.fit_flat_cos(20, cbs=TbpttCheckpoint(resume=True))`. Raises a `FileExistsError` where a
-    checkpoint of an interrupted training would be lost, and a `ValueError` that names what differs from the one to resume."""
+    checkpoint of an interrupted training would be lost, a `ValueError` that names what differs from the one to resume, and a
+    `ValueError` without a `TbpttResetCB`. Warns of what is changed in a callback and cannot be stored."""
     order,run_valid,remove_on_fetch = 1000,False,True # after all others: what they do in a step is done
     follows_windows = True # goes through one window after the other
     _resumed = None # the checkpoint that is on its way to be gone on with

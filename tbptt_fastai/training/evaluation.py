@@ -24,7 +24,8 @@ from ..sequences.axis import has_steps
 class SubWindowEvalCB(Callback):
     """Evaluate each window in sub-windows, with the state carried from one to the next
 
-    For validation and prediction. Raises a `ValueError` for a `StreamDL`, which is evaluated in sub-windows anyway."""
+    For validation and prediction. An evaluation of a `StreamDL`, which goes by sub-windows anyway, raises a `ValueError` when it
+    begins, and so does a model that estimates its first state. Predictions that are not one tensor raise a `TypeError`."""
     # after MixedPrecision (10), before TbpttResetCB (12), which takes the washout from predictions of whole windows
     order = 11
     run_train = False

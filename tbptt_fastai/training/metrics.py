@@ -42,7 +42,7 @@ class StreamingRMSE(Metric):
 class fun_rmse(StreamingRMSE):
     """Root mean squared error over every step of every window, as a metric of a learner or as a function
 
-    Called with predictions and targets, it returns their error. Raises a `ValueError` for shapes that differ."""
+    Called with predictions and targets, it returns the error of that batch, a tensor. Raises a `ValueError` for shapes that differ."""
     def __new__(cls,
         *batch # Predictions and targets of the same shape, or nothing
     ): return StreamingRMSE()(*batch) if batch else StreamingRMSE()

@@ -15,9 +15,9 @@ from ..loaders.views import SubWindows
 
 # %% ../../nbs/training/06_once.ipynb #9ae55fb8
 def once_per_window(
-    cb:Callback, # A callback that draws random numbers in `before_batch`, by PyTorch's generator
+    cb:Callback, # A callback that draws random numbers in `before_batch`, from PyTorch's generator of the CPU
 )->Callback: # The same object, changed
-    """Have a callback draw once per window: in later sub-windows it meets the random numbers of the first one
+    """Have a callback draw once per window: in later sub-windows it gets the random numbers of the first one
 
     Its `before_batch` raises a `ValueError` for a `StreamDL` whose rows begin their sequences at different times."""
     cb._drawing,cb._last = cb.before_batch,LastSeen()

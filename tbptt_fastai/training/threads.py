@@ -59,12 +59,12 @@ def pass_seconds(
 
 # %% ../../nbs/training/08_threads.ipynb #bf832f31
 class ThreadHintCB(Callback):
-    """Warn once, at the first batch of a fit on the CPU, if a pass takes several times as long as on one thread
+    """Warn once, at the first batch of the first fit, if a pass on the CPU takes at least `times` times as long as on one thread
 
     `TbpttLearner` has it unless `num_threads` is given."""
     order,run_valid = TbpttResetCB.order-.4,False # before the state is reset for the training
     def __init__(self,
-        times:float=2., # Warn if a pass takes this many times as long as on one thread, above 1
+        times:float=2., # Warn if a pass takes this many times as long as on one thread, or more; above 1
         steps:int=50, # Time steps of the pass that is timed, at most
     ):
         self.times = check_number('times', times, 'how many times as long a pass may take, above 1', above=1)
