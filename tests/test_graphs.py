@@ -374,7 +374,8 @@ def test_a_distributed_model_is_refused(make):
     learn.model = nn.DataParallel(learn.model)
     with pytest.raises(ValueError, match='is in a DataParallel'): learn.graphs.check()
 
-@pytest.mark.parametrize('hook', [lambda m: m.rnn.register_forward_hook(lambda *args: None), lambda m: m.register_full_backward_hook(lambda *args: None),
+@pytest.mark.parametrize('hook', [lambda m: m.register_forward_pre_hook(lambda *args: None), lambda m: m.rnn.register_forward_hook(lambda *args: None),
+    lambda m: m.register_full_backward_hook(lambda *args: None), lambda m: m.rnn.rnn.register_full_backward_pre_hook(lambda *args: None),
     lambda m: m.head.weight.register_hook(lambda grad: None), lambda m: m.head.weight.register_post_accumulate_grad_hook(lambda p: None)])
 def test_hooks_are_refused(make, hook):
     learn = make()

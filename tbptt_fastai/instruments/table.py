@@ -25,16 +25,25 @@ def table_of(
     rule = _line(['---:']*len(names))
     return '\n'.join([_line(names), rule, *(_line(map(_shown, row)) for row in rows)])
 
+# %% ../../nbs/instruments/07_table.ipynb #f42fc12d
+class _Rows(list):
+    "The lines of a fit, in place of another logger"
+    def __init__(self, cb, old): self.cb,self.old = cb,old
+
+    def __call__(self, line):
+        log = self.old if self.cb.learn is None else self.append
+        log(line)
+
 # %% ../../nbs/instruments/07_table.ipynb #0acc618a
 class TrainingTable(Callback):
     "Show losses and metrics of all epochs as one table when a fit ends; nothing is printed before"
     order = 60 # after ProgressCallback, whose logger it takes the place of
 
     def before_fit(self):
-        self.old_logger,self.shows = self.learn.logger,self.learn.logger is not noop
-        if not self.shows: return
-        self.rows = []
-        self.learn.logger = self.rows.append
+        before = self.learn.logger
+        self.old_logger = before.old if isinstance(before, _Rows) else before # that of a fit that was interrupted
+        self.shows = self.old_logger is not noop
+        if self.shows: self.learn.logger = self.rows = _Rows(self, self.old_logger)
 
     def after_fit(self):
         self.learn.logger = self.old_logger

@@ -99,7 +99,7 @@ def check(self:CudaGraphCB):
     _refuse_scheme(reset.training_view(self.dls.train).truncation)
 
 # %% ../../nbs/speed/06_graphs.ipynb #931f5e80
-_hooks = '_forward_hooks','_backward_hooks','_backward_pre_hooks','_post_accumulate_grad_hooks'
+_hooks = ('_forward_pre_hooks','_forward_hooks','_backward_hooks','_backward_pre_hooks','_post_accumulate_grad_hooks')
 
 def _refuse_hooks(name, o):
     "A `ValueError` if a module or a tensor has hooks"
