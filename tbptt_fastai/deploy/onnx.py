@@ -207,7 +207,8 @@ def to_onnx(
     """Write a model to an ONNX file with its state as inputs and outputs, and check the file with onnxruntime
 
     The file takes chunks `x` (or `x0`, `x1`, …) and the tensors of the state, and gives `y` and the next state. Needs
-    `pip install tbptt_fastai[onnx]`. Raises a `ValueError`, and writes nothing, if the file does not do what the model does."""
+    `pip install tbptt_fastai[onnx]`. Raises a `ValueError`, and writes nothing, if the file does not do what the model does,
+    and a `NotImplementedError` for a model with another `time_dim` than 1."""
     onnxruntime = _onnxruntime()
     if isinstance(dynamic, str): dynamic = (dynamic,)
     if unknown := set(dynamic)-{'streams','steps'}: raise ValueError(

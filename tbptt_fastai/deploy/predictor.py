@@ -99,9 +99,10 @@ def _check_ndim(ndim):
 class StreamPredictor:
     """Run a trained model on sequences that come in chunks: each call continues where the last one ended
 
-    Call it with a tensor, array or data frame `(streams, time, ...)`, or `(time, ...)` of one stream, of any number of
-    steps; one for each input of the model. It returns the model's output: a tensor, or an array for an array. The learner's
-    activation and decoding are not applied. Raises a `TypeError` for a model whose state cannot be kept."""
+    Call it with a tensor or an array `(streams, time, ...)`, or `(time, ...)` of one stream, or with the data frame of one
+    stream, of any number of steps; one for each input of the model. It returns the model's output: a tensor for a tensor,
+    otherwise an array. The learner's activation and decoding are not applied. Raises a `TypeError` for a model whose state
+    cannot be kept, and a `ValueError` for a bidirectional layer."""
     def __init__(self,
         learn, # Learner or model; it is held, not copied, so predictions follow its weights
         # Number of dimensions of the input `(streams, time, ...)`, or a tuple with that of each input;
@@ -285,10 +286,10 @@ def _step(self:StreamPredictor, xs, timed):
 
 @patch
 def __call__(self:StreamPredictor,
-    # Tensor, array or data frame `(streams, time, ...)`, or `(time, ...)` of one stream, for each input of the model;
-    # any number of steps
+    # For each input of the model a tensor or an array `(streams, time, ...)`, or `(time, ...)` of one stream,
+    # or the data frame of one stream; any number of steps
     *x_chunk,
-): # The model's output for the chunk, on its device, or arrays for an array; no activation or decoding of a learner is applied
+): # The model's output for the chunk, on its device for a tensor, otherwise as an array; no activation or decoding of a learner is applied
     "Predict the next chunk of every stream"
     if not x_chunk: raise TypeError("There is no chunk; expected a tensor or an array for each input of the model.")
     with taking_turns(self.model): return self._next(x_chunk)
@@ -577,7 +578,10 @@ def _check_saved_layer(name, module, state, n):
 def load_state_dict(self:StreamPredictor,
     state:dict, # From `state_dict`, of a predictor with the same layers
 ):
-    "Continue from a saved state; raises a `ValueError`, with nothing changed, if it is that of another model"
+    """Continue from a saved state
+
+    Raises a `ValueError`, with nothing changed, if its layers or their sizes are not those of the model, and a `TypeError`
+    for what `state_dict` did not make."""
     with taking_turns(self.model): self._load(state)
 
 

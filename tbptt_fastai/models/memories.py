@@ -104,7 +104,7 @@ class FastWeights(nn.Module):
 
 # %% ../../nbs/models/02_memories.ipynb #897ea71a
 class CachedAttention(nn.Module):
-    """Causal attention: each step looks at itself and at the `mem_len` steps before it, over the bounds of sub-windows
+    """Causal attention: each step looks at itself and at the `mem_len` steps before it, across the bounds of sub-windows
 
     There is a learned bias for each distance. Keys and values of the last `mem_len` steps are kept for the next
     sub-window, after Transformer-XL (Dai et al. 2019, arXiv:1901.02860), which keeps the input that they are
@@ -169,7 +169,7 @@ class LRU(nn.Module):
         n_out:int, # Output channels
         n_mem:int=16, # Complex state variables
         r_min:float=.9, # Least share of a state variable that is left after a step, before training
-        r_max:float=.999, # Greatest such share, below 1
+        r_max:float=.999, # Greatest such share, below 1, before training
         max_phase:float=math.pi/10, # Greatest angle that a state variable turns by in a step, before training; radians
     ):
         super().__init__()
@@ -210,7 +210,7 @@ class LRU(nn.Module):
 
 # %% ../../nbs/models/02_memories.ipynb #00b96ac7
 class CausalConv(nn.Module):
-    """A stack of dilated causal convolutions with residual connections, over the bounds of sub-windows
+    """Dilated causal convolutions with residual connections, which look back across the bounds of sub-windows
 
     The last steps of each layer's input are its state
     (van den Oord et al. 2016, arXiv:1609.03499; Bai et al. 2018, arXiv:1803.01271)."""

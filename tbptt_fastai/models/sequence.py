@@ -144,8 +144,8 @@ class SequenceRNN(nn.Module):
         scale_y:Standardize=None, # Scaling of the targets, undone on the output; default: none
         last:bool=False, # Return the output after the last step alone, one for each window?
         time_dim:int=1, # Where the time axis of inputs and outputs is: 0, 1 or -1
-        n_classes:dict=None, # Number of classes of each input channel that has classes, by channel; these are embedded
-        initial:nn.Module=None, # First state, as for `StatefulRNN`; default: zeros
+        n_classes:dict=None, # `{channel: number of classes}` of input channels that hold numbers of classes; they are embedded
+        initial:nn.Module=None, # First state, as for `StatefulRNN`; an `EncodedState` is told channels and scalings; default: zeros
     ):
         super().__init__()
         check_rnn_type(rnn_type)

@@ -79,14 +79,14 @@ def _draw(
 @torch.no_grad()
 def sample_text(
     learn, # Trained learner on loaders of `SequenceDataLoaders.from_text`, whose `dls.vocab` names the tokens
-    prompt, # What the text begins with: a string, or a list of tokens; at least one
+    prompt, # What the text begins with, one token at least: a string of characters, or a list of tokens, such as words
     n:int=200, # Tokens to draw
     temperature:float=1., # Below 1: likely tokens become likelier; 0: always the likeliest
 ): # As the prompt: a string or a list
     """Continue `prompt` token by token: each is drawn from the scores of the model, and is its next input
 
     Draws from torch's random generator. Raises a `ValueError` for a prompt that is empty or has a token that is not in the
-    vocabulary, and a `TypeError` for a learner without one."""
+    vocabulary, and a `TypeError` for a learner without a vocabulary."""
     vocab,model = getattr(learn.dls, 'vocab', None),learn.model
     _check_vocab(vocab)
     number = {o:i for i,o in enumerate(vocab)}

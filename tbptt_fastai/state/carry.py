@@ -39,7 +39,8 @@ class Carry:
     """Carry all states of a model from one call to the next: `with Carry(model): ...`
 
     Inside the block, plain `nn.LSTM`, `nn.GRU` and `nn.RNN` layers carry their state as a `StatefulRNN` does, and states are
-    detached between calls. Nothing stays behind: the model has neither hooks nor states of the block afterwards.
+    detached between calls, unless `keep_graph`. Afterwards the model has neither hooks nor states of the block; only a state
+    that it keeps on its own, for its own `reset()`, stays as it is.
     Raises a `ValueError` for a bidirectional layer, and for one that is called twice in one forward pass."""
     entered = [] # the contexts that have begun and not ended, the innermost last
     seen = None # the segment that the states are at the end of
@@ -114,7 +115,9 @@ def reset(self:Carry,
     rows=None, # bool `(bs,)`: the rows that start over; default: all
     groups:list=None, # The group of each row, for the first state of a `StatefulRNN`
 ):
-    "Start a new window: the next call begins with the first state, in all rows or in some"
+    """Start a new window: the next call begins with the first state, in all rows or in some
+
+    Raises a `ValueError` for `rows` if the first state is not known, or if the model's own `reset()` can only reset all."""
     if rows is None and self.resets_itself: reset_own_state(self.inner)
     if rows is not None: check_rows(self)
     for m in self.stateful.values(): m.reset(rows, groups)
@@ -226,7 +229,7 @@ def forget_turns(self:Carry):
 def out_of_reach(
     model:nn.Module, # Any model
 ):
-    "Inside the block, the model runs without seeing or changing any state that is carried outside, as that of a training"
+    "Inside the block, the model neither sees nor changes what a `StatefulRNN` or a `Carry` carries outside, in a training for instance"
     modules = set(model.modules())
     stateful = {m:m.slot for m in modules if isinstance(m, StatefulRNN)}
     others = [o for o in Carry.entered if not modules.isdisjoint(o.modules.values())]
@@ -345,7 +348,7 @@ class _Nobody:
 def without_carrying(
     model:nn.Module, # Any model, also in an `AveragedModel`
 ):
-    """Inside the block, every call of the model starts from its first state, in training mode too
+    """Inside the block, every call of the model starts from its first state, in training mode too, and leaves no state behind
 
     For batches that have nothing to do with each other: `with without_carrying(model): update_bn(loader, model)`."""
     inner = get_model(model)

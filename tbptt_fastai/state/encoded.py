@@ -124,8 +124,8 @@ def _one_hot(y, n):
 class EncodedState(nn.Module):
     """Estimate the state of a recurrent module by a small network, from the first `n_past` inputs and targets of a window
 
-    In a stream it looks at the first steps of each sequence. Losses and numbers count from `n_past` on; up to there the model
-    runs from its own first state.
+    In a stream it looks at the first steps of each sequence. Losses count from `n_past` on, and so do the numbers of an
+    evaluation, unless that begins with the module's own first state. Up to `n_past` the model runs from its own first state.
     Raises a `ValueError` before training if windows are not longer than the past.
     After Beintema, Tóth and Schoukens 2021 (arXiv 2012.07697)."""
     own_first = True # before the past is known, the module's own first state

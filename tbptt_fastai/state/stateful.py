@@ -176,9 +176,9 @@ class InitialState(nn.Module):
     """A first state for all sequences, or one for each group
 
     Give it to `StatefulRNN(..., initial=...)`. Tensors stay as they are; those that are an `nn.Parameter` are learned.
-    Raises a `ValueError` unless each tensor has one row, or one for each group."""
+    Raises a `ValueError` unless each tensor has one row, or with `groups` as many as there are groups."""
     def __init__(self,
-        state, # A tensor, or tensors in tuples, lists and dicts, with 1 or `len(groups)` rows in the batch dimension
+        state, # Tensors, numbers and `None`, alone or in tuples, lists and dicts; the tensors with 1 or `len(groups)` rows
         groups:list=None, # Names of the groups; default: one state for all
         batch_dim=0, # Where the batch is in these tensors; 1 for the state of a layer of `torch.nn`
     ):
@@ -231,14 +231,15 @@ class StatefulRNN(nn.Module):
 
     The module is an `nn.RNN`, `nn.GRU` or `nn.LSTM`, or any with `forward(x, state) -> (out, state)`, a whole model too.
     Its first state comes from its `initial_state(bs, device, dtype)`, `init_memory` or `init_hidden`; without these it is
-    called with `None`. A call returns the output alone. In evaluation mode every call starts from the first state.
-    Outside a learner the state is carried until `reset()`; run unrelated batches, as `update_bn` does, `without_carrying`.
+    called with `None`. A call returns the output alone. In evaluation mode each call starts from the first state, unless
+    it is made in a `Carry(model, evaluation=True)`. Outside a learner the state is carried until `reset()`;
+    run unrelated batches, as `update_bn` does, `without_carrying`.
     Raises a `TypeError` for a cell of `torch.nn`, which `Unroll` runs, and a `ValueError` for a bidirectional layer."""
     def __init__(self,
         rnn:nn.Module, # `nn.RNN`, `nn.GRU`, `nn.LSTM`, or a module with `forward(x, state) -> (out, state)`
         batch_dim=None, # Where the batch is in the tensors of its state; default: 1 for layers of `torch.nn`, else 0
-        # Where the first state comes from: `InitialState`, `EncodedState`, `StoredState` or `PassedState`;
-        # default: the module's own
+        # Where the first state comes from: `InitialState`, `EncodedState`, `StoredState`, `PassedState`, or a module
+        # that makes it of a list with the group of each row; default: the module's own
         initial=None,
         batch_first:bool=None, # Is its input `(batch, time, ...)`, and not `(time, batch, ...)`? Default: as the module says, else yes
     ):
@@ -272,7 +273,7 @@ class StatefulRNN(nn.Module):
 
     @property
     def state(self):
-        "The carried state, detached; `None` at the start of a window"
+        "The carried state, detached unless a `Carry` keeps its graph; `None` at the start of a window"
         return self.slot.state
 
     @property
@@ -401,7 +402,7 @@ def learned_state(
     rnn:nn.RNNBase, # `nn.RNN`, `nn.GRU` or `nn.LSTM`
     groups:list=None, # Names of the groups; default: one state for all
 )->InitialState:
-    "An `InitialState` for a layer of `torch.nn` that starts at zero and is learned with the weights"
+    "An `InitialState` of zeros for a layer of `torch.nn`, learned along with the weights"
     rows,layers,w = len(groups or [0]),rnn.num_layers,rnn.weight_hh_l0
     sizes = rnn.proj_size or rnn.hidden_size, rnn.hidden_size
     h,c = (nn.Parameter(w.new_zeros(layers, rows, size)) for size in sizes)

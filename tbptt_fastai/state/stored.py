@@ -93,8 +93,9 @@ def extra_repr(self:FirstStateElsewhere):
 class StoredState(FirstStateElsewhere):
     """Begin a window with the state in which the model last reached its first step, in this epoch or an earlier one
 
-    States are stored at the end of each sub-window and each window, so `stp_sz` has to divide `sub_seq_len` or `win_sz`.
-    Without effect in an evaluation. Raises a `ValueError` where no window would begin so. After R2D2, Kapturowski et al. 2019."""
+    States are stored at the end of each sub-window and each window, so other windows have to begin there: some do if `stp_sz`
+    divides `sub_seq_len` or `win_sz`. Without effect in an evaluation. Raises a `ValueError` if none does.
+    After R2D2, Kapturowski et al. 2019."""
     in_windows = True
     def __init__(self,
         share:float=1., # Share of the windows that begin so; they are drawn each time
@@ -183,7 +184,8 @@ def summary(self:StoredState)->str:
 class PassedState(FirstStateElsewhere):
     """Begin a window, or a sequence of a stream, with the final state of another one that has ended
 
-    Of windows it is one of the batch before; of sequences, the last one in some row. Without effect in an evaluation.
+    Of windows it is one of the batch before; of sequences, the last one that ended in a row. Which one or which row is drawn at
+    random. Without effect in an evaluation.
     This is state passing, after Buitrago and Gu 2025 (arXiv 2507.02782)."""
     def forget(self):
         self.is_there = None # bool `(bs,)`: rows of which a final state is kept

@@ -55,7 +55,7 @@ class Unroll(nn.Module):
     `None`. Raises a `TypeError` for a layer that runs over time, and for a module that does not take a step and a state."""
     def __init__(self,
         cell:nn.Module, # Module that takes one time step
-        timed:tuple[bool,...]=None, # Which tensors of a nested input have a time axis, in their order; default: all
+        timed:tuple[bool,...]=None, # Which elements of a nested input have a time axis, in order; default: tensors of 2 dimensions or more
         batch_first:bool=True, # Is the input `(batch, time, ...)`, and not `(time, batch, ...)`?
     ):
         super().__init__()

@@ -13,7 +13,7 @@ class Interleaved(Truncation):
     """Cut windows by another scheme, and train on several batches of them in turn
 
     Successive updates are on different windows. Each batch in flight has states of its own, which wait for their turn.
-    Raises a `ValueError` for a scheme that cuts no windows."""
+    Raises a `ValueError` for `None`, and for another `Interleaved`."""
     def __init__(self,
         scheme, # How each window is cut: a scheme, such as `Overlap(20, 100)`, or the steps of a sub-window
         in_flight:int=16, # Batches of windows that take turns; all of them are in memory, with their states

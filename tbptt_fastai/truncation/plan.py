@@ -178,7 +178,7 @@ class Fixed(Truncation):
     `sub_seq_len=100` of a learner or a loader means `Fixed(100)`."""
     _last = None
     def __init__(self,
-        sub_seq_len:int, # Steps of a sub-window, and so the most that gradients go back over
+        sub_seq_len:int, # Steps of a sub-window; without a burn-in, the most that gradients go back over
         block:int=None, # In a stream, a sequence may begin every `block` steps of a sub-window; default: at its start alone
     ):
         self.sub_seq_len = self.block = self.least_window = check_steps('sub_seq_len', sub_seq_len)

@@ -52,7 +52,7 @@ class Jittered(Truncation):
         k:int, # Usual length, in steps
         half:float=.05, # Share of the sub-windows that are about half as long
         std:float=5., # Standard deviation of the length, in steps
-        least:int=5, # Shortest length, in steps
+        least:int=5, # Shortest length, in steps; the last sub-window of a window may be shorter
         longest:int=None, # Longest length, in steps; default: no limit
         # What is multiplied by length/k: the 'loss', so that each step weighs the same;
         # or the learning rate, 'lr', as in AWD-LSTM
