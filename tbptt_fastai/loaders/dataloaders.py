@@ -158,7 +158,7 @@ def _check_windows(lengths, one_label):
 
 @patch
 def test_dl(self:SequenceDataLoaders,
-    test_items, # One sequence of inputs, a list of them, a list of pairs `(x, y)`, or `Sequences`
+    test_items, # One sequence of inputs, a list of them, a list of tuples `(x, y)`, or `Sequences`
     rm_type_tfms=..., # Not used; `Learner.predict` passes it
     with_labels:bool=False, # Do the items have targets too?
     as_stream:bool=None, # Use a `StreamDL`, which accepts unequal lengths? Default: for files, and for lists if `dls.valid` is one
