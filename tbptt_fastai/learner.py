@@ -335,7 +335,7 @@ def RNNLearner(
     hidden_size:int=100, # Hidden units of each layer
     num_layers:int=1, # Recurrent layers
     dropout:float=0., # Share of values dropped between recurrent layers, from 0 to 1; for text, before the output too
-    initial:nn.Module=None, # First state as for `SequenceRNN`, e.g. `EncodedState(n_past=30)` (not for text) or `StoredState()`; default: zero
+    initial:nn.Module=None, # First state, e.g. `EncodedState(n_past=30)` (not for text) or `StoredState()`; default: zero
     **kwargs
 )->SequenceLearner:
     "A `TbpttLearner` with a `SequenceRNN` that is sized and scaled by the training data; for text, with a `TextRNN`"
