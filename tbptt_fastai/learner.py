@@ -266,13 +266,17 @@ def clipping(
 # %% ../nbs/learner.ipynb #7081e7a1
 @delegates(Learner.__init__)
 def TbpttLearner(
-    dls, # `DataLoaders` whose batches are windows `(batch, time, ...)`, of this library or of yours
-    model:nn.Module=None, # A model with `nn.LSTM`, `nn.GRU`, `nn.RNN` or `StatefulRNN` inside; default: as `RNNLearner`, with its arguments
+    dls, # `DataLoaders` of windows `(batch, time, ...)`, of this library or of yours; or of streams
+    # A model with `nn.LSTM`, `nn.GRU`, `nn.RNN` or `StatefulRNN` inside; with `sub_seq_len=None` any model;
+    # default: as `RNNLearner`, with its arguments
+    model:nn.Module=None,
     sub_seq_len:int|None|str='dls', # Steps of a sub-window; `None`: whole windows; 'dls': as the loaders say
-    truncation:Truncation=None, # How windows are cut, where it is not into sub-windows of one length: `Overlap`, `Interleaved`, your own
+    truncation:Truncation=None, # Scheme that cuts windows, instead of `sub_seq_len`: `Overlap`, `Interleaved`, your own
     n_skip:int=0, # First steps of each window that count in no loss and no metric, in training and evaluation
     grad_clip:float=None, # Largest norm of the gradient, above 0; default: no clipping
-    loss_func=None, # Loss of predictions and targets; default: the dataset's own (classes: cross entropy), or the mean absolute error
+    # Loss of predictions and targets; default: the dataset's own (classes: cross entropy), or the mean absolute error,
+    # of several outputs each in units of its deviation
+    loss_func=None,
     opt_func=FusedAdam, # Makes the optimizer; the default is fastai's `Adam` in one kernel
     cbs=None, # Your callbacks
     timed:tuple[bool,...]=None, # Which elements of a batch have a time axis; default: those as long as the first
@@ -288,8 +292,9 @@ def TbpttLearner(
 )->SequenceLearner:
     """A `Learner` that trains by truncated backpropagation through time
 
-    The state starts afresh at each window and is carried, detached, from sub-window to sub-window. Raises a `TypeError` or a
-    `ValueError` here, or before the first step of a fit, for data, models and settings that cannot be trained so."""
+    The state is reset at each window, or at each sequence of a stream, and is carried, detached, from sub-window to sub-window.
+    With `continuing` it is carried from batch to batch. Raises a `TypeError` or a `ValueError` for data, models and settings
+    that cannot be trained so: here, or before the first step of a fit, unless the fault is in a later window."""
     _check_loaders(dls)
     _check_parts(loss_func, opt_func, cbs)
     own = dict(loss_func=loss_func, opt_func=opt_func, num_threads=num_threads)
@@ -312,9 +317,10 @@ def scaling_from_data(
     dls, # Loaders of real signals `(batch, time, channels)`
     time_dim:int=None, # Where the time axis of a batch is: 0, 1 or -1; default: as the loader says, or 1
 )->list[Standardize]: # `Standardize` of x and of y; `None` for classes
-    """Modules that scale by the mean and deviation of each channel, over all training steps with finite values
+    """Modules that scale by the mean and deviation of the finite values of each channel in the training data
 
-    Of one batch, if the loader transforms batches or reads no `Sequences`."""
+    They measure one batch alone if the loader transforms batches or reads no `Sequences`. Class numbers among the inputs are
+    not scaled. Raises a `ValueError` for items that are no pair of real signals, and for a channel without a finite value."""
     _check_loaders(dls)
     dl,dtype = dls.train,_signals(dls)[0].dtype
     x,y = _training_arrays(dl, resolve_time_dim(time_dim, dl))
@@ -328,8 +334,8 @@ def RNNLearner(
     rnn_type:str='lstm', # 'rnn', 'gru' or 'lstm'
     hidden_size:int=100, # Hidden units of each layer
     num_layers:int=1, # Recurrent layers
-    dropout:float=0., # Share of values dropped between recurrent layers
-    initial:nn.Module=None, # First state, as for `SequenceRNN`, such as `EncodedState(n_past=30)` or `StoredState()`; default: zero
+    dropout:float=0., # Share of values dropped between recurrent layers, from 0 to 1; for text, before the output too
+    initial:nn.Module=None, # First state, e.g. `EncodedState(n_past=30)` (not for text) or `StoredState()`; default: zero
     **kwargs
 )->SequenceLearner:
     "A `TbpttLearner` with a `SequenceRNN` that is sized and scaled by the training data; for text, with a `TextRNN`"

@@ -108,9 +108,10 @@ def _check_known(kwargs):
 class SequenceDataLoaders(DataLoaders):
     """fastai `DataLoaders` for long sequences; make them with one of the `from_...` methods
 
-    Arrays of one length in memory become windows: a `TbpttDL` trains on their sub-windows and evaluates them whole.
-    A `StreamDL` reads all else: sequences of unequal length, groups, text and files. It also evaluates by sub-windows,
-    and predicts step by step in the order of the data."""
+    Arrays in memory become windows, of `win_sz` steps or of their whole length: a `TbpttDL` trains on their sub-windows and
+    evaluates them whole. A `StreamDL` reads all else: data frames, text, files, and, without `win_sz`, named sequences or
+    sequences of unequal length. It also evaluates by sub-windows, and predicts step by step in the order of the data. Groups
+    of a data frame that have one label each are windows too."""
     @classmethod
     @delegates(TbpttDL.__init__, but=['dataset'])
     def from_sequences(cls,
@@ -157,16 +158,16 @@ def _check_windows(lengths, one_label):
 
 @patch
 def test_dl(self:SequenceDataLoaders,
-    test_items, # One sequence of inputs, a list of them, a list of pairs `(x, y)`, or `Sequences`
+    test_items, # One sequence of inputs, a list of them, a list of tuples `(x, y)`, or `Sequences`
     rm_type_tfms=..., # Not used; `Learner.predict` passes it
     with_labels:bool=False, # Do the items have targets too?
-    as_stream:bool=None, # Use a `StreamDL`, which accepts unequal lengths? Default: as `dls.valid` does; for files, yes
+    as_stream:bool=None, # Use a `StreamDL`, which accepts unequal lengths? Default: for files, and for lists if `dls.valid` is one
     **kwargs # As for `TbpttDL`
 ):
-    """A loader for new data, of the same kind as `dls.valid`; `Learner.predict` uses it too
+    """A loader for new data, as a rule of the same kind as `dls.valid`; `Learner.predict` uses it too
 
-    One sequence outside a list is one whole window. Raises a `ValueError` if channels or their names differ from the
-    training data, or if a loader of windows gets sequences of unequal length."""
+    One sequence in memory that is in no list is one whole window. Raises a `ValueError` if channels or their names differ
+    from the training data, or if a loader of windows gets sequences of unequal length, and a `TypeError` for text."""
     check_bools('as_stream', as_stream),check_bools('with_labels', with_labels)
     encoded = kwargs.pop('process', None) is not None # items of a dataset, as `Interpretation` gives them
     _check_known(kwargs)
@@ -259,7 +260,7 @@ def from_arrays(cls:SequenceDataLoaders,
     x_names=None, # Names and units of the input channels, e.g. 'force [N]'; default: columns of data frames
     y_names=None, # Names and units of the target channels; default: as for `x_names`
     dt:float=None, # Seconds per step; default: plots count steps
-    vocab:list=None, # All labels, if targets are classes; default: the strings or categories in `y`, sorted
+    vocab:list=None, # All labels, if targets are classes; default: the strings in `y`, sorted, or its categories in their order
     valid_warm_up:int=0, # Steps before the held-back end that bring the state up to date, without a loss; `True`: all
     **kwargs # As for `from_sequences`
 ):
@@ -354,11 +355,12 @@ def from_df(cls:SequenceDataLoaders,
     time:str=None, # Column, or level of the index, to sort each group by; default: rows are in order
     valid_pct:float=.2, # Share of each group to hold back, at its end, for validation
     valid_groups=None, # Groups to hold back whole, instead of ends
-    # Cut groups into parts of this many steps, to fill more rows than there are groups; default: whole groups
+    # Cut groups into parts of this many steps, to fill more rows than there are groups, or, with `one_label`, into windows;
+    # default: whole groups
     win_sz:int=None,
     dtype:torch.dtype=torch.float32, # Type of the real numbers in a batch
     dt:float=None, # Seconds per step; default: plots count steps
-    vocab:list=None, # All labels, if the target is a class; default: the strings or categories in `y`
+    vocab:list=None, # All labels, if the target is a class; default: the strings in `y`, sorted, or its categories in their order
     one_label:bool=False, # Has each group one label, instead of one for each row?
     max_gap=None, # Longest time between two rows of a sequence, a number or a text like '1h'; default: a warning about holes
     x_vocab:dict=None, # All classes of each input column; default: the strings and categories in the training rows
@@ -368,8 +370,8 @@ def from_df(cls:SequenceDataLoaders,
 ):
     """Loaders for a data frame: each group is a sequence, or several where it has holes longer than `max_gap`
 
-    `dls.valid_ds.index` has the index of the row of each prediction, `dls.valid_ds.rows` its position. `dls.test_df(df)`
-    reads a new frame in the same way."""
+    `dls.valid_ds.index` has the index of the row of each prediction, `dls.valid_ds.rows` its position; with `one_label`
+    there is neither. `dls.test_df(df)` reads a new frame in the same way."""
     form = FrameForm(x, y, group, time, max_gap, x_vocab, on_unknown)
     most = check_warm_up(valid_warm_up, valid_groups is not None, win_sz)
     index,(df,groups) = getattr(df, 'index', None),form.open(df)
@@ -450,13 +452,15 @@ def _check_hdf5(name, arrays, names):
 @delegates(SequenceDataLoaders.from_arrays, but=['valid', 'groups', 'valid_groups'])
 def from_hdf5(cls:SequenceDataLoaders,
     files, # Pattern of file names, e.g. 'runs/*.h5', or a list of files; each file is one sequence
-    x, # Dataset of the inputs, `(time,)` or `(time, channels)`, or a list of datasets: names
-    y, # Dataset, or datasets, of the targets
+    x, # Name of the dataset of the inputs, `(time,)` or `(time, channels)`, or a list of names
+    y, # Name of the dataset of the targets, or a list of names
     valid_files=None, # Pattern or list of validation files; default: the last `valid_pct` of each file
     external:bool=False, # May a file take its values from other files? See `HDF5Array`
     **kwargs # As for `from_arrays`
 ):
-    "Loaders for HDF5 files, each one recording; a thread reads them one sub-window ahead of the model"
+    """Loaders for HDF5 files, each one recording; a thread reads them one sub-window ahead of the model
+
+    Raises a `FileNotFoundError` if no file has such a name, and the errors of `HDF5Array` and `from_arrays`."""
     def arrays(files): return tuple([HDF5Array(f, names, external) for f in files] for names in (x, y))
     def groups(files): return list(map(str, files))
     files = _files(files)

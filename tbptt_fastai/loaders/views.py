@@ -73,8 +73,8 @@ def resolve_time_dim(
 class SubWindows(GetAttr):
     """A view of any loader of windows that yields the sub-windows of each batch in order
 
-    `sub_window` has the steps of the last one, `is_first` says whether its window starts there. All else is passed on to
-    the loader. Raises a `ValueError` if loader and view name different time axes."""
+    `sub_window` has the steps of the last one, `is_first` says whether its window starts there. Other attributes are those
+    of the loader. Raises a `ValueError` if loader and view name different time axes."""
     _default = 'dl'
     flat = False # Are the predictions of a batch one step after the other, without rows?
     n_past = 0 # First steps of each window or sequence that the state after them is estimated from

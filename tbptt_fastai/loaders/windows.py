@@ -29,7 +29,7 @@ def _check_items(dataset):
 
 # %% ../../nbs/loaders/02_windows.ipynb #deb983ba
 class TbpttDL(TfmdDL):
-    """A fastai `TfmdDL` that shuffles windows and yields the sub-windows of each batch in order
+    """A fastai `TfmdDL` over windows, shuffled or not, that yields the sub-windows of each batch in order
 
     `one_batch`, `show_batch` and transforms see whole windows. Raises a `ValueError` or a `TypeError` for a length that is
     no whole number above 0, or that is longer than the windows of `Sequences`."""
@@ -56,7 +56,7 @@ class TbpttDL(TfmdDL):
     def sub_windows(self):
         """The view that is iterated; its `is_first` says where the state has to be reset
 
-        The validation subset of `Datasets` stays whole."""
+        The windows of a validation set, which has a `split_idx` of 1, stay whole."""
         return view_of(self, None if getattr(self.dataset, 'split_idx', None) else self.sub_seq_len)
 
     def __iter__(self): return iter(self.sub_windows())

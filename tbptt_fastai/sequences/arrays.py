@@ -24,7 +24,7 @@ def _is_mapped(o):
 class FileArray:
     """An array outside of memory, or some of its steps; a slice is read as a tensor, and not kept
 
-    Raises an `IndexError` for steps that are not consecutive, and an `OSError` if a mapped file was cut meanwhile."""
+    Raises an `IndexError` for a slice with a stride, and an `OSError` if a mapped file was cut meanwhile."""
     def __init__(self,
         source, # Array with `shape`, `dtype` and slices along its first axis, time: `np.memmap`, HDF5, zarr and others
         start:int=0, # First step of the part
@@ -149,11 +149,11 @@ class HDF5Array:
 
     The file is opened when it is read, so the array can be copied and pickled. Raises an `ImportError` without `h5py`, a
     `KeyError` that lists the datasets of the file, a `ValueError` for shapes that don't fit together or for values in
-    other files, and an `OSError` for a file that was cut."""
+    other files, and an `OSError` for a file that is missing, damaged, or was cut."""
     def __init__(self,
         path, # Path of the file
         names, # Name of a dataset `(time,)` or `(time, channels)`, or a list of names
-        external:bool=False, # May the file take its values from files in other folders, or in other formats?
+        external:bool=False, # May the file take its values from other files? Links to files in its folder are always followed
     ):
         try: import h5py
         except ImportError: raise ImportError("HDF5 files need h5py: pip install 'tbptt_fastai[hdf5]'.") from None

@@ -166,8 +166,8 @@ def group_sequences(
     """Take a data frame apart into one sequence for each group
 
     x and y are arrays `(time, channels)`; y is `(time,)` if it is one column of integers, which are classes. Raises a
-    `KeyError`, `TypeError` or `ValueError` that names the group and row for a missing value, time or group, and for a time
-    that a group has twice."""
+    `KeyError` for a missing column and a `TypeError` for one that is not numbers, both with its name. Raises a `ValueError`
+    with the group and row for a missing value or time, and for a time that a group has twice."""
     x,y,by,time = as_list(x),y if y is None else as_list(y),as_list(group),one_column(time)
     check_xy(x, ['none'] if y is None else y)
     columns = [*x, *(y or []), *by, *([] if time is None else [time])]
