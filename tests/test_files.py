@@ -616,3 +616,9 @@ def test_what_numpy_makes_of_a_memory_map_is_read_as_it_is(signals, changed):
     a = np.arange(100, dtype='f4')
     x, = Sequences(changed(memmap(a))).read([0], [3], [7])
     assert x[0,:,0].tolist()==changed(a)[3:10].tolist()
+
+@pytest.mark.parametrize('steps', [5, -1, [1, 3], None, (slice(2), 0), torch.tensor([0])])
+def test_what_is_no_slice_of_a_file_is_refused_by_name(tmp_path, steps):
+    path = tmp_path/'u.npy'
+    np.save(path, np.zeros((10, 2), 'f4'))
+    with pytest.raises(TypeError, match=r'in slices of steps, such as \[5:6\]; got'): FileArray(np.load(path, mmap_mode='r'))[steps]

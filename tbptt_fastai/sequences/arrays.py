@@ -24,7 +24,8 @@ def _is_mapped(o):
 class FileArray:
     """An array outside of memory, or some of its steps; a slice is read as a tensor, and not kept
 
-    Raises an `IndexError` for a slice with a stride, and an `OSError` if a mapped file was cut meanwhile."""
+    Raises a `TypeError` for what is no slice, an `IndexError` for a slice with a stride, and an `OSError` if a mapped file
+    was cut meanwhile."""
     def __init__(self,
         source, # Array with `shape`, `dtype` and slices along its first axis, time: `np.memmap`, HDF5, zarr and others
         start:int=0, # First step of the part
@@ -48,6 +49,7 @@ class FileArray:
     def __getitem__(self,
         steps:slice, # Consecutive steps
     )->Tensor: # `(steps, ...)`, in memory of its own
+        if not isinstance(steps, slice): raise TypeError(f"A FileArray is read in slices of steps, such as [5:6]; got {steps!r}.")
         start,stop,by = steps.indices(len(self))
         if by!=1: raise IndexError(f"A FileArray is read in consecutive steps, not every {by}.")
         self._check_whole()
