@@ -129,6 +129,11 @@ def test_a_name_that_users_type_has_an_example_with_its_output(page, name):
     example = [c for c in own if has_output(c) and re.search(rf'\b{name}\b', ''.join(c['source']))]
     assert example, f'{page} shows no output of `{name}` after it, and before the next name'
 
+@pytest.mark.parametrize('page', [o for o in pages() if o.startswith(('how_to/', 'tutorials/', 'explanation/'))])
+def test_a_page_that_runs_code_shows_what_comes_of_it(page):
+    shown = [c for c in cells(page) if c['cell_type']=='code' and not re.match(r'#\| *hide', ''.join(c['source']))]
+    assert len(shown)<2 or any(map(has_output, shown)), f'{page} was saved without outputs'
+
 def test_the_build_leaves_it_alone():
     tomllib = pytest.importorskip('tomllib')
     config = tomllib.loads((ROOT/'pyproject.toml').read_text(encoding='utf-8'))
