@@ -62,10 +62,16 @@ def test_code_that_nobody_sees_may_be_wide(site): assert faults(site, code('#| e
 
 @pytest.mark.parametrize('language', ['python', 'text', ''])
 def test_fenced_code_that_is_too_wide_is_named(site, language):
-    "And a diagram; a message of several words wraps"
+    "And a diagram; a message of several words wraps, which is no code"
     [fault] = faults(site, markdown(f"Words.\n\n```{language}\nx = {'1+'*43}1\n```"))
     assert '91 columns' in fault
-    assert faults(site, markdown(f"Words.\n\n```{language}\n{'ValueError: it says what is wrong, and what to do. '*3}\n```")) == []
+    message = faults(site, markdown(f"Words.\n\n```{language}\n{'ValueError: it says what is wrong, and what to do. '*3}\n```"))
+    assert len(message)==(language=='python')
+
+def test_fenced_code_behind_another_block_or_of_many_words_is_named(site):
+    wide = 'x = 1 # '+'and here is what it is for in words '*3
+    [fault] = faults(site, markdown(f"Words.\n\n```sh\nls\n```\n\n```python\n{wide}\n```"))
+    assert 'columns of code: x = 1' in fault
 
 @pytest.mark.parametrize('output, found', [
     (stream('UserWarning: something\n', 'stderr'), 'stderr'), (stream('█ 0.00% [0/8 00:00<?]\n'), 'progress bar'),

@@ -27,12 +27,13 @@ def cells(page): return json.loads((NBS/page).read_text(encoding='utf-8'))['cell
 
 def front_page(): return '\n'.join(''.join(o['source']) for o in cells('index.ipynb') if o['cell_type']=='markdown')
 
+def title_lines(page): return next(''.join(c['source']) for c in cells(page) if ''.join(c['source']).startswith('# ')).splitlines()
+
 def test_no_words_are_lost_with_a_title():
     "What a cell has beyond a title, a sentence, and settings is not on the site"
     lost = {}
     for page in pages():
-        title = next(''.join(c['source']) for c in cells(page) if ''.join(c['source']).startswith('# '))
-        beyond = [o for o in title.splitlines()[1:] if o.strip() and not o.startswith(('>', '- '))]
+        beyond = [o for o in title_lines(page)[1:] if o.strip() and not o.startswith(('>', '- '))]
         if beyond: lost[page] = beyond
     assert not lost, f'these lines belong in a cell of their own: {lost}'
 
@@ -57,12 +58,10 @@ def test_the_first_page_is_the_front_page(): assert hrefs(contents())[0] == 'ind
 
 def test_internals_are_last(): assert contents()[-1]['contents'][-1]['section'] == 'Internals'
 
-def title(page): return next(''.join(c['source']) for c in cells(page) if ''.join(c['source']).startswith('# ')).splitlines()[0][2:]
-
 def test_a_page_has_the_same_name_in_the_sidebar_and_above_it():
     "But for those of the reference, which list what is on them, and the front page"
     named = {o['href']: o['text'] for name in SECTIONS[:-1] for o in entries(section(contents(), name)) if o['href']!='index.ipynb'}
-    assert len(named)>25 and named == {o: title(o) for o in named}
+    assert len(named)>25 and named == {o: title_lines(o)[0][2:] for o in named}
 
 def test_names_tell_pages_apart():
     names = [o['text'] for o in entries(contents())]

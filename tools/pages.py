@@ -67,9 +67,12 @@ def html_name(page):
     return page.with_name(re.sub(r'^\d+[a-z]?_', '', page.stem)+'.html')
 
 def wide_code(cell):
-    fenced = [o.split('\n') for o in re.findall(r'^```(?:python|text|)\n(.*?)^```', markdown_of(cell), re.M|re.S)]
-    fenced = [o for lines in fenced for o in lines if not is_sentence(o)]
-    for line in (code_of(cell) if shown(cell) else [])+fenced:
+    "Of its source, and of fenced code; a message in a fence wraps, and so does a command"
+    lines = code_of(cell) if shown(cell) else []
+    for language,text in re.findall(r'^```(\w*)\n(.*?)^```', markdown_of(cell), re.M|re.S):
+        if language=='python': lines += text.split('\n')
+        if language in ('text', ''): lines += [o for o in text.split('\n') if not is_sentence(o)]
+    for line in lines:
         if len(line)>WIDTH: yield f'{len(line)} columns of code: {line.strip()[:60]}…'
 
 def unfit_outputs(cell):
