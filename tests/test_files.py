@@ -328,6 +328,14 @@ def test_links_in_hdf5_files_are_followed():
     for a in (HDF5Array('a.h5', ['soft','hard']), HDF5Array('b.h5', 'out')): assert a[3:4].max()==3
     with pytest.raises(KeyError, match="a.h5 has no dataset 'broken'"): HDF5Array('a.h5', 'broken')
 
+@pytest.mark.parametrize('steps', [3, -1, slice(2, 5), slice(None), slice(None, None, 4), slice(4, 4), [1, 2]], ids=str)
+def test_datasets_of_a_file_are_read_as_the_array_that_they_make(steps):
+    "One step of several datasets is one of all their channels, too"
+    a,b = np.arange(10.),np.arange(20.).reshape(10, 2)
+    hdf5(a, 'a.h5', 'a'), hdf5(b, 'a.h5', 'b')
+    for names,expected in (('a', a), ('b', b), (['a','b'], np.column_stack([a, b])), (['b','a','a'], np.column_stack([b, a, a]))):
+        np.testing.assert_array_equal(HDF5Array('a.h5', names)[steps], expected[steps], strict=True)
+
 
 def test_not_all_files_are_open_at_once(parts, monkeypatch):
     monkeypatch.setattr('tbptt_fastai.sequences.arrays._MAX_OPEN', 3)

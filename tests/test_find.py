@@ -230,11 +230,30 @@ def test_a_stream_is_measured_at_the_starts_of_its_sequences():
         warnings.simplefilter('ignore', UserWarning)
         res = learn.tbptt_find(max_lag=8, n_losses=8, show=False)
     seqs = [0,2,3,4] # those of 16 steps or more
-    by_hand = {i:phi_by_hand(rnn, head, torch.from_numpy(xs[i][None]), torch.from_numpy(ys[i][None]), range(1, 9), range(8, 16)) for i in seqs}
+    def by_hand(i, at): return phi_by_hand(rnn, head, *(torch.from_numpy(o[i][None,at:]) for o in (xs, ys)), range(1, 9), range(8, 16))
+    first = {i:by_hand(i, 0) for i in seqs}
     n_rows = [1, 2, 3, 4]
-    for phi in res.phi: # a batch is the mean over some of the sequences
-        assert any(np.allclose(phi, np.mean([by_hand[i] for i in some], 0), rtol=1e-3) for n in n_rows for some in combinations(seqs, n))
+    *starts,last = res.phi
+    for phi in starts: # a batch is the mean over some of the sequences
+        assert any(np.allclose(phi, np.mean([first[i] for i in some], 0), rtol=1e-3) for n in n_rows for some in combinations(seqs, n))
+    np.testing.assert_allclose(last, by_hand(4, 16), rtol=1e-3) # the one that has as many steps left
     fit_own_lr(learn, 1)
+
+
+def test_a_text_is_measured_at_as_many_parts_as_are_asked_for():
+    "Its rows are sequences that begin once; their next steps are measured as the first are, from the first state"
+    rng = np.random.default_rng(0)
+    xs,ys = ([rng.standard_normal((70,c)).astype(np.float32) for _ in range(2)] for c in (2,1))
+    dl = StreamDL(Sequences(xs, ys), bs=2, sub_seq_len=10)
+    rnn,head = nn.LSTM(2, 4, batch_first=True),nn.Linear(4, 1)
+    learn = TbpttLearner(DataLoaders(dl, dl), nn.Sequential(StatefulRNN(rnn), head), loss_func=nn.MSELoss())
+    def part(i): return (torch.from_numpy(np.stack([o[i*16:] for o in seqs])) for seqs in (xs, ys))
+    expected = [phi_by_hand(rnn, head, *part(i), range(1, 9), range(8, 16)) for i in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)
+        for n in (1, 3, 4, 9):
+            res = learn.tbptt_find(max_lag=8, n_batches=n, n_losses=8, show=False)
+            np.testing.assert_allclose(res.phi, expected[:n], rtol=1e-3) # 70 steps are four parts
 
 
 class Busy(nn.Module):

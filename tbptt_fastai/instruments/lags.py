@@ -60,7 +60,7 @@ def unchanged(
 def windows_of(dl, limit, n_inp, timed, time_dim):
     "Training windows, how many of their elements are inputs, and the groups of their rows if the loader tells"
     view = view_of(dl, timed=timed, n_inp=n_inp, time_dim=time_dim)
-    for batch,groups in view.beginnings(limit):
+    for batch,groups in view.measurable(limit):
         n_inp = view.n_inputs(batch)
         yield Window(batch, n_inp, timed, view.time_dim),n_inp,groups
 

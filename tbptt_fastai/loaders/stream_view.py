@@ -121,13 +121,15 @@ def block(self:StreamView): return self.truncation and self.truncation.block
 
 # %% ../../nbs/loaders/04_stream_view.ipynb #1b253913
 @patch
-def beginnings(self:StreamView, limit):
-    "Of those sequences that are long enough"
+def measurable(self:StreamView, limit):
+    "The first steps of those sequences that are long enough, then their next steps"
     dl,steps = self.stream,min(limit, self.usual_steps)
     dl.before_iter()
-    for block in dl.layout(steps):
-        rows = (block.start==0)&(block.n==steps)
-        if rows.any(): yield self.laid_out(dl.read_begins(block, rows)),dl.dataset.groups_of(block.seq[rows])
+    layout = dl.layout(steps)
+    for goes_on in (False, True):
+        for block in layout:
+            rows = (block.n==steps)&((block.start>0)==goes_on)
+            if rows.any(): yield self.laid_out(dl.read_rows(block, rows)),dl.dataset.groups_of(block.seq[rows])
 
 @patch
 def _planned(self:StreamView, block):

@@ -286,12 +286,12 @@ def one_batch(self:StreamDL):
     if self.n==0: raise ValueError("This loader has no sequences.")
     block = first(self.layout(self.sub_seq_len))
     self.before_iter()
-    return self.laid_out(self.read_begins(block, block.n==block.steps))
+    return self.laid_out(self.read_rows(block, block.n==block.steps))
 
 @patch
-def read_begins(self:StreamDL,
+def read_rows(self:StreamDL,
     block:Block, # Steps of some sequences
-    rows, # bool `(rows,)`: those in which a sequence begins that is as long as the block
+    rows, # bool `(rows,)`: those that are read, each as long as the block
 ):
     "The batch of these rows alone, on the device and transformed"
     batch = self._read(Block(block.seq[rows], block.start[rows], block.n[rows]))

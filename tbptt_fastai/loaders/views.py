@@ -413,7 +413,7 @@ def usual_steps(self:SubWindows):
     return self.first_window.steps
 
 @patch
-def beginnings(self:SubWindows,
+def measurable(self:SubWindows,
     limit:int, # Steps that are enough
 ):
     "Batches of windows, at least so much of them, and the group of each row if the loader tells"

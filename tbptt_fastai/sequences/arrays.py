@@ -183,7 +183,8 @@ class HDF5Array:
         if data is None: data = self._open_data()
         _check_size(self.path, _size_of(data[0]), self._size)
         with _file_named(self.path): parts = [o[steps] for o in data]
-        return parts[0] if len(parts)==1 else np.concatenate([o.reshape(len(o), -1) for o in parts], axis=1)
+        if len(parts)==1: return parts[0]
+        return np.concatenate([part[...,None] if o.ndim==1 else part for o,part in zip(data, parts)], axis=-1)
 
     def __getstate__(self): return {**self.__dict__, '_data': None}
 
