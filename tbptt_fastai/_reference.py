@@ -7,7 +7,7 @@ from fastai.callback.core import event
 from fastcore.docments import DocmentTbl
 from nbdev.config import get_config
 from nbdev.showdoc import BasicMarkdownRenderer
-from tbptt_fastai.helptexts import HEADING, all_docments
+from tbptt_fastai.helptexts import HEADING, all_docments, fields_of
 
 WIDTH = 84 # columns of code that show on a page
 TABLE = 100 # characters in the width of a table
@@ -77,10 +77,20 @@ def _taken_over(function):
     own = code.co_varnames[:code.co_argcount+code.co_kwonlyargcount]
     return [o for o in inspect.signature(function).parameters if o not in own]
 
+def _rows_of_fields(cls):
+    "Of a named tuple, of which fastcore knows no parameters"
+    texts,parameters = fields_of(cls),inspect.signature(cls).parameters
+    return {o: dict(anno=parameters[o].annotation, default=parameters[o].default, docment=texts[o]) for o in texts}
+
+def _is_named_tuple(obj): return inspect.isclass(obj) and issubclass(obj, tuple) and hasattr(obj, '_fields')
+
 class _Table(DocmentTbl):
     "Rows for the parameters of which there is something to say; one for all those that are described elsewhere"
     def __init__(self, obj):
         super().__init__(obj)
+        if _is_named_tuple(obj):
+            self.dm = _rows_of_fields(obj)
+            self.params = list(self.dm)
         self.function = _function_of(obj)
         self.others = _taken_over(self.function)
         for o in self.dm.values(): o['anno'],o['default'] = _type(o['anno']),_default(o['default'])

@@ -13,7 +13,7 @@ from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.learner import RNNLearner, TbpttLearner, default_loss, scaling_from_data
 from tbptt_fastai.instruments.health import GradientHealth
 from tbptt_fastai.instruments.table import TrainingTable
-from tbptt_fastai.truncation.plan import Truncation
+from tbptt_fastai.truncation.plan import SubWindow, Truncation
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +50,13 @@ def test_a_table_without_types_has_no_column_for_them():
           b): # Which
         pass
     assert len(dashes(f))==2
+
+def test_the_fields_of_a_named_tuple_are_a_table():
+    text = shown(SubWindow)
+    assert '| start | int |  | First step; 0 marks a new window |' in text
+    assert '| carry | int \\| None | None | Step whose state the next sub-window starts from; default: `stop` |' in text
+    assert 'every counted step of a window weighs the same; 0: no step counts. `Truncation.sub_windows` sets it |' in text
+    assert '| args |' not in text and '**Returns**' not in text
 
 def test_parameters_that_another_page_describes_are_one_row():
     text = shown(RNNLearner)
