@@ -3,6 +3,9 @@
 nbdev imports it by `renderer` in `pyproject.toml`, from wherever it builds the pages; nothing of the library needs it, or nbdev.
 """
 import inspect, re, textwrap
+from importlib import import_module
+from pkgutil import walk_packages
+import tbptt_fastai
 from fastai.callback.core import event
 from fastcore.docments import DocmentTbl
 from nbdev.config import get_config
@@ -77,9 +80,15 @@ def _taken_over(function):
     own = code.co_varnames[:code.co_argcount+code.co_kwonlyargcount]
     return [o for o in inspect.signature(function).parameters if o not in own]
 
+def _imported(cls):
+    "A class of a cell as users import it; a cell's has no source"
+    if cls.__module__!='__main__': return cls
+    modules = [import_module(o.name) for o in walk_packages(tbptt_fastai.__path__, 'tbptt_fastai.') if '._' not in o.name]
+    return next(o for m in modules if (o := vars(m).get(cls.__name__)) is not None)
+
 def _rows_of_fields(cls):
     "Of a named tuple, of which fastcore knows no parameters"
-    texts,parameters = fields_of(cls),inspect.signature(cls).parameters
+    texts,parameters = fields_of(_imported(cls)),inspect.signature(cls).parameters
     return {o: dict(anno=parameters[o].annotation, default=parameters[o].default, docment=texts[o]) for o in texts}
 
 def _is_named_tuple(obj): return inspect.isclass(obj) and issubclass(obj, tuple) and hasattr(obj, '_fields')

@@ -58,6 +58,11 @@ def test_the_fields_of_a_named_tuple_are_a_table():
     assert 'every counted step of a window weighs the same; 0: no step counts. `Truncation.sub_windows` sets it |' in text
     assert '| args |' not in text and '**Returns**' not in text
 
+def test_a_named_tuple_of_a_cell_has_the_texts_of_its_module(monkeypatch):
+    "Python knows no source of a class that a page defines"
+    monkeypatch.setattr(SubWindow, '__module__', '__main__')
+    assert '| start | int |  | First step; 0 marks a new window |' in shown(SubWindow)
+
 def test_parameters_that_another_page_describes_are_one_row():
     text = shown(RNNLearner)
     assert '| kwargs | | | sub_seq_len, truncation, n_skip, ' in text and 'default_cbs: as in `TbpttLearner` |' in text
