@@ -3,7 +3,7 @@ from fastai.basics import *
 from fastai.callback.all import *
 # these add check_memory_grads, check_sub_windows and tbptt_find to Learner
 import tbptt_fastai.instruments.diagnose, tbptt_fastai.instruments.find
-from tbptt_fastai.datasets.benchmarks import create_dls_duffing, create_dls_silverbox
+from tbptt_fastai.datasets.benchmarks import create_dls_duffing, create_dls_silverbox, simulate_duffing
 from tbptt_fastai.deploy.onnx import to_onnx
 from tbptt_fastai.deploy.predictor import StreamPredictor
 from tbptt_fastai.instruments.activation import activation_memory
@@ -21,9 +21,10 @@ from tbptt_fastai.sequences.text import TextRows
 from tbptt_fastai.sequences.windows import SequenceWindows, Sequences
 from tbptt_fastai.speed.graphs import CudaGraphCB
 from tbptt_fastai.speed.optimizer import FusedAdam
-from tbptt_fastai.state.carry import Carry
+from tbptt_fastai.state.carry import Carry, without_carrying
 from tbptt_fastai.state.encoded import EncodedState
 from tbptt_fastai.state.stateful import InitialState, StatefulRNN, learned_state
+from tbptt_fastai.state.stored import PassedState, StoredState
 from tbptt_fastai.state.unroll import Unroll
 from tbptt_fastai.training.callback import TbpttResetCB
 from tbptt_fastai.training.checkpoint import TbpttCheckpoint

@@ -2,10 +2,13 @@
 
 A cell that cannot be run there is an error that names it. So are, on any page, a link, an image or an anchor that leads nowhere, a line of code
 or of numbers that is too wide, a warning, a traceback, what a notebook says on stderr, a progress bar, a path of the machine, a page without a title
-and a sentence about it, and one that begins with code.
+and a sentence about it, one that begins with code, a sentence that announces what is not there, and a name in an example that nothing above it
+defines.
 """
-import json, re
+import ast, builtins, json, re
+from importlib import import_module
 from pathlib import Path
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 88 # columns of code that a page shows
@@ -99,6 +102,62 @@ def begins_with_code(cells):
         code = code or shown(cell)
     return False
 
+INTRODUCED = re.compile(r'```|\||[-*] |\d+\. |!\[|>|<|\$\$') # fences, tables, lists, figures, quotations, HTML, formulas
+
+def blocks_of(cell):
+    "What a reader sees of a cell: paragraphs of text, and `None` for anything else"
+    if cell['cell_type']=='markdown':
+        text = re.sub(r'^```.*?^```', '```', joined(cell['source']), flags=re.M|re.S)
+        return [None if INTRODUCED.match(o) else o for o in re.split(r'\n\s*\n', text.strip()) if o]
+    seen = shown(cell) and any(o.strip() for o in code_of(cell))
+    return [None] if seen or any(True for _ in texts_of(cell)) or cell.get('outputs') else []
+
+def announced(cells):
+    "Paragraphs that end with a colon, before another paragraph, a heading or the end"
+    blocks = sum(map(blocks_of, cells), [])
+    for text,after in zip(blocks, [*blocks[1:], '']):
+        if text and re.search('[^:]:$', text.rstrip()) and after is not None: yield f'nothing follows: …{text.strip()[-60:]}'
+
+def before_inside(cells):
+    "Without the sections about what a page is made of, which come last"
+    at = next((i for i,o in enumerate(cells) if joined(o['source']).startswith('## Inside')), None)
+    return cells[:at]
+
+def names_from(module):
+    module = import_module(module)
+    return getattr(module, '__all__', None) or [o for o in vars(module) if not o.startswith('_')]
+
+def bound_in(tree):
+    "Names that some code defines, wherever"
+    for o in ast.walk(tree):
+        if isinstance(o, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler)): yield o.name
+        elif isinstance(o, ast.Name) and not isinstance(o.ctx, ast.Load): yield o.id
+        elif isinstance(o, ast.arg): yield o.arg
+        elif isinstance(o, ast.ImportFrom) and o.names[0].name=='*': yield from names_from(o.module)
+        elif isinstance(o, (ast.Import, ast.ImportFrom)): yield from ((a.asname or a.name).split('.')[0] for a in o.names)
+
+def undefined(cells):
+    "Names in the code of a page that a reader, who runs its cells from the top, would not have"
+    known = set(dir(builtins))
+    for cell in before_inside(cells):
+        if cell['cell_type']!='code' or not shown(cell): continue
+        tree = ast.parse('\n'.join(o for o in code_of(cell) if not re.match(r'\s*[%!]', o)))
+        known.update(bound_in(tree))
+        used = [o.id for o in ast.walk(tree) if isinstance(o, ast.Name) and o.id not in known]
+        yield from dict.fromkeys(used)
+        known.update(used)
+
+def links_in(items):
+    "Of a part of the sidebar"
+    return {o['href'] for o in items if 'href' in o}.union(*(links_in(o['contents']) for o in items if 'contents' in o))
+
+def internal_pages(folder):
+    "By the sidebar, those of the internals"
+    sidebar = folder/'sidebar.yml'
+    if not sidebar.exists(): return set()
+    sections = yaml.safe_load(sidebar.read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    return links_in([o for part in sections for o in part['contents'] if o.get('section')=='Internals'])
+
 class Site:
     "The processed pages, by their own names and by those of the site"
     def __init__(self, folder):
@@ -106,6 +165,7 @@ class Site:
         self.pages = sorted(p for p in self.folder.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
         self.by_name = {p.relative_to(self.folder): p for p in self.pages}
         self.by_name |= {html_name(o): p for o,p in list(self.by_name.items())}
+        self.internal = internal_pages(self.folder)
         self._anchors = {}
 
     def anchors(self, page):
@@ -132,6 +192,8 @@ class Site:
         for o in ('title', 'description'):
             if page.stem!='index' and not re.search(rf'^{o}: *\S', head, re.M): yield f'no {o}'
         if begins_with_code(cells): yield 'begins with code: a sentence about it first'
+        yield from announced(cells)
+        if page.relative_to(self.folder).as_posix() not in self.internal: yield from (f'{o} is not defined above' for o in undefined(cells))
         for i,cell in enumerate(cells):
             for o in [*wide_code(cell), *unfit_outputs(cell), *self.dead_links(page, cell)]: yield f'cell {i}: {o}'
             if m := PRIVATE.search(seen_in(cell)): yield f'cell {i}: the path {m[0]}'
