@@ -182,7 +182,7 @@ def test_the_front_page_is_short():
     pictures = [o for c in shown for o in c['outputs'] if 'image/png' in o.get('data', {})]
     lines = [o for c in shown if 'echo: false' not in ''.join(c['source']) for o in ''.join(c['source']).splitlines()]
     assert len(pictures)==1 and len(lines)<=10
-    above = front_page().split('## You have, you use')[0]
+    above = front_page().split('## Where to start')[0]
     assert len(re.sub(r'\]\([^)]*\)', '', above).split())<=250
 
 def test_the_picture_shows_the_recorded_numbers():
