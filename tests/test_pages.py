@@ -169,7 +169,7 @@ def test_a_name_that_a_reader_does_not_have_is_named(site):
     assert 'f is not defined' in fault
 
 @pytest.mark.parametrize('defined', ['import os.path as a', 'from os import path as a', 'from os.path import *; a = join', 'a = 1', 'def a(): pass', 'class a: pass',
-    'for a in []: pass', 'b,(a,*c) = 1,(2,3)', 'with open('x') as a: pass', 'if (a := 1): pass', 'try: pass\nexcept OSError as a: pass', '[print(a) for a in []]',
+    'for a in []: pass', 'b,(a,*c) = 1,(2,3)', 'with open(0) as a: pass', 'if (a := 1): pass', 'try: pass\nexcept OSError as a: pass', '[print(a) for a in []]',
     'f = lambda a: a', '%matplotlib inline\na = 1'])
 def test_how_a_name_may_be_defined(site, defined): assert faults(site, markdown('A text.'), code(defined), code('print(a)'))==[]
 
