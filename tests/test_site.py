@@ -157,6 +157,7 @@ TASKS = {
     'a label for each second of sound': 'how_to/classification.ipynb',
     'my recordings do not fit in memory': 'how_to/larger_than_memory.ipynb',
     'the machine is switched off at night': 'how_to/resume.ipynb',
+    'a colleague wants my trained model': 'how_to/save_and_share.ipynb',
     'predictions on a microcontroller, sample by sample': 'how_to/deploy.ipynb',
     'we used Keras with stateful=True': 'how_to/coming_from.ipynb',
     'what does this warning mean?': 'explanation/troubleshooting.ipynb',
