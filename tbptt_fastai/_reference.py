@@ -2,10 +2,8 @@
 
 nbdev imports it by `renderer` in `pyproject.toml`, from wherever it builds the pages; nothing of the library needs it, or nbdev.
 """
-import inspect, re, textwrap
-from importlib import import_module
-from pkgutil import walk_packages
-import tbptt_fastai
+import inspect, re, sys, textwrap
+import tbptt_fastai.all
 from fastai.callback.core import event
 from fastcore.docments import DocmentTbl
 from nbdev.config import get_config
@@ -95,8 +93,8 @@ def _sources(function, names):
 def _imported(cls):
     "A class of a cell as users import it; a cell's has no source"
     if cls.__module__!='__main__': return cls
-    modules = [import_module(o.name) for o in walk_packages(tbptt_fastai.__path__, 'tbptt_fastai.') if '._' not in o.name]
-    return next(o for m in modules if (o := vars(m).get(cls.__name__)) is not None)
+    modules = [m for name,m in sys.modules.items() if name.startswith('tbptt_fastai.')]
+    return next((o for m in modules if (o := vars(m).get(cls.__name__)) is not None), cls)
 
 def _rows_of_fields(cls):
     "Of a named tuple, of which fastcore knows no parameters"
