@@ -163,6 +163,7 @@ TASKS = {
     'a label for each second of sound': 'how_to/classification.ipynb',
     'my recordings do not fit in memory': 'how_to/larger_than_memory.ipynb',
     'the machine is switched off at night': 'how_to/resume.ipynb',
+    'a colleague wants my trained model': 'how_to/save_and_share.ipynb',
     'predictions on a microcontroller, sample by sample': 'how_to/deploy.ipynb',
     'we used Keras with stateful=True': 'how_to/coming_from.ipynb',
     'what does this warning mean?': 'explanation/troubleshooting.ipynb',
@@ -188,7 +189,7 @@ def test_the_front_page_is_short():
     pictures = [o for c in shown for o in c['outputs'] if 'image/png' in o.get('data', {})]
     lines = [o for c in shown if 'echo: false' not in ''.join(c['source']) for o in ''.join(c['source']).splitlines()]
     assert len(pictures)==1 and len(lines)<=10
-    above = front_page().split('## You have, you use')[0]
+    above = front_page().split('## Where to start')[0]
     assert len(re.sub(r'\]\([^)]*\)', '', above).split())<=250
 
 def test_the_picture_shows_the_recorded_numbers():
