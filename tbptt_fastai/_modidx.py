@@ -3023,6 +3023,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'tbptt_fastai/training/resets.py'),
                                               'tbptt_fastai.training.resets.StateResets': ( 'training/resets.html#stateresets',
                                                                                             'tbptt_fastai/training/resets.py'),
+                                              'tbptt_fastai.training.resets.StateResets.__setattr__': ( 'training/resets.html#stateresets.__setattr__',
+                                                                                                        'tbptt_fastai/training/resets.py'),
                                               'tbptt_fastai.training.resets.StateResets._begin_pieces': ( 'training/resets.html#stateresets._begin_pieces',
                                                                                                           'tbptt_fastai/training/resets.py'),
                                               'tbptt_fastai.training.resets.StateResets._in_pieces': ( 'training/resets.html#stateresets._in_pieces',

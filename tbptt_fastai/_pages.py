@@ -2,9 +2,11 @@
 
 nbdev imports it by `doc_procs` in `pyproject.toml`, as it does `_reference.py`.
 """
-import re
+import re, warnings
 from itertools import filterfalse
 from nbdev.process import Processor
+
+warnings.filterwarnings('ignore', '.torch.jit.script. is deprecated', FutureWarning) # said to fastai, by the first page that imports it
 
 INSIDE = '## Inside' # how the heading of a section begins that is shown last
 LONG = 60 # characters of a cell that make its column wider, at most

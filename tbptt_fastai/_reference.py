@@ -2,10 +2,8 @@
 
 nbdev imports it by `renderer` in `pyproject.toml`, from wherever it builds the pages; nothing of the library needs it, or nbdev.
 """
-import inspect, re, textwrap
-from importlib import import_module
-from pkgutil import walk_packages
-import tbptt_fastai
+import inspect, re, sys, textwrap
+import tbptt_fastai.all
 from fastai.callback.core import event
 from fastcore.docments import DocmentTbl
 from nbdev.config import get_config
@@ -73,23 +71,35 @@ def _texts(obj):
     known = _given(inspect.signature(function).parameters)
     return {o: texts.get(o, inspect.Parameter.empty) for o in known} if texts else {}
 
+def _own(function):
+    "Parameters that its author wrote"
+    code = inspect.unwrap(function).__code__
+    return code.co_varnames[:code.co_argcount+code.co_kwonlyargcount]
+
 def _taken_over(function):
     "Parameters that `@delegates` gave it, in their order"
     if not hasattr(function, '__delwrap__'): return []
-    code = function.__code__
-    own = code.co_varnames[:code.co_argcount+code.co_kwonlyargcount]
-    return [o for o in inspect.signature(function).parameters if o not in own]
+    return [o for o in inspect.signature(function).parameters if o not in _own(function)]
+
+def _sources(function, names):
+    "Where parameters that it has taken over are described: their names, and those of the function or class that has them"
+    source = getattr(function, '__delwrap__', None)
+    if source is None or not names: return []
+    inner = _function_of(source)
+    own = [o for o in names if o in _own(inner)]
+    rest = [o for o in names if o not in own]
+    return [(own, source.__qualname__.removesuffix('.__init__')), *_sources(inner, rest)]
 
 def _imported(cls):
     "A class of a cell as users import it; a cell's has no source"
     if cls.__module__!='__main__': return cls
-    modules = [import_module(o.name) for o in walk_packages(tbptt_fastai.__path__, 'tbptt_fastai.') if '._' not in o.name]
-    return next(o for m in modules if (o := vars(m).get(cls.__name__)) is not None)
+    modules = [m for name,m in sys.modules.items() if name.startswith('tbptt_fastai.')]
+    return next((o for m in modules if (o := vars(m).get(cls.__name__)) is not None), cls)
 
 def _rows_of_fields(cls):
     "Of a named tuple, of which fastcore knows no parameters"
     texts,parameters = fields_of(_imported(cls)),inspect.signature(cls).parameters
-    return {o: dict(anno=parameters[o].annotation, default=parameters[o].default, docment=texts[o]) for o in texts}
+    return {o: dict(anno=p.annotation, default=p.default, docment=texts[o]) for o,p in parameters.items() if o in texts}
 
 def _is_named_tuple(obj): return inspect.isclass(obj) and issubclass(obj, tuple) and hasattr(obj, '_fields')
 
@@ -113,10 +123,11 @@ class _Table(DocmentTbl):
 
     @property
     def params_str(self):
-        rows = super().params_str
-        if not self.others: return rows
-        source = self.function.__delwrap__.__qualname__.removesuffix('.__init__')
-        return f"{rows}\n| kwargs {'| '*len(self._columns)}{', '.join(self.others)}: as in `{source}` |"
+        rows,sources = super().params_str,_sources(self.function, self.others)
+        if not sources: return rows
+        (names,source),*rest = sources
+        more = ''.join(f', and those of `{o}`' for _,o in rest[:1])
+        return f"{rows}\n| kwargs {'| '*len(self._columns)}{', '.join(names)}: as in `{source}`{more} |"
 
     @property
     def hdr_str(self):

@@ -292,9 +292,9 @@ def TbpttLearner(
 )->SequenceLearner:
     """A `Learner` that trains by truncated backpropagation through time
 
-    The state is reset at each window, or at each sequence of a stream, and is carried, detached, from sub-window to sub-window.
-    With `continuing` it is carried from batch to batch. Raises a `TypeError` or a `ValueError` for data, models and settings
-    that cannot be trained so: here, or before the first step of a fit, unless the fault is in a later window."""
+    The state is carried, detached, from each sub-window to the next. It is reset where a window begins, or a sequence of a stream.
+    With `continuing` it is carried from batch to batch. Data, models and settings that cannot be trained this way raise a
+    `TypeError` or a `ValueError`, here or before the first step of a fit. A fault in a later window is reported when it is read."""
     _check_loaders(dls)
     _check_parts(loss_func, opt_func, cbs)
     own = dict(loss_func=loss_func, opt_func=opt_func, num_threads=num_threads)

@@ -350,3 +350,18 @@ def test_compiled_models_have_a_bounded_number_of_graphs(make, model):
     assert 0<graphs[1]<=12 and set(graphs[1:])=={graphs[1]} and list(learn.model.state_dict())==keys
     expected = fit(fit(make(model=model), 4), 2)
     for a,b in zip(params(learn), params(expected)): torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_a_callback_hides_nothing_of_a_learner_and_does_not_mind_a_model_with_its_names(make):
+    "fastai warns of a name that learner, loaders or model have, and asks for it with each value; none of ours is one of fastai's"
+    class Named(nn.Sequential): counts,check,carry,view,_states = 3,4,5,6,7
+    def named(): return Named(*plain())
+    learn = fit(make(model=named), 2)
+    own = learn.tbptt_reset_cb
+    assert len(vars(own))>15
+    plainly = make()
+    for cb in list(plainly.cbs): plainly.remove_cb(cb)
+    assert [o for o in vars(own) if o!='learn' and hasattr(plainly, o)]==[]
+    assert [getattr(learn.model, o) for o in ('counts','check','carry','view','_states')]==[3, 4, 5, 6, 7]
+    other = fit(make(), 2)
+    for a,b in zip(learn.model.parameters(), other.model.parameters()): assert torch.equal(a, b)

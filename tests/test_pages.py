@@ -80,13 +80,13 @@ def test_fenced_code_behind_another_block_or_of_many_words_is_named(site):
     (stream('[0, 1.172500729560852, 0.9470813274383545]\n'), 'without its table'), (stream('1.25 '*30), '150 columns of output'),
     (dict(output_type='error', ename='ValueError', evalue='no', traceback=['ValueError: no']), 'error')])
 def test_an_output_that_is_not_for_readers_is_named(site, output, found):
-    [fault] = faults(site, code('f()', output))
+    [fault] = faults(site, code('input()', output))
     assert found in fault
 
-def test_a_sentence_of_an_output_may_be_long(site): assert faults(site, code('f()', stream('it says what is wrong and then what to do about it, '*4))) == []
+def test_a_sentence_of_an_output_may_be_long(site): assert faults(site, code('input()', stream('it says what is wrong and then what to do about it, '*4))) == []
 
 def test_an_output_that_nobody_sees_may_say_anything(site):
-    assert faults(site, code('#| output: false\nf()', stream('UserWarning: something\n', 'stderr'))) == []
+    assert faults(site, code('#| output: false\ninput()', stream('UserWarning: something\n', 'stderr'))) == []
 
 @pytest.mark.parametrize('text', ['It is in /home/somebody/data.', '`/tmp/x.csv`'])
 def test_a_path_in_the_text_is_named(site, text): assert 'the path /' in faults(site, markdown(text))[0]
@@ -139,3 +139,49 @@ def test_the_curves_of_a_page_end_where_those_of_the_benchmark_do():
     results = json.loads((ROOT/'bench'/'results'/'burn_in.json').read_text(encoding='utf-8'))['results']
     measured = {k: results[f'Wiener-Hammerstein | {row} | fit_flat_cos, 1e-3'][0]['curve'] for k,row in rows.items()}
     assert {k: points[-1][1] for k,points in curves.items()} == {k: round(100*min(o), 3) for k,o in measured.items()}
+
+
+# what is announced, and what is used
+
+def test_a_sentence_that_announces_what_is_not_there_is_named(site):
+    "Private code is left out of a page; a sentence before it stays"
+    for after in ([markdown('And another sentence.')], [markdown('## A heading')], [], [code('#| echo: false\n#| output: false\nx = 1')]):
+        [fault] = faults(site, markdown('A text.\n\nIt is written so:'), *after)
+        assert fault.endswith('nothing follows: …It is written so:')
+    [fault] = faults(site, markdown('It is written so:\n\nAnd another sentence.'))
+    assert 'nothing follows' in fault
+
+@pytest.mark.parametrize('after', ['```python\nx = 1\n```', '| a | b |\n|---|---|', '- one\n- two', '1. one', '![x](rooms/01_other.ipynb)', '> said', '$$x$$'])
+def test_what_may_be_announced(site, after):
+    assert faults(site, markdown('Here it is:\n\n'+after)) == [] == faults(site, markdown('Here it is:'), markdown(after))
+
+def test_code_and_output_may_be_announced(site):
+    assert faults(site, markdown('Here it is:'), code('1+1', stream('2\n')))==[]
+    assert faults(site, markdown('Here it is:'), code('#| echo: false\nprint(1)', stream('1\n')))==[]
+
+def test_a_callout_announces_nothing(site): assert faults(site, markdown('::: {.callout-note}\nA text.\n:::'), markdown('Another.'))==[]
+
+def test_a_name_that_a_reader_does_not_have_is_named(site):
+    hidden = code('#| include: false\nfolder = 1')
+    [fault] = faults(site, markdown('A text.'), hidden, code('folder+1'), code('folder+2'))
+    assert fault == 'page.ipynb: folder is not defined above'
+    [fault] = faults(site, markdown('A text.'), code('f(1)'), code('def f(x): return x'))
+    assert 'f is not defined' in fault
+
+@pytest.mark.parametrize('defined', ['import os.path as a', 'from os import path as a', 'from os.path import *; a = join', 'a = 1', 'def a(): pass', 'class a: pass',
+    'for a in []: pass', 'b,(a,*c) = 1,(2,3)', 'with open(0) as a: pass', 'if (a := 1): pass', 'try: pass\nexcept OSError as a: pass', '[print(a) for a in []]',
+    'f = lambda a: a', '%matplotlib inline\na = 1'])
+def test_how_a_name_may_be_defined(site, defined): assert faults(site, markdown('A text.'), code(defined), code('print(a)'))==[]
+
+def test_a_star_import_defines_what_the_module_exports(site):
+    assert faults(site, markdown('A text.'), code('from tbptt_fastai.all import *'), code('RNNLearner,torch,np,test_eq'))==[]
+    [fault] = faults(site, markdown('A text.'), code('from os.path import *'), code('join,listdir'))
+    assert 'listdir' in fault
+
+def test_sections_about_the_inside_and_internal_pages_may_use_what_is_hidden(site):
+    assert faults(site, markdown('A text.'), markdown('## Inside: how'), code('_hidden(1)'))==[]
+    sidebar = 'website:\n  sidebar:\n    contents:\n      - section: Reference\n        contents:\n          - section: Internals\n            contents:\n              - text: A page\n                href: '
+    (site/'sidebar.yml').write_text(sidebar+'page.ipynb\n')
+    assert faults(site, markdown('A text.'), code('_hidden(1)'))==[]
+    (site/'sidebar.yml').write_text(sidebar+'rooms/01_other.ipynb\n')
+    assert len(faults(site, markdown('A text.'), code('_hidden(1)')))==1

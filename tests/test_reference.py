@@ -58,14 +58,16 @@ def test_the_fields_of_a_named_tuple_are_a_table():
     assert 'every counted step of a window weighs the same; 0: no step counts. `Truncation.sub_windows` sets it |' in text
     assert '| args |' not in text and '**Returns**' not in text
 
-def test_a_named_tuple_of_a_cell_has_the_texts_of_its_module(monkeypatch):
+def test_a_named_tuple_of_a_cell_has_the_texts_of_its_module():
     "Python knows no source of a class that a page defines"
-    monkeypatch.setattr(SubWindow, '__module__', '__main__')
-    assert '| start | int |  | First step; 0 marks a new window |' in shown(SubWindow)
+    names = {'__name__': '__main__'}
+    exec('from typing import NamedTuple\nclass SubWindow(NamedTuple):\n    "Of a cell"\n    start:int\n    stop:int', names)
+    text = shown(names['SubWindow'])
+    assert '*Of a cell*' in text and '| start | int | First step; 0 marks a new window |' in text
 
 def test_parameters_that_another_page_describes_are_one_row():
     text = shown(RNNLearner)
-    assert '| kwargs | | | sub_seq_len, truncation, n_skip, ' in text and 'default_cbs: as in `TbpttLearner` |' in text
+    assert '| kwargs | | | sub_seq_len, truncation, n_skip, ' in text and 'washout: as in `TbpttLearner`, and those of `Learner` |' in text
     assert '| hidden_size |' in text and '| grad_clip |' not in text
     assert 'initial=None, **kwargs)' in ' '.join(text.split()) and 'grad_clip=' not in text
     text = shown(TbpttLearner)

@@ -95,8 +95,8 @@ def simulate_duffing(
     recorded input they give the first 5000 outputs of the multisine test with an error of 0.30 mV rms, of 54.5 mV.
     Like the recorded input, `u` is band-limited between the samples; its amplitude is the same at all frequencies,
     where the recorded one falls by a third towards 200 Hz. The steps are half a period of the multisine, as the
-    second half repeats the first with its sign changed. Raises a `ValueError` for numbers that make no simulation, and for
-    an amplitude at which it is not accurate.
+    second half repeats the first with its sign changed. Raises a `ValueError` for numbers that no simulation can
+    have, and for an amplitude at which it is not accurate.
     """
     lengths = n_steps,fs,bandwidth
     (fs,f0),(amplitude,noise,zeta) = _check_simulation(*lengths, dict(fs=fs, f0=f0), dict(amplitude=amplitude, noise=noise, zeta=zeta))

@@ -164,9 +164,9 @@ def test_dl(self:SequenceDataLoaders,
     as_stream:bool=None, # Use a `StreamDL`, which accepts unequal lengths? Default: for files, and for lists if `dls.valid` is one
     **kwargs # As for `TbpttDL`
 ):
-    """A loader for new data, as a rule of the same kind as `dls.valid`; `Learner.predict` uses it too
+    """A loader for new data, usually of the same kind as `dls.valid`; `Learner.predict` uses it too
 
-    One sequence in memory that is in no list is one whole window. Raises a `ValueError` if channels or their names differ
+    One sequence in memory, not in a list, is one whole window. Raises a `ValueError` if channels or their names differ
     from the training data, or if a loader of windows gets sequences of unequal length, and a `TypeError` for text."""
     check_bools('as_stream', as_stream),check_bools('with_labels', with_labels)
     encoded = kwargs.pop('process', None) is not None # items of a dataset, as `Interpretation` gives them

@@ -32,7 +32,7 @@ class TbpttDL(TfmdDL):
     """A fastai `TfmdDL` over windows, shuffled or not, that yields the sub-windows of each batch in order
 
     `one_batch`, `show_batch` and transforms see whole windows. Raises a `ValueError` or a `TypeError` for a length that is
-    no whole number above 0, or that is longer than the windows of `Sequences`."""
+    not a whole number above 0, or that is longer than the windows of `Sequences`."""
     view,time_dim = SubWindows,None
     @delegates(TfmdDL.__init__)
     def __init__(self,
@@ -40,7 +40,9 @@ class TbpttDL(TfmdDL):
         bs:int=64, # Windows per batch
         sub_seq_len:int=None, # Steps of a sub-window; default: the whole window
         ahead=None, # Function that copies batches to the GPU ahead of time, such as `pinned_ahead`; default: none
-        time_dim:int=None, # Time axis of a batch: 0, 1 or -1. `Sequences` are laid out so, other data has to come so; default: 1
+        # Time axis of a batch: 0, 1 or -1. `Sequences` are laid out like that, other data must have this layout already;
+        # default: 1
+        time_dim:int=None,
         **kwargs # As for `TfmdDL`
     ):
         self.ahead,self.time_dim = ahead,check_time_dim(time_dim)

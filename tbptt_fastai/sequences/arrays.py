@@ -24,8 +24,8 @@ def _is_mapped(o):
 class FileArray:
     """An array outside of memory, or some of its steps; a slice is read as a tensor, and not kept
 
-    Raises a `TypeError` for what is no slice, an `IndexError` for a slice with a stride, and an `OSError` if a mapped file
-    was cut meanwhile."""
+    Raises a `TypeError` for an index that is not a slice, an `IndexError` for a slice with a stride, and an `OSError` if a
+    mapped file has become shorter."""
     def __init__(self,
         source, # Array with `shape`, `dtype` and slices along its first axis, time: `np.memmap`, HDF5, zarr and others
         start:int=0, # First step of the part

@@ -163,7 +163,7 @@ def group_sequences(
     group=None, # Column, list of columns, or level of the index, that names the sequence of a row; default: one sequence
     time:str=None, # Column, or level of the index, to sort each group by; default: rows are in order
 )->dict: # For each group, in the order of its first row: x, y or `None`, and the index of its rows
-    """Take a data frame apart into one sequence for each group
+    """Split a data frame into one sequence for each group
 
     x and y are arrays `(time, channels)`; y is `(time,)` if it is one column of integers, which are classes. Raises a
     `KeyError` for a missing column and a `TypeError` for one that is not numbers, both with its name. Raises a `ValueError`

@@ -44,9 +44,11 @@ from ..truncation.settings import check_bools, check_switch
 class TbpttResetCB(CountedLoss):
     """Train on one sub-window after the other; the state is carried between them, and reset where a window or sequence starts
 
-    Evaluation runs each window in one piece, and the sequences of a `StreamDL` in sub-windows. Raises a `ValueError` or a
-    `TypeError` for settings, data and models that cannot be run so, when the callback or the learner is made, or at the first batch;
-    a `NotImplementedError` for what several processes cannot share; a `RuntimeError` after an evaluation in `before_train` or a batch."""
+    Evaluation runs each window in one piece, and the sequences of a `StreamDL` in sub-windows.
+
+    Settings, data and models that cannot be trained this way raise a `ValueError` or a `TypeError`: when the callback or the
+    learner is made, or at the first batch. What several processes cannot share raises a `NotImplementedError`. If a callback
+    evaluates in `before_train` or in the middle of a batch, the next batch raises a `RuntimeError`."""
     _is_new = False # is the first batch of a fit still to be looked at?
     _trained = None # channels of the inputs in the last training
     _is_unfinished = False # has a fit begun, and not ended?

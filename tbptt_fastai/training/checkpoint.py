@@ -407,9 +407,10 @@ def _is_fit(learn):
 class TbpttCheckpoint(Callback):
     """Write a checkpoint every so many training steps, and resume a training that was interrupted
 
-    For `fit` and its relatives: `learn.fit_flat_cos(20, cbs=TbpttCheckpoint(resume=True))`. Raises a `FileExistsError` where a
-    checkpoint of an interrupted training would be lost, a `ValueError` that names what differs from the one to resume, and a
-    `ValueError` without a `TbpttResetCB`. Warns of what is changed in a callback and cannot be stored."""
+    For `fit` and its relatives: `learn.fit_flat_cos(20, cbs=TbpttCheckpoint(resume=True))`. Without `resume=True`, a checkpoint of
+    an interrupted training is not written over: that raises a `FileExistsError`. A `ValueError` names what differs from the training
+    to resume, and a learner without a `TbpttResetCB` raises one too. A warning names what has changed in a callback and cannot be
+    stored."""
     order,run_valid,remove_on_fetch = 1000,False,True # after all others: what they do in a step is done
     follows_windows = True # goes through one window after the other
     _resumed = None # the checkpoint that is on its way to be gone on with

@@ -56,8 +56,8 @@ class CountedLoss(StateResets):
 @patch(as_prop=True)
 def _wants_rows(self:CountedLoss):
     "Is it a batch (batch, channels, time) of windows, for a loss of a stream, which has channels last?"
-    trained_on = inner_loader(self.dls.train)
-    return self.view.time_dim==-1 and not self.view.flat and getattr(type(trained_on), 'view', SubWindows).flat
+    if self.view.time_dim!=-1 or self.view.flat: return False
+    return getattr(type(inner_loader(self.dls.train)), 'view', SubWindows).flat
 
 @patch
 def _real(self:CountedLoss, pred, yb):

@@ -164,9 +164,9 @@ _policies = 'stop','skip'
 class FiniteCB(Callback):
     """Look for NaN and inf in the loss, the gradient and the carried state of each training step, before it is taken
 
-    'stop' ends the fit with a `NotFiniteError` that has a `report`; 'skip' warns, leaves out the rest of the window (of a stream:
-    that training step), and goes on from a state that is not harmed. Before the first one it raises a `ValueError` without a
-    `TbpttResetCB` or where 'skip' cannot leave one out, and a `NotImplementedError` for 'skip' in several processes."""
+    'stop' ends the fit with a `NotFiniteError`, which has a `report`. 'skip' warns, leaves out the rest of the window (of a stream:
+    that training step), and goes on from a state that is not harmed. A learner without a `TbpttResetCB`, or one in which 'skip'
+    cannot leave out a step, raises a `ValueError` before the first step; 'skip' in several processes a `NotImplementedError`."""
     order,run_valid = 1001,False # after all others, TbpttCheckpoint (1000) too
     tells_not_finite = True # a learner has no need to, see `warn_of_weights`
     _resets,_parts = (),None

@@ -78,6 +78,10 @@ class StateResets(Callback):
     _states = None # at the end of the last training step, of a model that other callbacks may reset
     is_interrupted = False # was there an evaluation since then?
 
+    def __setattr__(self, name, value):
+        # fastai's asks with each value whether learner, loaders or model have that name, which takes longer than all else here
+        object.__setattr__(self, name, value)
+
     @property
     def view(self):
         "The view that batches come from; of another loader, one that knows nothing of them"
