@@ -221,7 +221,7 @@ def turn_to(self:Carry,
 
 @patch
 def forget_turns(self:Carry):
-    "Windows that wait for their turn begin anew"
+    "Windows that wait for their turn start over"
     self._aside.clear()
 
 # %% ../../nbs/state/02_carry.ipynb #6af6fcef
