@@ -180,7 +180,7 @@ def load_silverbox(
     root = _silverbox_root(path, nb)
     archive = root/'Silverbox'/'SilverboxFiles.zip' # the package looks only for this
     mat = root/'Silverbox'/'SilverboxFiles'/'SNLS80mV.mat'
-    again = f'delete the folder {root/"Silverbox"} and load again to download it anew'
+    again = f'delete the folder {root/"Silverbox"} and load again: it will be downloaded once more'
     if not archive.is_file(): _download_silverbox(root, nb)
     if not mat.is_file():
         raise FileNotFoundError(f'{mat}: file not found, though {archive} is there; unpack that, or {again}')

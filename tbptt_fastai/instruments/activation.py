@@ -33,7 +33,7 @@ def activation_memory(
         if t.untyped_storage().data_ptr() not in params:
             saved[t.data_ptr()] = max(t.nbytes, saved.get(t.data_ptr(), 0))
             keep.append(t.detach())
-        return t.detach() # the tensor itself would hold the graph, and the graph the tensor, for ever
+        return t.detach() # the tensor itself would hold the graph, and the graph the tensor, forever
     training = model.training
     _forget(model, groups)
     try:

@@ -469,7 +469,7 @@ def check_continuing(self:SubWindows):
     check_rows_of(dl, self.world_size, self.time_dim)
     if self.in_flight>1: raise ValueError(
         f"{self.truncation} has windows take turns, but here each batch continues the last, as one window. "
-        "Use a scheme without turns, or windows that begin anew (continuing=False).")
+        "Use a scheme without turns, or windows that start over (continuing=False).")
     n_skip,name = max((n,name) for name,n in self.first_steps._asdict().items())
     if n_skip: raise ValueError(
         f"{name} is {n_skip}, but each batch continues the last, so a washout would be the start of the whole run alone. "

@@ -66,7 +66,7 @@ def _check_size(path, now, needed, when='it was opened'):
     "An `OSError` if a file has become shorter"
     if now<needed: raise OSError(
         f"{path} has {now} bytes, and had {needed} or more when {when}: it was cut while it was in use, and what is left is not "
-        "what was asked for. Write the file again as a whole, and make the array anew.")
+        "what was asked for. Write the file again as a whole, and open it as a new array.")
 
 @patch
 def _check_whole(self:FileArray):
@@ -200,7 +200,7 @@ def _open_data(self:HDF5Array):
     kind = self._kind_of(f)
     if kind!=self._kind: raise ValueError(
         f"The datasets {self.names} of {self.path} have shapes and types {kind}; they had {self._kind} before: it is another file. "
-        "Make the array anew.")
+        "Open it as a new array.")
     data = [f[o] for o in self.names]
     self._data,self._size = data,_size_of(data[0])
     _opened.append(weakref.ref(self))
@@ -211,7 +211,7 @@ def _open_data(self:HDF5Array):
 
 # %% ../../nbs/sequences/00_arrays.ipynb #ed0a1d99
 def _is_in_file(o):
-    "Is it a memory map, or has it a type and slices but is of neither numpy nor pandas?"
+    "Is it a memory map, or an array with a type and slices that is neither of numpy nor of pandas?"
     if _is_mapped(o): return True
     in_memory = isinstance(o, np.ndarray) or hasattr(o, 'to_numpy')
     return not in_memory and hasattr(o, 'dtype') and hasattr(o, '__getitem__')

@@ -46,7 +46,7 @@ class FrameForm:
 @patch
 def open(self:FrameForm,
     df, # Data frame
-    with_y:bool=True, # Has it targets?
+    with_y:bool=True, # Does it have targets?
 )->tuple: # The frame with group and time as columns, and the group of each row
     "Check that a frame has what is needed; its columns may be in any order"
     columns = [*self.x, *(self.y if with_y else []), *self.group, *([] if self.time is None else [self.time])]

@@ -21,14 +21,14 @@ from .stateful import StatefulRNN
 _of_parameters = 'reset_parameters','reset_weights','init_weights','_init_weights'
 
 def _of_fastai(m, module, name):
-    "Has it the `reset` of a class of fastai's, which is imported if there is an object of it?"
+    "Is its `reset` that of a class of fastai? The class is imported if there is an object of it"
     cls = getattr(sys.modules.get(module), name, None)
     return cls is not None and isinstance(m, cls) and type(m).reset is cls.reset
 
 def resets_state(
     m:nn.Module, # Any module
 )->bool:
-    "Has it a `reset()`, and is that of a state?"
+    "Does it have a `reset()` that clears a state?"
     if not callable(getattr(m, 'reset', None)): return False
     if _of_fastai(m, 'fastai.text.models.awdlstm', 'WeightDropout'): return resets_state(m.module)
     if _of_fastai(m, 'fastai.text.models.core', 'SequentialRNN'): return any(map(resets_state, m.children()))
@@ -76,7 +76,7 @@ def _changed_by_reset(model, shift):
 def _refuse_changed(model, changed):
     if changed: raise ValueError(
         f"{type(model).__name__}.reset() changes weights ({', '.join(changed[:3])}{', …' if len(changed)>3 else ''}), "
-        "and would undo the training wherever a window starts: fastai and this library call `reset()` to begin a state anew. "
+        "and would undo the training wherever a window starts: fastai and this library call `reset()` to clear a state. "
         "Give that method another name, such as reset_parameters.")
 
 

@@ -62,7 +62,7 @@ class FirstStateElsewhere(nn.Module):
         epoch:int, # Its number
         seed:int, # Of the random numbers of this epoch
     ):
-        "Count anew, and draw from there on"
+        "Start a new count, and draw from there on"
         self.epoch,self.rng = epoch,Random(seed)
         self._count_anew()
 

@@ -56,7 +56,7 @@ def detach_state(
 
 # %% ../../nbs/state/00_tree.ipynb #a47c462e
 def _in_order(nest, like):
-    "Dicts in the order of another nest, in which leaves are counted; what else holds entries becomes a list"
+    "Dicts in the order of another nest, in which leaves are counted; other containers become lists"
     if isinstance(nest, dict) and isinstance(like, dict):
         if nest.keys()==like.keys(): return {k: _in_order(nest[k], o) for k,o in like.items()}
     elif isinstance(nest, (tuple,list)) and isinstance(like, (tuple,list)):

@@ -480,7 +480,7 @@ def _check_states(self:TbpttResetCB):
 # %% ../../nbs/training/04_callback.ipynb #80b4084e
 @patch
 def _check_shared(self:TbpttResetCB, view):
-    "An error if a callback would have several processes wait for ever, or counts the targets of one where they share a stream"
+    "An error if a callback would make several processes wait forever, or counts the targets of one of them where they share a stream"
     if self.learn._grab_cbs(LRFinder): raise NotImplementedError(
         "fastai's lr_find saves the weights in a folder that the first process alone knows, and waits there for the others: it "
         "cannot be called within distrib_ctx. Call it before, in each process or in one.")

@@ -24,7 +24,7 @@ from .rows import RowsFirst
 
 # %% ../../nbs/training/03_counting.ipynb #07c2dc32
 class CountedLoss(StateResets):
-    "Give the loss what counts, and metrics too; have predictions whole for everything else"
+    "Give loss and metrics what counts, and everything else whole predictions"
     check = True # Is the loss tried on the first batch of each run over the batches?
     _tried = False # was it, in this run?
     _asked = None # the loss that was last asked whether it is a mean over steps

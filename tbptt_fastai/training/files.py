@@ -101,4 +101,4 @@ def newest(
             continue
         if errors: warnings.warn(f"{' '.join(errors)} An older checkpoint is taken, {folder.path(place)}.", stacklevel=3)
         return content
-    raise ValueError(' '.join(errors)+' Delete the folder to begin anew.')
+    raise ValueError(' '.join(errors)+' Delete the folder to start over.')

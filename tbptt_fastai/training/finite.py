@@ -183,7 +183,7 @@ class FiniteCB(Callback):
 
     def _begin_epoch(self):
         self._n_windows,self._rest = 0,False # windows so far, and whether the rest of this one is left out
-        self._restarted = {} # rows of a stream that began anew: sequence and step
+        self._restarted = {} # rows of a stream that were restarted: sequence and step
         self._values_before = [] # buffers before a step
 
     def before_fit(self):
@@ -235,7 +235,7 @@ def _check(self:FiniteCB):
     view = self._reset_cb.training_view(self.learn.dls.train)
     carry = Carry(self.learn.model)
     if carry.is_own and (view.flat or view.continuing):
-        check_rows(carry, "policy is 'skip', which has single rows start anew")
+        check_rows(carry, "policy is 'skip', which restarts single rows")
 
 # %% ../../nbs/training/13_finite.ipynb #8c4ebab1
 def _keep_buffers(places, kept):
@@ -396,10 +396,10 @@ def _steps_of(block):
 
 def washed_out(
     block, # Training step of a stream
-    restarted:dict, # By row: the sequence and the step in which it began anew
+    restarted:dict, # By row: the sequence and the step in which it was restarted
     n_skip:int, # Washout: steps from there whose loss does not count
 ): # The same block, if all that counted there counts
-    "A block without the washout of rows that began anew in the middle of a sequence"
+    "A block without the washout of rows that were restarted in the middle of a sequence"
     seqs,steps = _steps_of(block)
     washed = np.zeros(seqs.shape, bool)
     for row,(seq,start) in restarted.items():

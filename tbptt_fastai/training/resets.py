@@ -260,7 +260,7 @@ def begin_epoch_elsewhere(
     models, # The model, and others that go along
     epoch:int, # Its number
 ):
-    "First states from elsewhere count anew, and draw the same random numbers in all modules and models"
+    "First states from elsewhere start a new count, and draw the same random numbers in all modules and models"
     found = [m.initial for model in models for m in Carry(model).elsewhere]
     seed = random.getrandbits(62) if found else None
     for o in found: o.begin_epoch(epoch, seed)

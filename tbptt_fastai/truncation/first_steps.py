@@ -23,7 +23,7 @@ class FirstSteps(NamedTuple):
 def as_first_steps(
     o, # `FirstSteps`, or the number `n_skip`
 )->FirstSteps:
-    "They, as whole numbers; a `TypeError` or `ValueError` names the one that is none"
+    "As whole numbers; a `TypeError` or `ValueError` names the one that is not"
     asked = o if isinstance(o, FirstSteps) else FirstSteps(o)
     return FirstSteps(*(check_steps(name, n, least=0) for name,n in asked._asdict().items()))
 

@@ -64,7 +64,7 @@ def check_steps(
 class Truncation:
     """Base of all truncation schemes: a subclass says in its `plan` how one window is cut into sub-windows
 
-    A plan is made anew for each window. Pass a scheme as `TbpttLearner(..., truncation=...)`."""
+    Each window gets a new plan. Pass a scheme as `TbpttLearner(..., truncation=...)`."""
     least_window = 1 # Steps that a window has to have
     sub_seq_len = None # Steps that gradients usually go back over; `None`: those of the window
     random = False # Does the plan draw random numbers?

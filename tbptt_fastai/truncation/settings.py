@@ -49,7 +49,7 @@ def check_whole(
 
 def check_sizes(
     **sizes # Each by its name
-)->list[int]: # They, as ints
+)->list[int]: # The same as ints
     "A `TypeError` or `ValueError` that names the first that is no whole number of 1 or more"
     return [check_whole(*o) for o in sizes.items()]
 
