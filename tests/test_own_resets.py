@@ -215,3 +215,62 @@ def test_states_of_every_kind_may_be_reset():
         assert other.state.requires_grad and model.state.requires_grad # the first state is learned
     torch.manual_seed(3)
     assert torch.equal(torch.get_rng_state(), drawn)
+
+
+# a reset that leaves the state
+
+class Leaves(nn.Module):
+    "Its reset misses the state, in one of the ways in which that happens"
+    def __init__(self, how):
+        super().__init__()
+        self.how,self.rnn = how,nn.GRU(2, 5, batch_first=True)
+        self.h = None
+        if how=='in place': self.register_buffer('kept', torch.zeros(1, 4, 5))
+    def reset(self):
+        if self.how=='misspelt': self.hidden = None
+        if self.how=='clears': self.h = None
+        if self.how=='another': self.last = None
+    def forward(self, x):
+        h = self.h[0] if self.how=='in a tuple' and self.h else self.kept[:,:len(x)].clone() if self.how=='in place' else self.h
+        out,h = self.rnn(x, h)
+        h = h.detach()
+        if self.how=='in place': self.kept[:,:len(x)] = h
+        else: self.h = (h,) if self.how=='in a tuple' else h
+        self.last = out.detach()
+        return out
+
+def fit_own(model, **kwargs):
+    "On four batches of unrelated windows"
+    data = [(x, torch.zeros(len(x), 12, 5)) for x in batches()]
+    learn = Learner(DataLoaders(data, data[:1]), model, loss_func=MSELossFlat(), opt_func=sgd, cbs=TbpttResetCB(**kwargs))
+    return fit(learn, 1)
+
+@pytest.mark.parametrize('sub_seq_len', [4, None])
+@pytest.mark.parametrize('how,name', [('misspelt','h'), ('pass','h'), ('another','h'), ('in a tuple','h'), ('in place','kept')])
+def test_a_reset_that_leaves_the_state_of_the_last_window_is_refused_by_name(how, name, sub_seq_len):
+    "Else every window would start from that of another one, and train all the same"
+    model = Leaves(how)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=rf'Leaves\.reset\(\) leaves [\w, ]*\b{name}\b.*each window would start from the state of another'): fit_own(model, sub_seq_len=sub_seq_len)
+    for k,v in model.rnn.state_dict().items(): assert torch.equal(v, before[f'rnn.{k}'])
+
+def test_within_another_model_it_is_named_with_its_place():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Leaves('pass')
+        def reset(self): self.inner.reset()
+        def forward(self, x): return self.inner(x)
+    with pytest.raises(ValueError, match=r'Outer\.reset\(\) leaves inner\.h\b'): fit_own(Outer(), sub_seq_len=4)
+
+def test_what_is_kept_and_not_used_is_no_state():
+    "`last` stays; and `check=False` lets a state stay as well"
+    fit_own(Leaves('clears'), sub_seq_len=4)
+    fit_own(Leaves('pass'), sub_seq_len=4, check=False)
+
+def test_random_predictions_with_a_reset_are_not_refused():
+    class Noisy(Own):
+        "By a generator of its own"
+        g = torch.Generator()
+        def forward(self, x): return super().forward(x)+torch.rand(1, generator=self.g)
+    fit_own(Noisy(), sub_seq_len=4)

@@ -28,7 +28,7 @@ from ..state.carry import Carry
 from ..state.encoded import n_past_of
 from ..state.own import check_reset
 from ..state.turns import refuse_beside_training
-from .parts import check_put_aside, check_remembers, compare_parts, first_output
+from .parts import check_put_aside, check_remembers, check_starts_over, compare_parts, first_output
 from .lr_search import rate_search, without_search
 from .metrics import StepSmoothLoss, TargetLoss
 from ..sequences.axis import check_time_dim
@@ -309,9 +309,10 @@ def before_batch(self:TbpttResetCB):
 def _check_model(self:TbpttResetCB):
     self._is_new = False
     view,model,groups = self.view,get_model(self.learn.model),self.segment.groups
+    window = view.inputs(self.xb)
+    check_starts_over(model, window, groups)
     if view.truncation is None: return
     if self.segment.window is not None and first_item(view) is None: view.check_window(self.segment.window)
-    window = view.inputs(self.xb)
     error = compare_parts(model, window, -(-window.steps//2), groups)
     if error is None: self._compare_two(model, window.steps)
     check_remembers(model, window, groups)

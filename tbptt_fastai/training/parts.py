@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['on_trial', 'first_output', 'attempt', 'run_in_parts', 'difference', 'compare_parts', 'check_remembers',
-           'check_put_aside']
+           'check_starts_over', 'check_put_aside']
 
 # %% ../../nbs/training/02_parts.ipynb #f47a57fd
 import sys
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from ..state.carry import Carry, out_of_reach
-from ..state.own import changed_by_reset, resets_state
+from ..state.own import changed_by_reset, left_by_reset, resets_state
 from ..state.unroll import unroll_hint
 from .checks import batch_first_remedy, channels_explained, check_states
 from ..loaders.segment import Window
@@ -325,6 +325,28 @@ def check_remembers(
         "If it resets its memory in every call, as the classifiers of fastai.text do, or has none, train whole windows "
         "(sub_seq_len=None); or give it a state by StatefulRNN. "
         "If it is meant to see each sub-window by itself: check=False.")
+
+# %% ../../nbs/training/02_parts.ipynb #d1c5a002
+@torch.no_grad()
+def check_starts_over(
+    model:nn.Module, # Any model
+    window:Window, # Its inputs
+    groups:list=None, # The group of each row
+):
+    "A `ValueError` if a model carries a state by itself that its `reset()` does not clear"
+    if not resets_state(model): return
+    def run():
+        with no_random(): return _run(model, window, window.steps, groups, False)[0]
+    with on_trial(model):
+        first,again = attempt(run),attempt(run)
+        if first is None or again is None: return
+        error,tol = _worst([again], first, window)
+        if error is None or not error>tol: return
+        names = left_by_reset(model, run)
+    if names: raise ValueError(
+        f"{type(model).__name__}.reset() leaves {', '.join(names[:3])} as the last window has left it: the same window has other "
+        "predictions after it, so each window would start from the state of another one. Clear it in reset(), or carry the state "
+        "in a StatefulRNN.")
 
 # %% ../../nbs/training/02_parts.ipynb #fb13605e
 @torch.no_grad()
