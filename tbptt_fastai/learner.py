@@ -249,6 +249,8 @@ def _check_loaders(dls):
 def _check_parts(loss_func, opt_func, cbs):
     "A `TypeError` unless they can be called, and are callbacks or classes of such"
     check_callable('loss_func', loss_func, 'a loss of predictions and targets, such as nn.MSELoss()')
+    if isinstance(loss_func, type): raise TypeError(
+        f"loss_func is the class {loss_func.__name__}; expected a loss of predictions and targets: {loss_func.__name__}().")
     check_callable('opt_func', opt_func, 'a function that makes an optimizer, such as Adam')
     for o in L(cbs):
         if not (isinstance(o, Callback) or isinstance(o, type) and issubclass(o, Callback)): raise TypeError(

@@ -9,10 +9,10 @@ VALUE = '…' # what a message says differently each time
 
 # Functions that put words together, which another one raises or warns of
 COMPOSED = {'instruments/find.py': ['_no_suggestion'], 'training/threads.py': ['_measure'], 'training/length.py': ['hint'],
-    'training/parts.py': ['_indexed'], 'training/finite.py': ['__str__'], 'speed/dispatch.py': ['_explained']}
+    'training/parts.py': ['_indexed'], 'training/checks.py': ['_why_no_backward'], 'training/finite.py': ['__str__'], 'speed/dispatch.py': ['_explained']}
 # Raises without words of their own: what a function above has composed, or an exception that is passed on
 WORDLESS = {'instruments/find.py': ['why'], 'training/threads.py': ['hint'], 'training/length.py': ['hint'],
-    'training/parts.py': ['_indexed(model, n, e)'], 'speed/ahead.py': ['error.with_traceback(error.__traceback__)'],
+    'training/parts.py': ['_indexed(model, n, e)'], 'training/checks.py': ['BackwardError(said)'], 'speed/ahead.py': ['error.with_traceback(error.__traceback__)'],
     'speed/dispatch.py': ['modify_exception(without, words, replace=True)',
         'modify_exception(e, _explained(cb, event_name, e), replace=True)'],
     'training/callback.py': ['refusal.with_traceback(refusal.__traceback__)'],

@@ -55,9 +55,10 @@ def _dates(times, time):
     "Text, or a column of mixed objects, as dates"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('error') # pandas warns before it reads each time in a format of its own
+            warnings.simplefilter('ignore')
+            warnings.filterwarnings('error', 'Could not infer format') # each time would be read in a format of its own
             return _as_dates(times)
-    except (ValueError,TypeError,Warning) as e: raise ValueError(
+    except (ValueError,TypeError,UserWarning) as e: raise ValueError(
         f"Column {time!r} is text that is no time ({e}). Convert it by pandas.to_datetime with a format.") from None
 
 def _can_be_sorted(times):

@@ -179,8 +179,16 @@ def after_fit(self:TbpttResetCB):
 
 @patch
 def broken_off(self:TbpttResetCB, error):
-    if not isinstance(error, cancels): self.end_search()
+    if not isinstance(error, cancels):
+        self.end_search()
+        self._undo_search()
     self.after_step() # fastai does not come to it
+
+@patch
+def _undo_search(self:TbpttResetCB):
+    "A search of the learning rate leaves weights and optimizer as they were, also if it was broken off"
+    finder = first(self.learn._grab_cbs(LRFinder))
+    if finder is not None and self.learn.training: finder.after_fit() # loads what it has saved
 
 @patch
 def _drop_gradients(self:TbpttResetCB):

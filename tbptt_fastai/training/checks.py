@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['resolve_truncation', 'check_goes_on', 'check_carries', 'check_statistics', 'batch_first_remedy', 'check_states',
-           'ChannelsError', 'channels_explained', 'output_explained', 'check_shapes', 'check_is_mean']
+           'ChannelsError', 'channels_explained', 'BackwardError', 'backward_explained', 'output_explained',
+           'check_shapes', 'check_is_mean']
 
 # %% ../../nbs/training/01_checks.ipynb #b3c69fbe
 import inspect, re, sys, warnings
@@ -13,13 +14,14 @@ from copy import deepcopy
 from functools import partial
 from math import prod
 import torch
-from fastai.torch_core import find_bs, no_random
+from fastai.torch_core import find_bs, get_model, no_random
 from fastcore.basics import first
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from ..state.carry import Carry, layer_of
+from ..state.own import resets_state
 from ..loaders.segment import map_predictions
 from ..loaders.views import inner_loader
 from .metrics import loss_size
@@ -153,6 +155,33 @@ def channels_explained(
         raise ChannelsError(
             f"{said} is made for {expected} channels, and was given {found}: expected inputs with as many channels as in training, "
             "in the last axis of what it is given.") from e
+
+# %% ../../nbs/training/01_checks.ipynb #e5a1b002
+class BackwardError(ValueError, RuntimeError):
+    "There is no backward pass of a loss; a `RuntimeError` as well, as PyTorch's own is"
+
+def _why_no_backward(model, loss, said):
+    "In words of a training; `None` for other errors"
+    name,params = type(model).__name__,list(model.parameters())
+    if 'created only for scalar outputs' in said: return (
+        f"The loss has shape {tuple(loss.shape)}, but a training step needs one number. Use a mean, such as reduction='mean'.")
+    if 'does not require grad' in said: return (
+        f"The loss has no gradient: {sum(p.requires_grad for p in params)} of {len(params)} parameters of {name} require one. "
+        "Unfreeze the model, or leave out what detaches the loss or the predictions.")
+    if 'backward through the graph a second time' in said and resets_state(model): return (
+        f"{name} carries its state by itself, with the graph of the last sub-window. Detach it (self.h = h.detach()), or carry it "
+        "in a StatefulRNN.")
+
+@contextmanager
+def backward_explained(
+    learn, # A learner, which trains in it
+):
+    "In it, an error of a backward pass is a `BackwardError` that says what to do"
+    try: yield
+    except RuntimeError as e:
+        said = _why_no_backward(get_model(learn.model), getattr(learn, 'loss_grad', None), str(e))
+        if said is None: raise
+        raise BackwardError(said) from e
 
 # %% ../../nbs/training/01_checks.ipynb #ddd0f2c3
 def _takes_state(model, n_inp):

@@ -19,7 +19,7 @@ from ..loaders.past import check_unchanged, read_past
 from ..loaders.segment import Segment
 from ..loaders.here import rows_here
 from ..state.carry import Carry, out_of_reach
-from .checks import channels_explained
+from .checks import backward_explained, channels_explained
 from ..state.own import own_attributes, put_back, reset_own_state
 from ..state.pieces import Piece, PieceCarry
 from ..state.turns import taking_turns, training_turn
@@ -43,8 +43,8 @@ class CarryingRun:
         outer = cb.carry
         try:
             cb.carry = PieceCarry(learn.model, evaluation=not learn.training)
-            with self._turn(get_model(learn.model)), cb.within(), channels_explained(learn.model), _counted_on(learn):
-                type(learn).all_batches(learn)
+            with (self._turn(get_model(learn.model)), cb.within(), channels_explained(learn.model), backward_explained(learn),
+                _counted_on(learn)): type(learn).all_batches(learn)
         except BaseException as e:
             back_to_method(learn, 'all_batches')
             cb.broken_off(e)
