@@ -68,9 +68,11 @@ def _signals(dls):
     is_pair = item is not None and len(item)==2 and _is_signal(item[0])
     if is_pair and (_is_signal(item[1]) or _labels(dls) is not None): return item
     found = 'is unknown' if item is None else f'has {[_kind(o) for o in item]}'
+    has_integers = item is not None and isinstance(item[0], Tensor) and not item[0].is_floating_point()
+    targets = f"{_make_real(dls.train)}, for classes give vocab to the loaders."
     raise ValueError(
         f"A SequenceRNN needs items (x, y) of real signals, each (time, channels); the first item {found}. "
-        f"Pass a `model` for other data. {_make_real(dls.train)}, for classes give vocab to the loaders.")
+        f"Pass a `model` for other data. {'Make the inputs real by .astype(float).' if has_integers else targets}")
 
 
 # %% ../nbs/learner.ipynb #084bf55f

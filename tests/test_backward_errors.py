@@ -110,3 +110,8 @@ def test_the_export_of_an_unrolled_cell_says_nothing(cell, tmp_path, recwarn):
     net = nn.Sequential(StatefulRNN(Unroll(cell(2, 5))), nn.Linear(5, 1))
     to_onnx(net, tmp_path/'m.onnx', torch.tensor(U[None,:30]), dynamic='streams')
     assert not [o for o in recwarn if issubclass(o.category, torch.jit.TracerWarning)]
+
+
+@pytest.mark.parametrize('x,y,said', [(np.arange(400), U[:,:1], 'Make the inputs real by .astype.float.'), (U, np.arange(400)%3, 'make the targets real')])
+def test_integers_are_named_where_they_are(x, y, said):
+    with pytest.raises(ValueError, match=said): RNNLearner(SequenceDataLoaders.from_arrays(x, y, win_sz=40, bs=2))

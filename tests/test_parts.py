@@ -218,3 +218,26 @@ def test_the_cell_of_a_loop_is_named_though_it_runs_once_for_each_step(signals, 
     model = CellLoop(CELLS[name], head_in_loop, twice)
     own = dict(cbs=TbpttResetCB(), loss_func=nn.L1Loss()) if make is Learner else {}
     with pytest.raises(ValueError, match=rf'first layer that differs is {name} \(cell\)'): fit(make(loaders(signals), model, **own))
+
+
+# what goes wrong in a forward pass is said as it is
+
+class Says(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how,self.rnn,self.head = how,nn.LSTM(2, 4, batch_first=True),nn.Linear(4, 1)
+    def forward(self, x):
+        if self.how=='attribute': return self.heads(self.rnn(x)[0])
+        if self.how=='name': return self.head(rnn(x)[0])
+        return self.head(self.rnn(x))
+
+@pytest.mark.parametrize('how,error,said', [('attribute', AttributeError, "no attribute 'heads'"), ('name', NameError, "'rnn' is not defined"),
+    ('tuple', TypeError, r'(?s)Linear \(head\) was given a tuple: .*returns \(output, state\)\. Take its output, self\.rnn\(x\)\[0\]; or wrap the layer in StatefulRNN')])
+def test_a_slip_of_a_forward_pass_is_not_taken_for_a_length(how, error, said):
+    with pytest.raises(error, match=said) as e: compare_parts(Says(how), Window((torch.randn(3, 8, 2),)), 4)
+    assert 'number of steps' not in str(e.value)
+
+@pytest.mark.parametrize('after', [nn.Linear(4, 1), nn.LayerNorm(4), nn.GRU(4, 4, batch_first=True), nn.ReLU()], ids=lambda o: type(o).__name__)
+def test_a_layer_after_all_that_a_recurrent_one_returns_says_what_to_take(after):
+    model = nn.Sequential(nn.GRU(2, 4, batch_first=True), after)
+    with pytest.raises(TypeError, match=rf'{type(after).__name__} \(1\) was given a tuple'): compare_parts(model, Window((torch.randn(3, 8, 2),)), 4)

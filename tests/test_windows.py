@@ -1,6 +1,6 @@
 "Windows are slices of the sequences, found without copying them, and wrong data is named"
 import tracemalloc
-import numpy as np
+import numpy as np, pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -242,3 +242,31 @@ def test_numbers_of_windows_may_be_of_any_type(seqs, kind):
 def test_a_batch_of_no_windows_is_empty(seqs):
     ds = SequenceWindows(seqs, win_sz=10)
     for none in ([], np.array([], int), torch.tensor([], dtype=torch.int64)): assert ds.gather(none)[0].shape==(0, 10, 1)
+
+
+# what is said of a frame, and of a window that is too long for what is held back
+
+@pytest.mark.parametrize('win_sz', [30, 80, 99, 500])
+@pytest.mark.parametrize('many', [False, True])
+def test_a_window_too_long_for_the_end_that_is_held_back_says_so(win_sz, many):
+    x = [ramp(40), ramp(99)] if many else ramp(99)
+    with pytest.raises(ValueError, match=rf'win_sz is {win_sz}, but the longest sequence has 19 steps that are held back for validation, of 99.*valid_pct.*valid='):
+        SequenceDataLoaders.from_arrays(x, x, win_sz=win_sz)
+
+@pytest.mark.parametrize('make', [lambda f: f.astype('Float64'), lambda f: f.convert_dtypes(), lambda f: f.astype({'a': 'Float32'}), lambda f: f.assign(a=(f.a>0), b=f.b.astype('Int64')),
+                                  lambda f: f.assign(a=f.a>0)], ids=['Float64', 'convert_dtypes', 'one', 'bool and Int64', 'bool'])
+def test_a_frame_of_numbers_that_may_be_missing_is_as_its_values(make):
+    f = make(pd.DataFrame(dict(a=np.arange(60)-30., b=np.arange(60.))))
+    dls = SequenceDataLoaders.from_arrays(f, f, win_sz=6, shuffle=False)
+    np.testing.assert_array_equal(torch.cat([x for x,_ in dls.train]).flatten(0, 1).numpy(), f.to_numpy(float)[:48].astype('f4'))
+    assert list(dls.train_ds.x_names)==['a', 'b']
+
+def test_a_missing_number_of_a_frame_is_refused_with_its_place():
+    f = pd.DataFrame(dict(a=np.arange(60.), b=np.arange(60.))).astype('Float64')
+    f.iloc[7,1] = pd.NA
+    with pytest.raises(ValueError, match='nan.* at step 7'): SequenceDataLoaders.from_arrays(f, f, win_sz=6)
+
+def test_a_frame_with_text_is_refused_without_talk_of_labels():
+    f = pd.DataFrame(dict(a=np.arange(60.), b=['x']*60))
+    with pytest.raises(TypeError, match=r'x\[0\] is an array of .*torch cannot share') as e: SequenceDataLoaders.from_arrays(f, np.arange(60.), win_sz=6)
+    assert 'Labels' not in str(e.value) and 'np.float32' in str(e.value)

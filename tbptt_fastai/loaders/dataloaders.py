@@ -35,6 +35,14 @@ def _check_length(i, seq):
     try: len(seq)
     except TypeError: raise TypeError(f"Sequence {i} is a {type(seq).__name__} without a time axis; expected (time, ...).") from None
 
+def _check_held_back(parts, win_sz, whole):
+    "A `ValueError` if a window is longer than all that is held back"
+    if win_sz is None or whole.in_files: return
+    n = int(parts.lengths.max()) if isinstance(parts, FlatArrays) else max(map(len, parts))
+    if win_sz>n: raise ValueError(
+        f"win_sz is {win_sz}, but the longest sequence has {n} steps that are held back for validation, of {whole.lengths.max()}. "
+        "Use a shorter window, a larger valid_pct, or give valid=(x, y).")
+
 # %% ../../nbs/loaders/06_dataloaders.ipynb #2769f7c7
 def _cuts(lengths, valid_pct):
     "The step of each sequence at which validation begins"
@@ -286,6 +294,7 @@ def from_arrays(cls:SequenceDataLoaders,
     if valid is None: kw.update(x_names=train.x_names, y_names=train.y_names) # its parts are no frames
     if valid is None:
         (x,x_valid),(y,y_valid) = (split_by_time(o, valid_pct, most) for o in train.arrays)
+        _check_held_back(x_valid, win_sz, train)
         valid,valid_groups = (x_valid,y_valid),groups
     are_long = not one_label and (most or groups is not None or train.in_files or len(set(train.lengths))>1)
     whole = win_sz is None and are_long

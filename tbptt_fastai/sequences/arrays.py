@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
+from pandas.api import types
 from torch import Tensor
 from ..truncation.settings import check_bools, check_dense
 
@@ -216,19 +217,25 @@ def _is_in_file(o):
     in_memory = isinstance(o, np.ndarray) or hasattr(o, 'to_numpy')
     return not in_memory and hasattr(o, 'dtype') and hasattr(o, '__getitem__')
 
+def _in_memory(seq):
+    "As numpy has it; a frame of several types of numbers, or of those that may be missing, as real numbers"
+    a = np.asarray(seq)
+    numbers = [types.is_numeric_dtype(o) and not types.is_complex_dtype(o) for o in getattr(seq, 'dtypes', [])] if a.ndim==2 else []
+    return seq.to_numpy(np.float64, na_value=np.nan) if a.dtype==object and numbers and all(numbers) else a
+
 def _shared(name, seq):
     "A tensor that shares the memory of an array, or a `FileArray`"
     in_file = _is_in_file(seq)
     try:
         with warnings.catch_warnings(): # we only read
             warnings.filterwarnings('ignore', message='The given NumPy array is not writable')
-            t = FileArray(seq) if in_file else torch.from_numpy(np.asarray(seq))
+            t = FileArray(seq) if in_file else torch.from_numpy(_in_memory(seq))
             t.dtype # a `TypeError` if torch has no such type
             return t
     except (TypeError,ValueError) as e:
         kind = getattr(seq, 'dtype', type(seq).__name__)
         remedy = "Pass np.ascontiguousarray(a, dtype=np.float32), or another type of torch's."
-        is_text = getattr(kind, 'kind', 'U') in 'US'
+        is_text = getattr(kind, 'kind', None) in ('U','S')
         if is_text: remedy = "Labels as targets become numbers of classes in SequenceDataLoaders.from_arrays."
         raise TypeError(f"{name} is an array of {kind} that torch cannot share ({e}). {remedy}") from None
 

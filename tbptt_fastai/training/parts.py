@@ -15,7 +15,7 @@ from fastai.torch_core import no_random
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from ..state.carry import Carry, out_of_reach
+from ..state.carry import Carry, out_of_reach, recurrent_layers
 from ..state.own import changed_by_reset, left_by_reset, resets_state
 from ..state.unroll import unroll_hint
 from .checks import batch_first_remedy, channels_explained, check_states
@@ -188,17 +188,26 @@ def _indexed(model, steps, e):
         "Train whole windows (sub_seq_len=None), or use a StreamDL, "
         "where sequences of any length need neither padding nor lengths.")
 
+def _refuse_tuple(model, layer, e):
+    "A `TypeError` that names the remedy, if a layer was given all that a recurrent layer returns"
+    if 'tuple' not in str(e) or not recurrent_layers(model): return
+    raise TypeError(
+        f"{layer} was given a tuple: {e}\nA recurrent layer of PyTorch returns (output, state). Take its output, self.rnn(x)[0]; "
+        "or wrap the layer in StatefulRNN, which returns the output alone.") from e
+
 def _run_whole(model, window, groups):
     n = window.steps
     try:
         with channels_explained(model): return _run(model, window, n, groups, checked=True)[0]
-    except (torch.OutOfMemoryError, ValueError, TypeError): raise
+    except (torch.OutOfMemoryError, ValueError): raise
     except IndexError as e: raise _indexed(model, n, e) from e
     except Exception as e:
         layer = _watched(model, window, n, groups)[1] or type(model).__name__
+        _refuse_tuple(model, layer, e)
+        if isinstance(e, (TypeError,AttributeError,NameError)): raise
         raise ValueError(
-            f"{layer} cannot be run on {n} steps: {e if e.args else type(e).__name__}\nA layer that is made for another number of steps, "
-            "such as a normalization over time, has no place in sub-windows.") from e
+            f"{layer} cannot be run on {n} steps: {e if e.args else type(e).__name__}\nIf it is made for another number of steps, "
+            "as a normalization over time is, it has no place in sub-windows.") from e
 
 # %% ../../nbs/training/02_parts.ipynb #6f2f4390
 def _time_first(model, time_dim):
@@ -224,7 +233,7 @@ def compare_parts(
     n = window.steps
     with on_trial(model):
         try: whole = _run_whole(model, window, groups)
-        except ValueError:
+        except (ValueError,AttributeError,NameError):
             if must_run: raise
             return None
         parts = attempt(_run, model, window, sub_seq_len, groups, False)
