@@ -58,7 +58,7 @@ class Carry:
         self._stack,self._owned = None,[] # what ends with the context, and its slots
         self._aside = {} # of windows in flight that do not have their turn: what their states are at the end of, and these
         self.inner = get_model(model)
-        self.resets_itself = resets_state(self.inner) # does it have a `reset()` that clears a state? fastai gives one to DistributedDataParallel
+        self.resets_itself = resets_state(self.inner) # fastai gives a `reset()` to DistributedDataParallel too
         self.layers = {name:m for m,name in recurrent_layers(self.inner).items()}
         self.stateful = {name:m for name,m in self.inner.named_modules() if isinstance(m, StatefulRNN)}
         self.elsewhere = [m for m in self.stateful.values() if hasattr(m.initial, 'begin_from')] # see `StoredState`

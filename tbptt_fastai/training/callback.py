@@ -26,7 +26,7 @@ from ..loaders.views import SubWindows, first_item, given_n_inp, inner_loader, p
 from ..sequences.windows import Sequences, check_same_channels
 from ..state.carry import Carry
 from ..state.encoded import n_past_of
-from ..state.own import check_reset
+from ..state.own import check_reset, resets_state
 from ..state.turns import refuse_beside_training
 from .parts import check_put_aside, check_remembers, check_starts_over, compare_parts, first_output
 from .lr_search import rate_search, without_search
@@ -317,10 +317,10 @@ def before_batch(self:TbpttResetCB):
 def _check_model(self:TbpttResetCB):
     self._is_new = False
     view,model,groups = self.view,get_model(self.learn.model),self.segment.groups
-    window = view.inputs(self.xb)
-    check_starts_over(model, window, groups)
+    if resets_state(model): check_starts_over(model, view.inputs(self.xb), groups)
     if view.truncation is None: return
     if self.segment.window is not None and first_item(view) is None: view.check_window(self.segment.window)
+    window = view.inputs(self.xb)
     error = compare_parts(model, window, -(-window.steps//2), groups)
     if error is None: self._compare_two(model, window.steps)
     check_remembers(model, window, groups)
@@ -489,7 +489,7 @@ def _check_states(self:TbpttResetCB):
 # %% ../../nbs/training/04_callback.ipynb #80b4084e
 @patch
 def _check_shared(self:TbpttResetCB, view):
-    "An error if a callback would make several processes wait forever, or counts the targets of one of them where they share a stream"
+    "An error for a callback that would make processes wait forever, or that counts the targets of one of them alone"
     if self.learn._grab_cbs(LRFinder): raise NotImplementedError(
         "fastai's lr_find saves the weights in a folder that the first process alone knows, and waits there for the others: it "
         "cannot be called within distrib_ctx. Call it before, in each process or in one.")

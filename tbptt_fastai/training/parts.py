@@ -338,12 +338,11 @@ def check_remembers(
 # %% ../../nbs/training/02_parts.ipynb #d1c5a002
 @torch.no_grad()
 def check_starts_over(
-    model:nn.Module, # Any model
+    model:nn.Module, # A model with a `reset()`
     window:Window, # Its inputs
     groups:list=None, # The group of each row
 ):
     "A `ValueError` if a model carries a state by itself that its `reset()` does not clear"
-    if not resets_state(model): return
     def run():
         with no_random(): return _run(model, window, window.steps, groups, False)[0]
     with on_trial(model):
