@@ -118,8 +118,8 @@ def _steps(self:Unroll, x):
     leaves,form = tree_flatten(x)
     timed,dim = self._timed(leaves),self.time_dim
     shapes = [tuple(o.shape) for o,t in zip(leaves, timed) if t]
-    has_steps = torch.jit.is_tracing() or shapes[0][dim]>0 # sizes are tensors there, which have no value
-    if len({o[dim:dim+1] for o in shapes})!=1 or not has_steps: raise ValueError(
+    def is_empty(): return not torch.jit.is_tracing() and shapes[0][dim]==0 # in a trace sizes are tensors without a value
+    if len({o[dim:dim+1] for o in shapes})!=1 or is_empty(): raise ValueError(
         f"The elements of the input that have a time axis are of shape {shapes}; expected the same number of steps, "
         f"at least 1, in dimension {dim}. Say which have one by Unroll(..., timed=), a bool for each of {len(leaves)}.")
     _check_channels(self.cell, x)
