@@ -145,7 +145,8 @@ def test_the_curves_of_a_page_end_where_those_of_the_benchmark_do():
 
 def test_a_sentence_that_announces_what_is_not_there_is_named(site):
     "Private code is left out of a page; a sentence before it stays"
-    for after in ([markdown('And another sentence.')], [markdown('## A heading')], [], [code('#| echo: false\n#| output: false\nx = 1')]):
+    unseen = code('#| echo: false\n#| output: false\nx = 1', stream('1\n'))
+    for after in ([markdown('And another sentence.')], [markdown('## A heading')], [], [unseen]):
         [fault] = faults(site, markdown('A text.\n\nIt is written so:'), *after)
         assert fault.endswith('nothing follows: …It is written so:')
     [fault] = faults(site, markdown('It is written so:\n\nAnd another sentence.'))

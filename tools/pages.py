@@ -110,7 +110,7 @@ def blocks_of(cell):
         text = re.sub(r'^```.*?^```', '```', joined(cell['source']), flags=re.M|re.S)
         return [None if INTRODUCED.match(o) else o for o in re.split(r'\n\s*\n', text.strip()) if o]
     seen = shown(cell) and any(o.strip() for o in code_of(cell))
-    return [None] if seen or any(True for _ in texts_of(cell)) or cell.get('outputs') else []
+    return [None] if seen or any(True for _ in texts_of(cell)) else []
 
 def announced(cells):
     "Paragraphs that end with a colon, before another paragraph, a heading or the end"
